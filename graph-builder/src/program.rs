@@ -1,0 +1,33 @@
+//! What the compiler hands over: ONNX bytes with a typed signature.
+
+use serde::{Deserialize, Serialize};
+
+use crate::shape::{DType, Shape};
+
+/// Name, element type and shape of one program input or output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorSpec {
+    /// The stable name that callers feed or read.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Static shape.
+    pub shape: Shape,
+}
+
+/// One emitted program: a serialised ONNX model and its signature.
+#[derive(Clone, Debug)]
+pub struct OnnxProgram {
+    /// `denoise`, `train-step`, …
+    pub name: String,
+    /// The serialised `ModelProto`; the same graph always gives the same bytes.
+    pub bytes: Vec<u8>,
+    /// Graph inputs in order.
+    pub inputs: Vec<TensorSpec>,
+    /// Graph outputs in order.
+    pub outputs: Vec<TensorSpec>,
+    /// File name, relative to the model file, that the initializers point into; `None` when there are none.
+    pub weights_file: Option<String>,
+    /// Names of the `mudit` domain's ops that the model uses, each with a function body inside the model.
+    pub native_ops: Vec<String>,
+}

@@ -1,7 +1,52 @@
-//! Graphs of diffusion transformers: intermediate representation, ops, autodiff, passes and ONNX emission.
+//! Graphs of diffusion transformers: intermediate representation, autodiff, passes and ONNX emission.
+//!
+//! The room knows nothing of models, runtimes or files. Map:
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`builder`] | what a model author holds: builder, scope, value |
+//! | [`graph`] | nodes, parameters, the text form |
+//! | [`op`], [`ops`] | the closed set of ops, five rules each |
+//! | [`passes`] | rewrites, one visible list |
+//! | [`onnx`] | emission |
+//! | [`eval`] | the f64 interpreter that everything else is compared with |
+//! | [`role`] | muP roles, derived |
+//!
+//! ```
+//! use graph_builder::{Builder, Dim, Init, Type, Weights};
+//!
+//! let b = Builder::new("loss");
+//! let x = b.input("x", Type::f32([8, 3])); // (N, C)
+//! let w = b.root().param("weight", &[Dim::Width(5), Dim::Fixed(3)], Init::XavierUniform);
+//! let y = x.matmul(w.transpose(&[1, 0])).gelu(); // (N, D)
+//! let loss = y.square().mean(&[0, 1]).reshape([]);
+//! let grads = b.gradients(loss, &[w])?;
+//! b.output("loss", loss);
+//! b.output("grad.weight", grads[0]);
+//! let program = b.finish()?.optimised()?.emit(Weights::Inputs)?;
+//! assert_eq!(program.outputs[1].name, "grad.weight");
+//! # Ok::<(), graph_builder::GraphError>(())
+//! ```
 
+pub mod builder;
+pub mod error;
+pub mod eval;
+pub mod grad;
+pub mod graph;
+pub mod onnx;
+pub mod op;
+pub mod ops;
+pub mod passes;
 pub mod program;
+pub mod role;
 pub mod shape;
+mod verify;
 
+pub use builder::{Builder, Scope, Value};
+pub use error::GraphError;
+pub use graph::{Dim, Graph, Init, Parameter};
+pub use onnx::{ExternalTensor, Weights};
+pub use op::{Cost, Op};
 pub use program::{OnnxProgram, TensorSpec};
+pub use role::Role;
 pub use shape::{DType, Shape, Type};

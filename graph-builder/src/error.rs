@@ -1,0 +1,137 @@
+//! The one error type of the crate.
+
+use std::fmt;
+
+/// Where the author of a model wrote the op that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Scope path such as `blocks.0.attn`; empty at the top.
+    pub scope: String,
+    /// Source file of the call.
+    pub file: &'static str,
+    /// Line in that file.
+    pub line: u32,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scope = if self.scope.is_empty() { "the top scope" } else { &self.scope };
+        write!(f, "{scope} ({}:{})", self.file, self.line)
+    }
+}
+
+/// What can go wrong while a graph is built, differentiated, rewritten, evaluated or emitted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GraphError {
+    /// An op refused its operands.
+    #[error("{op} in {place}: expected {expected}, got {got}")]
+    Op {
+        /// Name of the op.
+        op: &'static str,
+        /// Scope and source line.
+        place: Place,
+        /// The constraint, with its label.
+        expected: String,
+        /// The operands' types.
+        got: String,
+    },
+    /// A parameter was declared twice with different shape, init or training flag.
+    #[error("parameter `{name}` in {place} was declared before as {before}, now as {now}")]
+    Parameter {
+        /// Full parameter name.
+        name: String,
+        /// Scope and source line of the second declaration.
+        place: Place,
+        /// The first declaration.
+        before: String,
+        /// The second declaration.
+        now: String,
+    },
+    /// Two inputs or two outputs share a name.
+    #[error("graph `{graph}` has two {kind}s named `{name}`")]
+    DuplicateName {
+        /// Graph name.
+        graph: String,
+        /// `input` or `output`.
+        kind: &'static str,
+        /// The repeated name.
+        name: String,
+    },
+    /// A gradient was asked through an op that has none.
+    #[error("{op} in {place} has no derivative with respect to operand {operand}")]
+    NotDifferentiable {
+        /// Name of the op.
+        op: &'static str,
+        /// Scope and source line.
+        place: Place,
+        /// Operand position.
+        operand: usize,
+    },
+    /// The loss of a gradient is not a float scalar.
+    #[error("a gradient needs a scalar float loss, got {got}")]
+    Loss {
+        /// Type of the value given.
+        got: String,
+    },
+    /// A graph broke one of its invariants.
+    #[error("after {stage}: node %{node} ({op}) in {place}: {what}\n{context}")]
+    Malformed {
+        /// `build`, or the name of a pass.
+        stage: String,
+        /// Node index.
+        node: usize,
+        /// Name of the op.
+        op: &'static str,
+        /// Scope and source line.
+        place: Place,
+        /// The broken invariant.
+        what: String,
+        /// The neighbouring nodes in text form.
+        context: String,
+    },
+    /// The evaluator got no value, or one of the wrong shape, for an input or a parameter.
+    #[error("evaluating `{graph}`: `{name}` expected {expected}, got {got}")]
+    Feed {
+        /// Graph name.
+        graph: String,
+        /// Input or parameter name.
+        name: String,
+        /// Expected type.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+    /// A parameter is missing from the weights file or does not fit it.
+    #[error("weights for `{graph}`: parameter `{name}`: expected {expected}, got {got}")]
+    Weights {
+        /// Graph name.
+        graph: String,
+        /// Parameter name.
+        name: String,
+        /// Expected type.
+        expected: String,
+        /// What the file holds.
+        got: String,
+    },
+    /// The model message could not be written.
+    #[error("emitting `{graph}`: {reason}")]
+    Emit {
+        /// Graph name.
+        graph: String,
+        /// The reason.
+        reason: String,
+    },
+}
+
+/// Result with [`GraphError`].
+pub type Result<T> = std::result::Result<T, GraphError>;
+
+/// A refusal by an op's shape rule, before the builder adds where it happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal(pub(crate) String);
+
+/// Refuses with a labelled constraint.
+pub(crate) fn refuse<T>(expected: impl Into<String>) -> std::result::Result<T, Refusal> {
+    Err(Refusal(expected.into()))
+}

@@ -1,0 +1,10 @@
+//! The ops, one family a file, each op with all its rules in one `impl`.
+
+pub mod elementwise;
+pub mod fused;
+pub mod index;
+pub mod layout;
+pub mod leaf;
+pub mod linalg;
+pub mod nn;
+pub mod reduce;

@@ -1,0 +1,49 @@
+//! The invariants of a well-formed graph, checked after the build and after every pass.
+
+use crate::error::{GraphError, Result};
+use crate::graph::Graph;
+use crate::op::Op;
+use crate::shape::Type;
+
+/// Checks that operands come before their users, that every type is what the op infers, that parameter nodes
+/// agree with their declarations and that outputs exist.
+///
+/// # Errors
+/// [`GraphError::Malformed`] with the stage, the node and its neighbours.
+pub(crate) fn verify(graph: &Graph, stage: &str) -> Result<()> {
+    let fault = |i: usize, what: String| {
+        let lines = (i.saturating_sub(5)..(i + 6).min(graph.nodes.len())).map(|j| graph.line(j));
+        let node = &graph.nodes[i];
+        Err(GraphError::Malformed {
+            stage: stage.into(),
+            node: i,
+            op: node.op.name(),
+            place: node.place.clone(),
+            what,
+            context: lines.collect::<Vec<_>>().join("\n"),
+        })
+    };
+    for (i, node) in graph.nodes.iter().enumerate() {
+        if let Some(a) = node.args.iter().find(|a| a.index() >= i) {
+            return fault(i, format!("operand %{} does not come before its user", a.0));
+        }
+        let types: Vec<&Type> = node.args.iter().map(|a| graph.type_of(*a)).collect();
+        match node.op.rules().infer(&types) {
+            Err(refusal) => return fault(i, format!("operands break {}", refusal.0)),
+            Ok(ty) if ty != node.ty => return fault(i, format!("type {} recorded, {ty} inferred", node.ty)),
+            Ok(_) => {}
+        }
+        if let Op::Parameter(p) = &node.op {
+            let known = graph.parameters.get(p.index);
+            if known.is_none_or(|known| known.name != p.name || known.shape() != p.ty.shape) {
+                return fault(i, format!("parameter `{}` is not declared so", p.name));
+            }
+        }
+    }
+    for (name, id) in &graph.outputs {
+        if id.index() >= graph.nodes.len() {
+            return fault(graph.nodes.len().saturating_sub(1), format!("output `{name}` names no node"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! The diffusion transformer with adaLN-Zero blocks.
+//!
+//! # Source
+//! Peebles & Xie, *Scalable Diffusion Models with Transformers*, section 3.2 and figure 3; parameter names are
+//! those of the published checkpoints.
+
+use std::sync::Arc;
+
+use graph_builder::{Dim, Init, Scope, Value};
+
+use crate::config::DitConfig;
+use crate::layers::{
+    EPSILON, Inits, attention, label_embed, mlp, modulate, modulation, patch_embed, sin_cos_positions,
+    timestep_embed,
+};
+
+/// The model's answer (N, Cout, H, W) for `x` (N, C, H, W), `t` (N) f32 and `y` (N) i64.
+///
+/// The first C channels are ε or the velocity, the next C the variance logits of a model that learns them.
+/// `output_multiplier` is muP's α, a scalar; the output weight is scaled by α·base_width/width.
+pub fn dit<'g>(
+    s: &Scope<'g>,
+    x: Value<'g>,
+    t: Value<'g>,
+    y: Value<'g>,
+    output_multiplier: Value<'g>,
+    cfg: &DitConfig,
+) -> Value<'g> {
+    let (d, inits) = (cfg.hidden_size, Inits(cfg.init));
+    let positions = pos_embed(s, cfg); // (1, T, D)
+    let mut h = s.within("x_embedder", |s| patch_embed(s, x, cfg.patch_size, d, inits)) + positions; // (N, T, D)
+    let t = s.within("t_embedder", |s| timestep_embed(s, t, d, inits)); // (N, D)
+    let y = s.within("y_embedder", |s| label_embed(s, y, cfg.label_rows(), d, inits)); // (N, D)
+    let c = t + y; // (N, D)
+    for i in 0..cfg.depth {
+        h = s.within(format!("blocks.{i}"), |s| block(s, h, c, cfg)); // (N, T, D)
+    }
+    let h = s.within("final_layer", |s| final_layer(s, h, c, output_multiplier, cfg)); // (N, T, P·P·Cout)
+    unpatchify(h, cfg) // (N, Cout, H, W)
+}
+
+fn pos_embed<'g>(s: &Scope<'g>, cfg: &DitConfig) -> Value<'g> {
+    let table: Arc<[f32]> = sin_cos_positions(cfg.hidden_size, cfg.input_size / cfg.patch_size).into();
+    let dims = [Dim::Fixed(1), Dim::Fixed(cfg.tokens()), Dim::Width(cfg.hidden_size)];
+    s.frozen("pos_embed", &dims, Init::Values(table))
+}
+
+fn block<'g>(s: &Scope<'g>, x: Value<'g>, c: Value<'g>, cfg: &DitConfig) -> Value<'g> {
+    let inits = Inits(cfg.init);
+    let [shift_a, scale_a, gate_a, shift_m, scale_m, gate_m] = modulation(s, c, inits); // 6 × (N, 1, D)
+    let h = modulate(x.layer_norm(EPSILON), shift_a, scale_a); // (N, T, D)
+    let x = x + gate_a * s.within("attn", |s| attention(s, h, cfg.num_heads, inits)); // (N, T, D)
+    let h = modulate(x.layer_norm(EPSILON), shift_m, scale_m); // (N, T, D)
+    x + gate_m * s.within("mlp", |s| mlp(s, h, cfg.mlp_hidden(), inits)) // (N, T, D)
+}
+
+fn final_layer<'g>(
+    s: &Scope<'g>,
+    x: Value<'g>,
+    c: Value<'g>,
+    output_multiplier: Value<'g>,
+    cfg: &DitConfig,
+) -> Value<'g> {
+    let (d, features) = (cfg.hidden_size, cfg.patch_size * cfg.patch_size * cfg.out_channels());
+    let [shift, scale] = modulation(s, c, Inits(cfg.init)); // 2 × (N, 1, D)
+    let h = modulate(x.layer_norm(EPSILON), shift, scale); // (N, T, D)
+    s.within("linear", |s| {
+        let weight = s.param("weight", &[Dim::Fixed(features), Dim::Width(d)], Init::Zeros);
+        let bias = s.param("bias", &[Dim::Fixed(features)], Init::Zeros);
+        let weight = weight * (output_multiplier * (1.0 / cfg.width_multiplier())); // (P·P·Cout, D)
+        h.matmul(weight.transpose(&[1, 0])) + bias // (N, T, P·P·Cout)
+    })
+}
+
+/// Tokens back to pixels: features are (row in patch, column in patch, channel), channel fastest.
+fn unpatchify<'g>(x: Value<'g>, cfg: &DitConfig) -> Value<'g> {
+    let (n, p, c) = (x.dim(0), cfg.patch_size, cfg.out_channels());
+    let side = cfg.input_size / p;
+    x.reshape([n, side, side, p, p, c])
+        .transpose(&[0, 5, 1, 3, 2, 4]) // (N, Cout, rows, P, cols, P)
+        .reshape([n, c, cfg.input_size, cfg.input_size]) // (N, Cout, H, W)
+}

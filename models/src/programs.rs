@@ -1,0 +1,235 @@
+//! The five programs of a model: the contract between the compiler and everything that runs its output.
+
+use std::fmt;
+use std::str::FromStr;
+
+use graph_builder::{Builder, DType, Graph, Type, Value};
+
+use crate::config::{DitConfig, Objective};
+use crate::dit::dit;
+use crate::error::ModelError;
+use crate::nearest::hint;
+use crate::objective::{DdpmAt, Terms, flow_interpolate, flow_loss};
+use crate::solver::{COEFFICIENTS, coefficient};
+
+/// Which program to build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ProgramKind {
+    /// The model's answer.
+    Denoise,
+    /// The guided answer.
+    DenoiseCfg,
+    /// One solver step.
+    Step,
+    /// The training loss.
+    Loss,
+    /// The training loss and all gradients.
+    TrainStep,
+}
+
+impl ProgramKind {
+    /// All programs.
+    pub const ALL: [Self; 5] = [Self::Denoise, Self::DenoiseCfg, Self::Step, Self::Loss, Self::TrainStep];
+
+    /// The name users write; also the program's file name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Denoise => "denoise",
+            Self::DenoiseCfg => "denoise-cfg",
+            Self::Step => "step",
+            Self::Loss => "loss",
+            Self::TrainStep => "train-step",
+        }
+    }
+
+    /// Whether parameters are graph inputs (training) rather than initializers (sampling).
+    pub const fn feeds_parameters(self) -> bool {
+        matches!(self, Self::Loss | Self::TrainStep)
+    }
+}
+
+impl fmt::Display for ProgramKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for ProgramKind {
+    type Err = ModelError;
+
+    fn from_str(name: &str) -> Result<Self, ModelError> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| ModelError::UnknownProgram {
+            name: name.to_owned(),
+            hint: hint(name, &Self::ALL.map(Self::name)),
+        })
+    }
+}
+
+/// Which channels classifier-free guidance changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Guidance {
+    /// No guidance: the conditional answer, one row a sample.
+    Off,
+    /// The first `n` channels; the others stay conditional. The DiT reference guides 3.
+    First(usize),
+    /// All of ε or the velocity.
+    All,
+}
+
+/// Scalars that stay inputs of the training programs, with the value that leaves the published loss as it is.
+pub const HYPERPARAMETERS: [(&str, f32); 2] = [("hp.output_multiplier", 1.0), ("hp.vb_weight", 1.0)];
+
+/// Builds `kind` for a batch of `n` samples.
+///
+/// # Errors
+/// [`ModelError::Graph`] when the graph cannot be built, [`ModelError::BadValue`] for a batch of zero or guidance
+/// that the model cannot give.
+pub fn program(
+    cfg: &DitConfig,
+    kind: ProgramKind,
+    n: usize,
+    guidance: Guidance,
+) -> Result<Graph, ModelError> {
+    cfg.validate()?;
+    if n == 0 {
+        return Err(ModelError::BadValue { key: "batch", expected: "1 or more".into(), got: "0".into() });
+    }
+    let b = Builder::new(kind.name());
+    match kind {
+        ProgramKind::Denoise => {
+            let out = Sampling::inputs(&b, cfg, n).denoise(cfg);
+            b.output("out", out);
+        }
+        ProgramKind::DenoiseCfg => {
+            let guidance = if guidance == Guidance::Off { Guidance::First(3) } else { guidance };
+            let out = Sampling::inputs(&b, cfg, n).guided(cfg, guidance)?;
+            b.output("out", out);
+        }
+        ProgramKind::Step => step(&b, cfg, n, guidance)?,
+        ProgramKind::Loss => {
+            let _ = loss(&b, cfg, n)?;
+        }
+        ProgramKind::TrainStep => train_step(&b, cfg, n)?,
+    }
+    Ok(b.finish()?)
+}
+
+fn image(cfg: &DitConfig, n: usize) -> Type {
+    Type::f32([n, cfg.in_channels, cfg.input_size, cfg.input_size])
+}
+
+/// Inputs of the sampling programs.
+struct Sampling<'g> {
+    b: &'g Builder,
+    x: Value<'g>,
+    t: Value<'g>,
+    y: Value<'g>,
+}
+
+impl<'g> Sampling<'g> {
+    fn inputs(b: &'g Builder, cfg: &DitConfig, n: usize) -> Self {
+        let x = b.input("x", image(cfg, n)); // (N, C, H, W)
+        let t = b.input("t", Type::f32([n])); // (N)
+        let y = b.input("y", Type::new(DType::I64, [n])); // (N)
+        Self { b, x, t, y }
+    }
+
+    fn denoise(&self, cfg: &DitConfig) -> Value<'g> {
+        let alpha = self.b.scalar(cfg.mup.map_or(1.0, |mup| mup.output_multiplier));
+        dit(&self.b.root(), self.x, self.t, self.y, alpha, cfg) // (N, Cout, H, W)
+    }
+
+    /// `u + g (c − u)` on the guided channels; both halves see the same `x`.
+    fn guided(&self, cfg: &DitConfig, channels: Guidance) -> Result<Value<'g>, ModelError> {
+        let guided = match channels {
+            Guidance::Off => return Ok(self.denoise(cfg)),
+            Guidance::First(n) => n.min(cfg.in_channels),
+            Guidance::All => cfg.in_channels,
+        };
+        let null = cfg.null_class().ok_or_else(|| ModelError::BadValue {
+            key: "class_dropout_prob",
+            expected: "above 0 for guidance, which needs the null class".into(),
+            got: "0".into(),
+        })?;
+        let n = self.x.dim(0);
+        let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
+        let null = self.b.constant(DType::I64, [n], vec![null as f64]);
+        let twice = Self {
+            b: self.b,
+            x: self.x.concat(&[self.x], 0), // (2N, C, H, W)
+            t: self.t.concat(&[self.t], 0), // (2N)
+            y: self.y.concat(&[null], 0),   // (2N)
+        };
+        let [cond, uncond]: [Value<'g>; 2] = twice.denoise(cfg).chunk(0); // (N, Cout, H, W)
+        let (c, u) = (cond.slice(1, 0, guided), uncond.slice(1, 0, guided));
+        let mixed = u + guidance * (c - u);
+        if guided == cfg.out_channels() {
+            return Ok(mixed);
+        }
+        Ok(mixed.concat(&[cond.slice(1, guided, cfg.out_channels())], 1)) // (N, Cout, H, W)
+    }
+}
+
+/// One step of any solver, from a row of coefficients a sample (see [`crate::solver`]).
+fn step(b: &Builder, cfg: &DitConfig, n: usize, guidance: Guidance) -> Result<(), ModelError> {
+    let sampling = Sampling::inputs(b, cfg, n);
+    let out = sampling.guided(cfg, guidance)?; // (N, Cout, H, W)
+    let coef = b.input("coef", Type::f32([n, COEFFICIENTS]));
+    let noise = b.input("noise", image(cfg, n));
+    let history = b.input("history", image(cfg, n));
+    let c = |i: usize| coef.slice(1, i, i + 1).reshape([n, 1, 1, 1]);
+
+    let (x, channels) = (sampling.x, cfg.in_channels);
+    let e = out.slice(1, 0, channels); // (N, C, H, W)
+    let mut scale = c(coefficient::NOISE);
+    if cfg.learn_sigma && cfg.objective == Objective::Ddpm {
+        let logits = out.slice(1, channels, 2 * channels); // (N, C, H, W)
+        scale = scale * (c(coefficient::NOISE_LOGIT) * logits).exp();
+    }
+    let x0_hat = c(coefficient::X0_X) * x + c(coefficient::X0_OUT) * e;
+    let x_next = c(coefficient::NEXT_X) * x
+        + c(coefficient::NEXT_OUT) * e
+        + c(coefficient::NEXT_HISTORY) * history
+        + scale * noise;
+    let history_next = c(coefficient::HISTORY_X) * x + c(coefficient::HISTORY_OUT) * e;
+    b.output("x_next", x_next);
+    b.output("x0_hat", x0_hat);
+    b.output("history_next", history_next);
+    Ok(())
+}
+
+/// The loss; returns the scalar.
+fn loss<'g>(b: &'g Builder, cfg: &DitConfig, n: usize) -> Result<Value<'g>, ModelError> {
+    let x0 = b.input("x0", image(cfg, n)); // (N, C, H, W)
+    let noise = b.input("noise", image(cfg, n)); // (N, C, H, W)
+    let t = b.input("t", Type::f32([n])); // (N)
+    let y = b.input("y", Type::new(DType::I64, [n])); // (N)
+    let [alpha, vb_weight] = HYPERPARAMETERS.map(|(name, _)| b.input(name, Type::f32([])));
+    let model = |x: Value<'g>| dit(&b.root(), x, t, y, alpha, cfg);
+    let Terms { mse, vb } = match cfg.objective {
+        Objective::Ddpm => {
+            let at = DdpmAt::new(b, t)?;
+            let xt = at.diffuse(x0, noise); // (N, C, H, W)
+            at.loss(model(xt), x0, xt, noise)
+        }
+        Objective::Flow => flow_loss(model(flow_interpolate(x0, noise, t)), x0, noise),
+    };
+    let per_sample = vb.map_or(mse, |vb| mse + vb_weight * vb); // (N)
+    let loss = per_sample.mean(&[0]).reshape([]);
+    b.output("loss", loss);
+    b.output("loss.mse", mse);
+    if let Some(vb) = vb {
+        b.output("loss.vb", vb);
+    }
+    Ok(loss)
+}
+
+fn train_step(b: &Builder, cfg: &DitConfig, n: usize) -> Result<(), ModelError> {
+    let loss = loss(b, cfg, n)?;
+    let parameters = b.trainable();
+    let values: Vec<Value<'_>> = parameters.iter().map(|(_, v)| *v).collect();
+    for ((name, _), grad) in parameters.iter().zip(b.gradients(loss, &values)?) {
+        b.output(&format!("grad.{name}"), grad);
+    }
+    Ok(())
+}

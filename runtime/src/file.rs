@@ -1,0 +1,174 @@
+//! Files that are either whole or absent: written beside, synced and renamed.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Result, RuntimeError};
+
+/// Buffer between a writer and the file, in bytes.
+const WRITE_BUFFER: usize = 1 << 20;
+
+/// Writes a file so that a reader, or a crash at any moment, sees the old contents or the new ones, never a part.
+///
+/// The contents go to a temporary file in the same directory, which is synced and renamed over `path`; then the
+/// directory is synced. When `write` or any step fails, `path` is untouched and the temporary file is removed.
+///
+/// # Errors
+/// [`RuntimeError::Io`] with `path` and the operating system's reason (no space left, permission denied, …).
+pub fn write_atomically(
+    path: impl AsRef<Path>,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let failed = |e| RuntimeError::io("write", path, e);
+    let mut temporary = temporary_beside(path).map_err(failed)?;
+    // The bare file: the temporary file's own writer would put its passing name into the reason.
+    let mut writer = BufWriter::with_capacity(WRITE_BUFFER, temporary.as_file_mut());
+    write(&mut writer).and_then(|()| writer.flush()).map_err(failed)?;
+    drop(writer);
+    temporary.as_file().sync_all().map_err(failed)?;
+    temporary.persist(path).map_err(|e| failed(e.error))?;
+    sync_directory(parent(path))
+}
+
+/// Makes earlier renames inside a directory survive a power cut.
+///
+/// # Errors
+/// [`RuntimeError::Io`] when the directory cannot be opened or synced.
+pub fn sync_directory(directory: impl AsRef<Path>) -> Result<()> {
+    let directory = directory.as_ref();
+    File::open(directory).and_then(|d| d.sync_all()).map_err(|e| RuntimeError::io("sync", directory, e))
+}
+
+/// Gives a file a second name; where the two places are on different file systems, copies and syncs it.
+///
+/// # Errors
+/// [`RuntimeError::Io`] when `from` cannot be read or `to` cannot be made or already exists.
+pub fn link_or_copy(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
+    let (from, to) = (from.as_ref(), to.as_ref());
+    let source = fs::canonicalize(from).map_err(|e| RuntimeError::io("read", from, e))?;
+    if fs::hard_link(&source, to).is_ok() {
+        return Ok(());
+    }
+    let failed = |e| RuntimeError::io("write", to, e);
+    let mut reader = File::open(&source).map_err(|e| RuntimeError::io("read", from, e))?;
+    let mut writer = File::create_new(to).map_err(failed)?;
+    io::copy(&mut reader, &mut writer).and_then(|_| writer.sync_all()).map_err(|e| {
+        // The half-written copy is of no use to anyone; failing to remove it changes nothing in the report.
+        let _ = fs::remove_file(to);
+        failed(e)
+    })
+}
+
+/// SHA-256 of a file's contents, hexadecimal.
+///
+/// # Errors
+/// [`RuntimeError::Io`] when the file cannot be read.
+pub fn sha256_file(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    let failed = |e| RuntimeError::io("read", path, e);
+    let mut file = File::open(path).map_err(failed)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; WRITE_BUFFER];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hex(&hasher.finalize())),
+            Ok(n) => hasher.update(&buffer[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(failed(e)),
+        }
+    }
+}
+
+/// SHA-256 of bytes, hexadecimal.
+pub fn sha256_bytes(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The directory that holds `path`; `.` for a bare file name.
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+fn temporary_beside(path: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::IsADirectory, "no file name"))?;
+    if path.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory"));
+    }
+    let prefix = format!(".{}.", name.to_string_lossy());
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(".tmp");
+    #[cfg(unix)]
+    {
+        // Like any other file: what the process's umask allows, not the private mode of temporary files.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o666)).tempfile_in(parent(path))
+    }
+    #[cfg(not(unix))]
+    builder.tempfile_in(parent(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failing_writer_leaves_the_old_contents_and_no_litter() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        write_atomically(&path, |w| w.write_all(b"old")).unwrap();
+        let error = write_atomically(&path, |w| {
+            w.write_all(b"new, but only ha")?;
+            Err(io::Error::new(io::ErrorKind::StorageFull, "no space left on device"))
+        })
+        .unwrap_err();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        let text = error.to_string();
+        assert!(text.contains("state.json") && text.contains("no space left"), "{text}");
+    }
+
+    #[test]
+    fn a_missing_directory_and_a_directory_as_target_are_errors_with_the_path() {
+        let dir = tempfile::tempdir().unwrap();
+        for target in [dir.path().join("absent/file"), dir.path().to_path_buf()] {
+            let text = write_atomically(&target, |_| Ok(())).unwrap_err().to_string();
+            assert!(text.contains(&target.display().to_string()), "{text}");
+        }
+    }
+
+    #[test]
+    fn link_or_copy_follows_symlinks_and_refuses_to_overwrite() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
+        fs::write(&from, "x").unwrap();
+        link_or_copy(&from, &to).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), b"x");
+        assert!(link_or_copy(&from, &to).is_err());
+        assert_eq!(fs::read(&to).unwrap(), b"x");
+    }
+
+    #[test]
+    fn sha256_of_file_and_bytes_agree_with_the_standard_vector() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("abc");
+        fs::write(&path, "abc").unwrap();
+        let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256_file(&path).unwrap(), expected);
+        assert_eq!(sha256_bytes(b"abc"), expected);
+    }
+}

@@ -1,0 +1,253 @@
+//! The ONNX Runtime library: found, or fetched from the Python package index, then loaded once per process.
+//!
+//! Order: `ORT_DYLIB_PATH`; the user's cache; an installed Python `onnxruntime`; the pinned wheel, fetched by
+//! Python's pip, checked by hash and unpacked into the cache. Nothing is fetched silently.
+
+use std::env;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Result, RuntimeError};
+use crate::wheel::{self, Python};
+
+/// The version that is fetched and that the tests run with.
+pub const PINNED_VERSION: &str = "1.31.1";
+/// Installed Python packages of this series are used as they are.
+const SUPPORTED_SERIES: &str = "1.31.";
+/// The remedy that always works.
+pub(crate) const SET_PATH: &str = "set ORT_DYLIB_PATH to a libonnxruntime.so of version 1.31";
+
+/// Where the library came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum LibrarySource {
+    /// `ORT_DYLIB_PATH`, or the path given in the options.
+    Path,
+    /// The user's cache.
+    Cache,
+    /// An installed Python `onnxruntime` package.
+    Python,
+    /// Fetched just now.
+    Fetched,
+}
+
+impl fmt::Display for LibrarySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Path => "ORT_DYLIB_PATH",
+            Self::Cache => "cache",
+            Self::Python => "installed Python package",
+            Self::Fetched => "fetched",
+        })
+    }
+}
+
+/// Which library is used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LibraryInfo {
+    /// The library file.
+    pub path: PathBuf,
+    /// Where it came from.
+    pub source: LibrarySource,
+    /// Its version: `1.31.1`, or only `1.31` for a file whose name does not tell.
+    pub version: String,
+}
+
+/// How to find ONNX Runtime.
+#[derive(Clone, Copy)]
+pub struct RuntimeOptions<'a> {
+    /// Refuse to fetch anything.
+    pub offline: bool,
+    /// Receives one line for everything that is fetched: what, from where, to where.
+    pub progress: &'a dyn Fn(&str),
+}
+
+impl fmt::Debug for RuntimeOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RuntimeOptions").field("offline", &self.offline).finish_non_exhaustive()
+    }
+}
+
+impl Default for RuntimeOptions<'_> {
+    /// Fetches when needed and says nothing.
+    fn default() -> Self {
+        Self { offline: false, progress: &|_| {} }
+    }
+}
+
+/// The process's one ONNX Runtime: its library is loaded and its environment set up.
+pub struct Runtime {
+    library: LibraryInfo,
+    environment: ort::environment::Environment,
+    loading: Mutex<()>,
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime").field("library", &self.library).finish_non_exhaustive()
+    }
+}
+
+static STARTED: Mutex<Option<Arc<Runtime>>> = Mutex::new(None);
+
+impl Runtime {
+    /// Finds (or fetches) and loads ONNX Runtime; a second call in the process returns the same runtime.
+    ///
+    /// # Errors
+    /// [`RuntimeError::LibraryNotFound`], [`RuntimeError::LibraryUnusable`], [`RuntimeError::Offline`],
+    /// [`RuntimeError::WrongHash`], [`RuntimeError::Io`].
+    pub fn start(options: &RuntimeOptions<'_>) -> Result<Arc<Self>> {
+        let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(runtime) = started.as_ref() {
+            return Ok(runtime.clone());
+        }
+        let library = locate(options)?;
+        let unusable = |reason: String| RuntimeError::LibraryUnusable {
+            path: library.path.clone(),
+            reason,
+            remedy: SET_PATH.to_owned(),
+        };
+        // A failure comes back as an error with ONNX Runtime's own text, so its log would only say it twice.
+        let environment = ort::init_from(&library.path)
+            .map_err(|e| unusable(e.to_string()))?
+            .with_name("mudit")
+            .with_telemetry(false)
+            .build()
+            .map_err(|e| unusable(e.to_string()))?;
+        environment.set_log_level(ort::logging::LogLevel::Fatal);
+        let runtime = Arc::new(Self { library, environment, loading: Mutex::new(()) });
+        *started = Some(runtime.clone());
+        Ok(runtime)
+    }
+
+    /// Which library runs.
+    pub fn library(&self) -> &LibraryInfo {
+        &self.library
+    }
+
+    /// The turn to load a model. ONNX Runtime notes the domains of custom ops in a table of the process, and two
+    /// loads at once trip over each other's notes.
+    pub(crate) fn loading(&self) -> MutexGuard<'_, ()> {
+        self.loading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn environment(&self) -> &ort::environment::Environment {
+        &self.environment
+    }
+}
+
+/// Finds or fetches the library without loading it.
+///
+/// # Errors
+/// As [`Runtime::start`].
+pub fn locate(options: &RuntimeOptions<'_>) -> Result<LibraryInfo> {
+    Surroundings {
+        path: env::var_os("ORT_DYLIB_PATH").filter(|p| !p.is_empty()).map(PathBuf::from),
+        cache: cache_directory(),
+        python: Python::of_the_system(),
+    }
+    .locate(options)
+}
+
+/// The directory for everything that is fetched: `$MUDIT_CACHE`, else `$XDG_CACHE_HOME/mudit`, else
+/// `~/.cache/mudit`. `None` when the environment names none.
+pub fn cache_directory() -> Option<PathBuf> {
+    let directory = |variable| env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from);
+    directory("MUDIT_CACHE")
+        .or_else(|| directory("XDG_CACHE_HOME").map(|d| d.join("mudit")))
+        .or_else(|| directory("HOME").map(|d| d.join(".cache/mudit")))
+}
+
+/// Where a library may come from.
+struct Surroundings {
+    /// The path that the user names.
+    path: Option<PathBuf>,
+    cache: Option<PathBuf>,
+    python: Python,
+}
+
+impl Surroundings {
+    fn locate(self, options: &RuntimeOptions<'_>) -> Result<LibraryInfo> {
+        let Self { path, cache, python } = self;
+        if let Some(path) = path {
+            return from_path(path);
+        }
+        let wheel = wheel::for_this_platform();
+        if let (Some(wheel), Some(cache)) = (wheel, &cache) {
+            match wheel.cached(cache) {
+                Ok(Some(path)) => return Ok(info(path, LibrarySource::Cache)),
+                Ok(None) => {}
+                Err(corrupt) if options.offline => return Err(corrupt),
+                Err(corrupt) => (options.progress)(&format!("{corrupt}; fetching it again")),
+            }
+        }
+        if let Some(path) = installed_library(&python) {
+            return Ok(info(path, LibrarySource::Python));
+        }
+        let not_found =
+            |reason: String| RuntimeError::LibraryNotFound { reason, remedy: SET_PATH.to_owned() };
+        let wheel = wheel.ok_or_else(|| {
+            not_found(format!("no wheel is pinned for {} on {}", env::consts::OS, env::consts::ARCH))
+        })?;
+        let cache = cache
+            .ok_or_else(|| not_found("no cache directory: neither MUDIT_CACHE nor HOME is set".into()))?;
+        if options.offline {
+            return Err(RuntimeError::Offline {
+                what: format!("ONNX Runtime {PINNED_VERSION}"),
+                from: "PyPI".to_owned(),
+                remedy: format!("run once without it, or {SET_PATH}"),
+            });
+        }
+        Ok(info(wheel.fetch(&cache, &python, options.progress)?, LibrarySource::Fetched))
+    }
+}
+
+fn from_path(path: PathBuf) -> Result<LibraryInfo> {
+    if path.is_file() {
+        return Ok(info(path, LibrarySource::Path));
+    }
+    let reason =
+        if path.exists() { "ORT_DYLIB_PATH is not a file" } else { "no such file (from ORT_DYLIB_PATH)" };
+    Err(RuntimeError::LibraryUnusable {
+        path,
+        reason: reason.to_owned(),
+        remedy: "let it name a libonnxruntime.so of version 1.31, or unset it".to_owned(),
+    })
+}
+
+fn info(path: PathBuf, source: LibrarySource) -> LibraryInfo {
+    let version = version_of(&path);
+    LibraryInfo { path, source, version }
+}
+
+/// The version in the file's real name, else the minor version that the library itself tells.
+fn version_of(path: &Path) -> String {
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let name = real.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    match name.split_once(".so.") {
+        Some((_, version)) if version.split('.').count() == 3 => version.to_owned(),
+        _ => ort::util::probe(&real).map_or_else(|| "unknown".to_owned(), |minor| format!("1.{minor}")),
+    }
+}
+
+/// The library inside an installed Python package of the supported series.
+fn installed_library(python: &Python) -> Option<PathBuf> {
+    // `find_spec` of a top-level package locates it without importing it.
+    const SCRIPT: &str = "import importlib.util as u; s = u.find_spec('onnxruntime'); \
+        print(s.submodule_search_locations[0] if s and s.submodule_search_locations else '')";
+    let output = python.run(&["-c", SCRIPT]).ok().filter(|o| o.status.success())?;
+    let directory = String::from_utf8(output.stdout).ok()?;
+    let directory = Path::new(directory.trim());
+    let prefix = format!("libonnxruntime.so.{SUPPORTED_SERIES}");
+    let files = std::fs::read_dir(directory.join("capi")).ok()?;
+    files.flatten().map(|f| f.path()).find(|path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) && path.is_file()
+    })
+}
+
+#[cfg(test)]
+mod tests;

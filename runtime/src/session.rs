@@ -1,0 +1,314 @@
+//! Loaded programs: ONNX models that ONNX Runtime accepted and whose signature was checked.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use graph_builder::{DType, OnnxProgram, Shape, TensorSpec};
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::value::{Outlet, TensorElementType, ValueType};
+
+use crate::error::{Result, RuntimeError, nearest};
+use crate::kernels;
+use crate::library::Runtime;
+use crate::provider::{CpuOptions, Provider};
+
+/// How far ONNX Runtime rewrites a graph before running it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Optimization {
+    /// The graph as emitted.
+    None,
+    /// Rewrites that keep the meaning and use standard ops only.
+    Basic,
+    /// Basic, and fusions into ONNX Runtime's own ops.
+    Extended,
+    /// Everything, layout changes included.
+    #[default]
+    All,
+}
+
+/// How a program is loaded and run.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Threads inside one op; 0 leaves it to ONNX Runtime (one per physical core).
+    pub threads: usize,
+    /// Graph rewriting.
+    pub optimization: Optimization,
+    /// Run `mudit` ops by this crate's kernels; otherwise by the function bodies inside the model.
+    pub native_kernels: bool,
+    /// Let idle threads spin before they sleep: faster steps, but a core is busy while it waits.
+    pub spinning: bool,
+    /// Ask for kernels whose result does not vary between runs.
+    pub deterministic: bool,
+    /// Write a profile with this path prefix; see [`Session::finish_profile`].
+    pub profile: Option<PathBuf>,
+    /// Who executes the nodes.
+    pub provider: Provider,
+    /// Write the graph as ONNX Runtime rewrote it.
+    pub optimized_model_path: Option<PathBuf>,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            optimization: Optimization::default(),
+            native_kernels: true,
+            spinning: true,
+            deterministic: true,
+            profile: None,
+            provider: Provider::default(),
+            optimized_model_path: None,
+        }
+    }
+}
+
+/// Where the initializers of a program in memory are.
+#[derive(Clone, Debug, Default)]
+pub enum Weights {
+    /// The program has none outside its own bytes.
+    #[default]
+    Inside,
+    /// The program's weights file lies in this directory.
+    Directory(PathBuf),
+    /// The contents of the program's weights file.
+    Memory(Arc<[u8]>),
+}
+
+/// A program that ONNX Runtime has loaded. Runs go through a [`Binding`](crate::Binding); one at a time.
+pub struct Session {
+    name: String,
+    inputs: Vec<TensorSpec>,
+    outputs: Vec<TensorSpec>,
+    // Dropped before the weights, which it may point into.
+    inner: Mutex<ort::session::Session>,
+    _weights: Option<Arc<[u8]>>,
+    _runtime: Arc<Runtime>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Loads a program from memory and checks the model against the program's signature.
+    ///
+    /// # Errors
+    /// [`RuntimeError::ProviderUnavailable`], [`RuntimeError::Load`] with ONNX Runtime's words,
+    /// [`RuntimeError::Signature`].
+    pub fn load(
+        runtime: &Arc<Runtime>,
+        program: &OnnxProgram,
+        weights: &Weights,
+        options: &SessionOptions,
+    ) -> Result<Arc<Self>> {
+        let failed = |e: ort::Error| load_error(&program.name, &e);
+        let builder = builder(runtime, options, &program.name)?;
+        let mut builder = with_weights(builder, program, weights)?;
+        let turn = runtime.loading();
+        let inner = builder.commit_from_memory(&program.bytes).map_err(failed)?;
+        drop(turn);
+        let session = Self::new(runtime, program.name.clone(), inner, weights)?;
+        session.check("input", &program.inputs, &session.inputs)?;
+        session.check("output", &program.outputs, &session.outputs)?;
+        // Callers address inputs and outputs by the program's order and static shapes.
+        let (inputs, outputs) = (program.inputs.clone(), program.outputs.clone());
+        Ok(Arc::new(Self { inputs, outputs, ..session }))
+    }
+
+    /// Loads a model file; its external data must lie in the file's directory.
+    ///
+    /// `signature` is checked where given: (inputs, outputs).
+    ///
+    /// # Errors
+    /// As [`Session::load`], and [`RuntimeError::Io`] when there is no such file.
+    pub fn load_file(
+        runtime: &Arc<Runtime>,
+        path: impl AsRef<Path>,
+        signature: Option<(&[TensorSpec], &[TensorSpec])>,
+        options: &SessionOptions,
+    ) -> Result<Arc<Self>> {
+        let path = path.as_ref();
+        std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
+        let name = path.display().to_string();
+        let mut builder = builder(runtime, options, &name)?;
+        let turn = runtime.loading();
+        let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
+        drop(turn);
+        let session = Self::new(runtime, name, inner, &Weights::Inside)?;
+        if let Some((inputs, outputs)) = signature {
+            session.check("input", inputs, &session.inputs)?;
+            session.check("output", outputs, &session.outputs)?;
+        }
+        Ok(Arc::new(session))
+    }
+
+    /// The program's name, or the model file's path.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Inputs in order.
+    pub fn inputs(&self) -> &[TensorSpec] {
+        &self.inputs
+    }
+
+    /// Outputs in order.
+    pub fn outputs(&self) -> &[TensorSpec] {
+        &self.outputs
+    }
+
+    /// Stops profiling and returns the file that was written.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Ort`] when the session was loaded without [`SessionOptions::profile`].
+    pub fn finish_profile(&self) -> Result<PathBuf> {
+        self.lock().end_profiling().map(PathBuf::from).map_err(|e| RuntimeError::ort("end profiling", &e))
+    }
+
+    /// The session for one run. Runs take turns: a kernel may keep state.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, ort::session::Session> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn new(
+        runtime: &Arc<Runtime>,
+        name: String,
+        inner: ort::session::Session,
+        weights: &Weights,
+    ) -> Result<Self> {
+        let specs = |side, outlets: &[Outlet]| -> Result<Vec<TensorSpec>> {
+            outlets.iter().map(|o| spec(&name, side, o)).collect()
+        };
+        let (inputs, outputs) = (specs("input", inner.inputs())?, specs("output", inner.outputs())?);
+        let kept = match weights {
+            Weights::Memory(bytes) => Some(bytes.clone()),
+            Weights::Inside | Weights::Directory(_) => None,
+        };
+        let (inner, runtime) = (Mutex::new(inner), runtime.clone());
+        Ok(Self { name, inputs, outputs, inner, _weights: kept, _runtime: runtime })
+    }
+
+    fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {
+        let mismatch = |name: &str, expected: String, got: String| RuntimeError::Signature {
+            program: self.name.clone(),
+            side,
+            name: name.to_owned(),
+            expected,
+            got,
+        };
+        for want in expected {
+            let names = found.iter().map(|s| s.name.as_str());
+            let got =
+                found.iter().find(|s| s.name == want.name).ok_or_else(|| RuntimeError::UnknownName {
+                    kind: side,
+                    place: format!("program `{}`", self.name),
+                    name: want.name.clone(),
+                    nearest: nearest(&want.name, names),
+                })?;
+            if (got.dtype, &got.shape) != (want.dtype, &want.shape) {
+                let text = |s: &TensorSpec| format!("{}{}", s.dtype, s.shape);
+                return Err(mismatch(&want.name, text(want), text(got)));
+            }
+        }
+        match found.iter().find(|s| expected.iter().all(|e| e.name != s.name)) {
+            Some(extra) => Err(mismatch(&extra.name, "absent".to_owned(), "present".to_owned())),
+            None => Ok(()),
+        }
+    }
+}
+
+fn load_error(program: &str, error: &dyn fmt::Display) -> RuntimeError {
+    RuntimeError::Load { program: program.to_owned(), reason: error.to_string() }
+}
+
+fn builder(runtime: &Arc<Runtime>, options: &SessionOptions, program: &str) -> Result<SessionBuilder> {
+    options.provider.check()?;
+    configure(runtime, options).map_err(|e| load_error(program, &e))
+}
+
+/// The builder with every option applied. A function of its own because a builder's error carries the builder,
+/// which cannot leave the thread.
+fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<SessionBuilder> {
+    let level = match options.optimization {
+        Optimization::None => GraphOptimizationLevel::Disable,
+        Optimization::Basic => GraphOptimizationLevel::Level1,
+        Optimization::Extended => GraphOptimizationLevel::Level2,
+        Optimization::All => GraphOptimizationLevel::All,
+    };
+    // A failed load or run comes back as an error with the same text: the log would say it twice.
+    let mut builder = ort::session::Session::builder(runtime.environment())?
+        .with_log_level(ort::logging::LogLevel::Fatal)?
+        .with_optimization_level(level)?
+        .with_intra_op_spinning(options.spinning)?
+        .with_deterministic_compute(options.deterministic)?;
+    if options.threads > 0 {
+        builder = builder.with_intra_threads(options.threads)?;
+    }
+    if let Provider::Cpu(CpuOptions { memory_arena }) = options.provider {
+        builder = builder.with_execution_providers([ort::ep::CPU::default()
+            .with_arena_allocator(memory_arena)
+            .build()
+            .error_on_failure()])?;
+    }
+    if options.native_kernels {
+        builder = builder.with_operators(kernels::domain()?)?;
+    }
+    if let Some(prefix) = &options.profile {
+        builder = builder.with_profiling(prefix)?;
+    }
+    if let Some(path) = &options.optimized_model_path {
+        builder = builder.with_optimized_model_path(path)?;
+    }
+    Ok(builder)
+}
+
+fn with_weights(builder: SessionBuilder, program: &OnnxProgram, weights: &Weights) -> Result<SessionBuilder> {
+    const FOLDER: &str = "session.model_external_initializers_file_folder_path";
+    let failed = |reason: String| RuntimeError::Load { program: program.name.clone(), reason };
+    let builder = match (&program.weights_file, weights) {
+        (None, _) => Ok(builder),
+        (Some(file), Weights::Inside) => {
+            return Err(failed(format!("its weights are in `{file}`, and no weights were given")));
+        }
+        (Some(file), Weights::Directory(directory)) => {
+            let path = directory.join(file);
+            std::fs::metadata(&path).map_err(|e| RuntimeError::io("read", &path, e))?;
+            builder.with_config_entry(FOLDER, directory.to_string_lossy())
+        }
+        (Some(file), Weights::Memory(bytes)) => {
+            builder.with_external_initializer_file_in_memory(file, bytes.clone())
+        }
+    };
+    builder.map_err(|e| failed(e.to_string()))
+}
+
+/// An input or output as the model declares it.
+fn spec(program: &str, side: &'static str, outlet: &Outlet) -> Result<TensorSpec> {
+    let unsupported = |got: String| RuntimeError::Signature {
+        program: program.to_owned(),
+        side,
+        name: outlet.name().to_owned(),
+        expected: "a tensor of f32, f16, bf16, i64 or bool with a static shape".to_owned(),
+        got,
+    };
+    let ValueType::Tensor { ty, shape, .. } = outlet.dtype() else {
+        return Err(unsupported(outlet.dtype().to_string()));
+    };
+    let dtype = match ty {
+        TensorElementType::Float32 => DType::F32,
+        TensorElementType::Float16 => DType::F16,
+        TensorElementType::Bfloat16 => DType::Bf16,
+        TensorElementType::Int64 => DType::I64,
+        TensorElementType::Bool => DType::Bool,
+        other => return Err(unsupported(other.to_string())),
+    };
+    let dims: Option<Vec<usize>> = shape.iter().map(|&d| usize::try_from(d).ok()).collect();
+    let dims = dims.ok_or_else(|| unsupported(format!("a tensor of shape {shape:?}")))?;
+    Ok(TensorSpec { name: outlet.name().to_owned(), dtype, shape: Shape(dims) })
+}
+
+#[cfg(test)]
+mod tests;

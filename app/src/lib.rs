@@ -1,1 +1,89 @@
-//! Room under construction.
+//! The binary `mudit` as a library: arguments, dispatch, exit codes.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`commands`] | one module a command: resolve, call, report |
+//! | [`sampler`] | a `step` program, a solver and seeds → images |
+//! | [`render`] | pictures, plots, arrays, progress |
+//! | [`console`] | standard output and error, the only place that prints |
+//!
+//! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
+//! 2 bad usage.
+
+pub mod commands;
+pub mod console;
+pub mod render;
+pub mod sampler;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+use models::ModelError;
+use train_engine::TrainError;
+
+use crate::commands::Command;
+
+/// A static-graph compiler, trainer and sampler for diffusion transformers.
+#[derive(Debug, Parser)]
+#[command(name = "mudit", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Wrong usage that the parser cannot see: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Exit code of wrong usage.
+const BAD_USAGE: u8 = 2;
+
+/// Runs the process's own arguments.
+pub fn run_from_env() -> ExitCode {
+    run(std::env::args_os())
+}
+
+/// Runs one command line, the program's name first.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { BAD_USAGE } else { 0 };
+            // Nobody is left to tell when help cannot be printed.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match cli.command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            console::error(&error);
+            ExitCode::from(if is_usage(&error) { BAD_USAGE } else { 1 })
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Whether what was asked is wrong, rather than what was found.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let model = cause.downcast_ref::<ModelError>().is_some_and(|e| !matches!(e, ModelError::Graph(_)));
+        let train = cause.downcast_ref::<TrainError>().is_some_and(|e| {
+            matches!(
+                e,
+                TrainError::UnknownKey { .. }
+                    | TrainError::ConfigSyntax { .. }
+                    | TrainError::Override { .. }
+                    | TrainError::BadValue { .. }
+            )
+        });
+        cause.is::<Usage>() || model || train
+    })
+}

@@ -93,6 +93,20 @@ impl Builder {
         self.push(Constant { ty: Type::new(dtype, shape), data: data.into() }.into(), &[])
     }
 
+    /// Names and values of all trainable parameters in order of declaration.
+    pub fn trainable(&self) -> Vec<(String, Value<'_>)> {
+        let found: Vec<(String, ValueId)> = self.with_graph(|g| {
+            let leaves = g.nodes.iter().enumerate().filter_map(|(i, n)| match &n.op {
+                Op::Parameter(p) if g.parameters[p.index].trainable => {
+                    Some((p.name.clone(), ValueId(i as u32)))
+                }
+                _ => None,
+            });
+            leaves.collect()
+        });
+        found.into_iter().map(|(name, id)| (name, self.value(id))).collect()
+    }
+
     /// Names `value` as a graph output.
     pub fn output(&self, name: &str, value: Value<'_>) {
         let mut state = self.state.borrow_mut();
@@ -435,19 +449,34 @@ impl<'g> Value<'g> {
         self.unary(LayerNorm { epsilon })
     }
 
+    /// Derivative of [`Value::gelu`] at `self`, times the cotangent `ct`. It has no derivative of its own.
     #[track_caller]
-    pub(crate) fn gelu_grad(self, ct: Self) -> Self {
+    pub fn gelu_grad(self, ct: Self) -> Self {
         self.binary(fused::GeluGrad, ct)
     }
 
+    /// The operand's cotangent of a softmax whose answer is `self`. It has no derivative of its own.
     #[track_caller]
-    pub(crate) fn softmax_grad(self, ct: Self) -> Self {
+    pub fn softmax_grad(self, ct: Self) -> Self {
         self.binary(fused::SoftmaxGrad, ct)
     }
 
+    /// The operand's cotangent of [`Value::layer_norm`] at `self`. It has no derivative of its own.
     #[track_caller]
-    pub(crate) fn layer_norm_grad(self, ct: Self, epsilon: f64) -> Self {
+    pub fn layer_norm_grad(self, ct: Self, epsilon: f64) -> Self {
         self.binary(fused::LayerNormGrad { epsilon }, ct)
+    }
+
+    /// `LN(self) · (1 + scale) + shift` as one op; the passes find it in the long form too.
+    #[track_caller]
+    pub fn layer_norm_modulate(self, shift: Self, scale: Self, epsilon: f64) -> Self {
+        self.builder.push(fused::LayerNormModulate { epsilon }.into(), &[self, shift, scale])
+    }
+
+    /// `self + gate · y` as one op; the passes find it in the long form too.
+    #[track_caller]
+    pub fn gate_residual(self, gate: Self, y: Self) -> Self {
+        self.builder.push(fused::GateResidual.into(), &[self, gate, y])
     }
 }
 

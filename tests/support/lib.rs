@@ -1,1 +1,17 @@
-//! What the proofs share.
+//! What the proofs share: repeatable values, numerical derivatives, tolerances, and programs run under a time limit.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    reason = "a proof fails by panicking"
+)]
+
+pub mod difference;
+pub mod draws;
+pub mod execution;
+pub mod tolerance;
+
+pub use graph_builder::eval::Array;
+
+/// Values by input, parameter or output name.
+pub type Feeds = std::collections::BTreeMap<String, Array>;

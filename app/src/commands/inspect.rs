@@ -1,0 +1,158 @@
+//! `mudit inspect`: a model's parameters and work, counted from its graphs; signatures of programs and engines.
+
+use std::path::Path;
+
+use clap::Args;
+use graph_builder::{Graph, TensorSpec};
+use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::{Engine, engine};
+use serde_json::json;
+
+use super::guided_channels;
+use crate::console;
+
+/// Arguments of `mudit inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, or an engine directory.
+    model: String,
+    /// Print the signature of this program instead of the counts.
+    #[arg(long)]
+    program: Option<ProgramKind>,
+    /// Samples of the program.
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Channels that guidance changes: a number, `all` or `off`.
+    #[arg(long, default_value = "3", value_parser = guided_channels, alias = "guided-channels")]
+    cfg_channels: Guidance,
+    /// Print the program's graph instead: the text form after all passes.
+    #[arg(long, requires = "program")]
+    graph: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl InspectArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        if Path::new(&self.model).join(engine::MANIFEST).is_file() {
+            return self.engine();
+        }
+        let model = DitConfig::resolve(&self.model)?;
+        match self.program {
+            Some(kind) => self.signature(&model, kind),
+            None => self.counts(&model),
+        }
+    }
+
+    fn engine(&self) -> anyhow::Result<()> {
+        let engine = Engine::open(&self.model)?;
+        let manifest = engine.manifest();
+        if self.json {
+            return console::json(manifest);
+        }
+        for p in &manifest.programs {
+            console::out(&format!("{}  batch {}  {}  {} bytes", p.name, p.batch, p.file, p.bytes))?;
+            specs("in ", &p.inputs)?;
+            specs("out", &p.outputs)?;
+        }
+        if let Some(w) = &manifest.weights {
+            console::out(&format!("weights  {}  {} bytes  sha256 {}", w.file, w.bytes, w.sha256))?;
+        }
+        Ok(())
+    }
+
+    fn signature(&self, model: &DitConfig, kind: ProgramKind) -> anyhow::Result<()> {
+        let graph = program(model, kind, self.batch, self.cfg_channels)?;
+        if self.graph {
+            return console::out(graph.optimised()?.text().trim_end());
+        }
+        let inputs: Vec<TensorSpec> =
+            graph.inputs().map(|(name, ty)| spec(name, ty.dtype, &ty.shape)).collect();
+        let outputs: Vec<TensorSpec> = graph
+            .outputs()
+            .iter()
+            .map(|(name, id)| spec(name, graph.node(*id).ty.dtype, &graph.node(*id).ty.shape))
+            .collect();
+        let parameters = graph.parameters().len();
+        let how = if kind.feeds_parameters() { "inputs of their own names" } else { "initializers" };
+        if self.json {
+            return console::json(&json!({
+                "program": kind.name(), "batch": self.batch, "inputs": inputs, "outputs": outputs,
+                "parameters": parameters, "parameters_are": how,
+            }));
+        }
+        console::out(&format!("{kind}, batch {}; {parameters} parameters as {how}", self.batch))?;
+        specs("in ", &inputs)?;
+        specs("out", &outputs)
+    }
+
+    fn counts(&self, model: &DitConfig) -> anyhow::Result<()> {
+        let forward = program(model, ProgramKind::Denoise, 1, Guidance::Off)?.optimised()?;
+        let train = program(model, ProgramKind::TrainStep, 1, Guidance::Off)?.optimised()?;
+        let (parameters, trainable) = forward.parameter_counts();
+        let gmacs = forward.cost().macs as f64 / 1e9;
+        let train_gflops = 2.0 * train.cost().macs as f64 / 1e9;
+        if self.json {
+            return console::json(&json!({
+                "model": self.model, "config": model, "parameters": parameters,
+                "trainable_parameters": trainable, "forward_gmacs": gmacs, "train_gflops": train_gflops,
+            }));
+        }
+        console::out(&format!("{}  {}", self.model, model.to_json().replace('\n', "").replace("  ", " ")))?;
+        console::out(&format!(
+            "parameters {:.2} M ({:.2} M trainable), forward {gmacs:.2} GMAC, training {train_gflops:.2} GFLOP an image",
+            parameters as f64 / 1e6,
+            trainable as f64 / 1e6,
+        ))?;
+        layers(&forward, &train)
+    }
+}
+
+fn spec(name: &str, dtype: graph_builder::DType, shape: &graph_builder::Shape) -> TensorSpec {
+    TensorSpec { name: name.to_owned(), dtype, shape: shape.clone() }
+}
+
+fn specs(side: &str, specs: &[TensorSpec]) -> anyhow::Result<()> {
+    for s in specs {
+        console::out(&format!("  {side} {}: {}{}", s.name, s.dtype, s.shape))?;
+    }
+    Ok(())
+}
+
+/// The layer of a scope: blocks together, everything else by its first name.
+fn layer(scope: &str) -> String {
+    let mut names = scope.split('.');
+    match (names.next(), names.next(), names.next()) {
+        (Some("blocks"), Some(_), Some(part)) => format!("blocks.*.{part}"),
+        (Some("blocks"), Some(_), None) => "blocks.*".into(),
+        (Some("") | None, ..) => "(top)".into(),
+        (Some(name), ..) => name.into(),
+    }
+}
+
+fn layers(forward: &Graph, train: &Graph) -> anyhow::Result<()> {
+    let (forward_cost, train_cost) = (forward.cost_by(layer), train.cost_by(layer));
+    console::out(&format!(
+        "{:28} {:>14} {:>14} {:>16} {:>14}",
+        "layer", "parameters", "forward MMAC", "training MFLOP", "forward MB"
+    ))?;
+    for (name, cost) in &forward_cost {
+        let owned =
+            forward.parameters().iter().filter(|p| layer(&p.name) == *name || owner(&p.name) == *name);
+        let parameters: usize = owned.map(graph_builder::Parameter::numel).sum();
+        let training = train_cost.get(name).copied().unwrap_or_default();
+        console::out(&format!(
+            "{name:28} {parameters:>14} {:>14.3} {:>16.3} {:>14.3}",
+            cost.macs as f64 / 1e6,
+            training.flops as f64 / 1e6,
+            cost.bytes as f64 / 1e6
+        ))?;
+    }
+    Ok(())
+}
+
+/// The layer that a parameter at the top belongs to.
+fn owner(parameter: &str) -> String {
+    if parameter.contains('.') { String::new() } else { "(top)".into() }
+}

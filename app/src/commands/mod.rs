@@ -1,0 +1,97 @@
+//! The commands. Each is *resolve, call, report*; what is computed lives in the libraries.
+
+mod build_engine;
+mod data;
+mod doctor;
+mod inspect;
+mod observer;
+mod quickstart;
+mod replay;
+mod sample;
+mod train;
+mod weights;
+
+use std::sync::Arc;
+
+use clap::{Args, Subcommand};
+use models::Guidance;
+use runtime::{Runtime, RuntimeOptions};
+
+use crate::console;
+
+/// What `mudit` can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a small class-conditional model on Fashion-MNIST and show its pictures.
+    Quickstart(quickstart::QuickstartArgs),
+    /// Tell what this machine has and what is missing.
+    Doctor(doctor::DoctorArgs),
+    /// Count a model's parameters and work, or print the signature of a program or an engine.
+    Inspect(inspect::InspectArgs),
+    /// Compile programs of a model into an engine directory.
+    BuildEngine(build_engine::BuildEngineArgs),
+    /// Train a model from a configuration file; the same command goes on where it stopped.
+    Train(train::TrainArgs),
+    /// Run AdamW steps on given batches, to compare with another trainer.
+    Replay(replay::ReplayArgs),
+    /// Make images from a checkpoint.
+    Sample(sample::SampleArgs),
+    /// Fetch, check and look at data sets.
+    Data(data::DataArgs),
+}
+
+impl Command {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// Whatever the command says; [`crate::Usage`] for wrong usage.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Quickstart(args) => args.run(),
+            Self::Doctor(args) => args.run(),
+            Self::Inspect(args) => args.run(),
+            Self::BuildEngine(args) => args.run(),
+            Self::Train(args) => args.run(),
+            Self::Replay(args) => args.run(),
+            Self::Sample(args) => args.run(),
+            Self::Data(args) => args.run(),
+        }
+    }
+
+    /// Names of all commands, for the proof that each is run.
+    pub fn names() -> Vec<String> {
+        let command = Self::augment_subcommands(clap::Command::new("mudit"));
+        command.get_subcommands().map(|c| c.get_name().to_owned()).collect()
+    }
+}
+
+/// Options of every command that runs programs or reads data.
+#[derive(Clone, Copy, Debug, Args)]
+struct Machine {
+    /// Threads inside one op; 0 is one a core.
+    #[arg(long, default_value_t = 0, env = "MUDIT_THREADS")]
+    threads: usize,
+    /// Fetch nothing; fail where something is missing.
+    #[arg(long)]
+    offline: bool,
+}
+
+impl Machine {
+    /// Finds (or fetches) and loads ONNX Runtime.
+    fn runtime(self) -> anyhow::Result<Arc<Runtime>> {
+        let options = RuntimeOptions { offline: self.offline, progress: &console::note };
+        Ok(Runtime::start(&options)?)
+    }
+}
+
+/// Reads `--cfg-channels`.
+fn guided_channels(text: &str) -> Result<Guidance, String> {
+    match text {
+        "all" => Ok(Guidance::All),
+        "off" => Ok(Guidance::Off),
+        n => match n.parse() {
+            Ok(n) if n > 0 => Ok(Guidance::First(n)),
+            _ => Err("expected a number of channels from 1, `all` or `off`".into()),
+        },
+    }
+}

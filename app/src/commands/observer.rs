@@ -1,0 +1,159 @@
+//! What a user sees of a training run: the progress bar, warnings, sample grids.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use models::{DitConfig, Guidance, Objective, Solver, SolverKind};
+use runtime::{Runtime, SharedArena};
+use train_engine::TrainError;
+use train_engine::config::SampleSection;
+use train_engine::trainer::{Observer, RunInfo, StepReport};
+
+use crate::console;
+use crate::render::grid::{Caption, Column, grid, save_png};
+use crate::render::progress::{Job, Pace, Progress};
+use crate::sampler::{NoiseSource, Sampler, Settings};
+
+/// Images of one run of the sampling program.
+pub(super) const SAMPLE_BATCH: usize = 50;
+
+/// Shows a run on standard error and draws its sample grids.
+pub(super) struct Console {
+    pub(super) runtime: Arc<Runtime>,
+    pub(super) run_dir: PathBuf,
+    pub(super) sample: SampleSection,
+    pub(super) seed: u64,
+    pub(super) threads: usize,
+    pub(super) progress: Option<Progress>,
+    pub(super) info: Option<RunInfo>,
+    /// Compiled on the first grid.
+    pub(super) sampler: Option<Sampler>,
+}
+
+impl Console {
+    pub(super) fn new(
+        runtime: &Arc<Runtime>,
+        run_dir: &Path,
+        config: &train_engine::config::TrainConfig,
+    ) -> Self {
+        Self {
+            runtime: Arc::clone(runtime),
+            run_dir: run_dir.to_path_buf(),
+            sample: config.sample.clone(),
+            seed: config.train.seed,
+            threads: config.train.threads,
+            progress: None,
+            info: None,
+            sampler: None,
+        }
+    }
+
+    /// Ends the bar.
+    pub(super) fn finish(&mut self) -> Option<Pace> {
+        self.progress.take().map(Progress::finish)
+    }
+
+    fn say(&mut self, line: &str) {
+        match &mut self.progress {
+            Some(progress) => progress.say(line),
+            None => console::note(line),
+        }
+    }
+}
+
+/// The solver that a run's pictures are made with.
+pub(super) fn solver(section: &SampleSection, objective: Objective) -> Solver {
+    let kind = section.sampler.unwrap_or(match objective {
+        Objective::Ddpm => SolverKind::Ddim,
+        Objective::Flow => SolverKind::Euler,
+    });
+    Solver::new(kind, section.steps)
+}
+
+/// Guidance that the model can give.
+pub(super) fn guidance(wanted: f64, model: &DitConfig) -> f64 {
+    if model.null_class().is_some() { wanted } else { 1.0 }
+}
+
+/// Draws `per_class` images of each class, one class a column.
+pub(super) fn draw_grid(
+    sampler: &mut Sampler,
+    model: &DitConfig,
+    per_class: usize,
+    seed: u64,
+    title: String,
+    path: &Path,
+) -> anyhow::Result<()> {
+    let names: Vec<String> = match &model.class_names {
+        Some(names) => names.clone(),
+        None => (0..model.num_classes).map(|i| i.to_string()).collect(),
+    };
+    let shown = model.num_classes.min(MOST_COLUMNS);
+    let labels: Vec<i64> = (0..per_class * shown).map(|i| (i % shown) as i64).collect();
+    let images = sampler.run(&labels, NoiseSource::Seeded { seed, first: 0 }, None, &mut |_| {})?;
+    let shape = [labels.len(), model.in_channels, model.input_size, model.input_size];
+    let columns = Column::row_major(&names[..shown], labels.len());
+    let picture = grid(&images, shape, &columns, &Caption { title: Some(title), note: None })?;
+    save_png(&picture, path)
+}
+
+/// Columns of a grid of a model with many classes.
+const MOST_COLUMNS: usize = 16;
+
+impl Observer for Console {
+    fn started(&mut self, info: &RunInfo) {
+        if info.resumed_at > 0 {
+            console::note(&format!("going on after step {} of {}", info.resumed_at, info.total_steps));
+        }
+        console::note(&format!(
+            "{:.2} M trainable parameters, {:.2} GFLOP a step of {} images, compiled in {:.1} s",
+            info.trainable_parameters as f64 / 1e6,
+            info.flops_per_step / 1e9,
+            info.batch_size,
+            info.compile_seconds
+        ));
+        self.progress = Some(Progress::new(Job {
+            name: "train".into(),
+            first_step: info.resumed_at,
+            total_steps: info.total_steps,
+            images_per_step: info.batch_size as f64,
+            flops_per_step: info.flops_per_step,
+        }));
+        self.info = Some(info.clone());
+    }
+
+    fn stepped(&mut self, report: &StepReport) {
+        if let Some(progress) = &mut self.progress {
+            progress.update(report.step, Some(report.loss.loss));
+        }
+    }
+
+    fn saved(&mut self, _: &Path) {}
+
+    fn sample(&mut self, step: u64, model: &DitConfig, ema: &SharedArena) -> train_engine::Result<()> {
+        let path = self.run_dir.join("samples").join(format!("step-{step:08}.png"));
+        let drawn = (|| -> anyhow::Result<()> {
+            let sampler = match &mut self.sampler {
+                Some(sampler) => sampler,
+                none => none.insert(Sampler::new(
+                    &self.runtime,
+                    model,
+                    ema,
+                    &Settings {
+                        solver: solver(&self.sample, model.objective),
+                        guidance: guidance(self.sample.guidance, model),
+                        guided: Guidance::All,
+                        batch: SAMPLE_BATCH.min(self.sample.per_class * model.num_classes),
+                        threads: self.threads,
+                    },
+                )?),
+            };
+            draw_grid(sampler, model, self.sample.per_class, self.seed, format!("step {step}"), &path)
+        })();
+        drawn.map_err(|e| TrainError::Internal(format!("drawing `{}`: {e:#}", path.display())))
+    }
+
+    fn warn(&mut self, message: &str) {
+        self.say(&format!("warning: {message}"));
+    }
+}

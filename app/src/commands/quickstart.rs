@@ -1,0 +1,177 @@
+//! `mudit quickstart`: one command from nothing to pictures.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::Args;
+use models::Guidance;
+use runtime::Runtime;
+use serde_json::json;
+use train_engine::config::TrainConfig;
+use train_engine::data::{self, BatchPlan, Dataset, Loader};
+use train_engine::signals::StopSignal;
+use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE, Trainer};
+
+use super::Machine;
+use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance, solver};
+use super::train::draw_loss;
+use super::weights::{self, Which};
+use crate::Usage;
+use crate::console;
+use crate::render::progress::duration;
+use crate::sampler::{Sampler, Settings};
+
+/// Arguments of `mudit quickstart`.
+#[derive(Debug, Args)]
+pub struct QuickstartArgs {
+    /// Minutes of training.
+    #[arg(long, default_value_t = 4.0)]
+    minutes: f64,
+    /// The run's directory.
+    #[arg(long, default_value = "runs/quickstart")]
+    out: PathBuf,
+    /// Overrides of the settings, such as `train.seed=1`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// The settings without the number of steps.
+const SETTINGS: &str = include_str!("quickstart.toml");
+/// Steps before the clock starts.
+const WARM_UP: u64 = 3;
+/// Seconds that the speed is measured for, at most, and as a part of the whole training.
+const MEASURE: (f64, f64) = (5.0, 0.02);
+
+impl QuickstartArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        if !(self.minutes > 0.0 && self.minutes.is_finite()) {
+            return Err(Usage(format!("--minutes must be above 0, not {}", self.minutes)).into());
+        }
+        let saved = self.out.join(RUN_CONFIG_FILE);
+        let resumed = saved.is_file();
+        let mut config = if resumed {
+            TrainConfig::load(&saved, &self.overrides)?
+        } else {
+            TrainConfig::parse(SETTINGS, "the quickstart's settings", &self.overrides)?
+        };
+        if config.train.threads == 0 {
+            config.train.threads = self.machine.threads;
+        }
+        let runtime = self.machine.runtime()?;
+        let dataset = data::open(&config.data, self.machine.offline, &console::note)?;
+        let chosen = self.overrides.iter().any(|o| o.starts_with("train.steps"));
+        if !resumed && !chosen {
+            console::note("measuring this machine's speed");
+            config.train.steps = self.fitting_steps(&runtime, &config, &dataset)?;
+        }
+        let stop = StopSignal::install()?;
+        let mut shown = Console::new(&runtime, &self.out, &config);
+        let result = trainer::run(&runtime, &config, &self.out, dataset, &stop, &mut shown);
+        let pace = shown.finish();
+        let outcome = result?;
+        let pictures = self.out.join("samples.png");
+        let run = self.out.display();
+        if let Outcome::Interrupted(step) = outcome {
+            return console::out(&format!(
+                "stopped and saved after step {step} of {}; run the same command again to go on",
+                config.train.steps
+            ));
+        }
+        if outcome == Outcome::Finished || !pictures.is_file() {
+            draw_loss(&self.out)?;
+            self.draw(&runtime, &config, &pictures)?;
+        }
+        if self.json {
+            return console::json(&json!({
+                "run": self.out, "steps": config.train.steps, "pictures": pictures,
+                "already_finished": outcome == Outcome::AlreadyFinished,
+                "seconds": pace.map(|p| p.seconds), "images_per_s": pace.map(|p| p.images_per_s),
+                "gflops_per_s": pace.map(|p| p.gflops_per_s),
+            }));
+        }
+        match pace {
+            Some(pace) => console::out(&format!(
+                "trained {} steps in {} ({:.0} images/s, {:.0} GFLOP/s)",
+                pace.steps,
+                duration(pace.seconds),
+                pace.images_per_s,
+                pace.gflops_per_s
+            ))?,
+            None => console::out(&format!("{run} is finished: it has its {} steps", config.train.steps))?,
+        }
+        for (file, what) in [
+            ("samples.png", "pictures, one class a column"),
+            ("loss.svg", "the loss"),
+            ("metrics.jsonl", "every logged step"),
+            ("checkpoints/latest/", "the model, its average, the optimizer"),
+            (RUN_CONFIG_FILE, "all settings"),
+        ] {
+            console::out(&format!("  {:40} {what}", self.out.join(file).display()))?;
+        }
+        console::out("next:")?;
+        console::out(&format!("  mudit sample --checkpoint {run} --classes 5,8,9 --cfg 3 --out more.png"))?;
+        console::out(&format!("  mudit train --out {run} --set train.steps={}", 2 * config.train.steps))?;
+        console::out("  mudit quickstart --minutes 15 --out runs/longer")?;
+        console::out("(`cargo run --release --` in place of `mudit` runs it from this folder)")
+    }
+
+    /// How many steps fit into the minutes: a short run on throw-away parameters.
+    fn fitting_steps(
+        &self,
+        runtime: &Arc<Runtime>,
+        config: &TrainConfig,
+        dataset: &Arc<dyn Dataset>,
+    ) -> anyhow::Result<u64> {
+        let wanted = self.minutes * 60.0;
+        let limit = MEASURE.0.min(MEASURE.1 * wanted).max(0.5);
+        let model = config.model_config(dataset.as_ref())?;
+        let mut trainer = Trainer::new(runtime, config, &model)?;
+        let plan = BatchPlan::new(config.train.seed, dataset.len(), config.train.batch_size)?;
+        let (flip, data) = (config.data.flip, &config.data);
+        let loader =
+            Loader::start(Arc::clone(dataset), plan, flip, 0..u64::MAX / 2, data.prefetch, data.workers)?;
+        let mut start = Instant::now();
+        let mut timed = 0;
+        for batch in loader {
+            let batch = batch?;
+            trainer.step(&batch)?;
+            if batch.step + 1 == WARM_UP {
+                start = Instant::now();
+            } else if batch.step >= WARM_UP {
+                timed += 1;
+                if start.elapsed().as_secs_f64() >= limit {
+                    break;
+                }
+            }
+        }
+        let per_second = timed as f64 / start.elapsed().as_secs_f64();
+        Ok(((wanted - start.elapsed().as_secs_f64()).max(1.0) * per_second).ceil() as u64)
+    }
+
+    fn draw(
+        &self,
+        runtime: &Arc<Runtime>,
+        config: &TrainConfig,
+        path: &std::path::Path,
+    ) -> anyhow::Result<()> {
+        let loaded = weights::open(&self.out, Which::Ema)?;
+        let model = &loaded.model;
+        let section = &config.sample;
+        let settings = Settings {
+            solver: solver(section, model.objective),
+            guidance: guidance(section.guidance, model),
+            guided: Guidance::All,
+            batch: SAMPLE_BATCH,
+            threads: config.train.threads,
+        };
+        let mut sampler = Sampler::new(runtime, model, &loaded.parameters, &settings)?;
+        let title = format!("Fashion-MNIST, {} training steps", config.train.steps);
+        draw_grid(&mut sampler, model, section.per_class, config.train.seed, title, path)
+    }
+}

@@ -1,0 +1,178 @@
+//! `mudit replay`: AdamW steps on given batches, for parity with any trainer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use indexmap::IndexMap;
+use models::DitConfig;
+use runtime::update::{AdamW, UpdateState, UpdateStep};
+use runtime::{Arena, HostTensor, SessionOptions, read_safetensors_file};
+use serde_json::json;
+use train_engine::mup::MupTable;
+use train_engine::step::{CompiledStep, StepInputs, read_lock, write_lock};
+
+use super::{Machine, weights};
+use crate::console;
+
+/// Arguments of `mudit replay`.
+#[derive(Debug, Args)]
+pub struct ReplayArgs {
+    /// A preset, a config.json, or a checkpoint directory.
+    #[arg(long)]
+    model: String,
+    /// Parameters at the start (safetensors).
+    #[arg(long)]
+    weights: PathBuf,
+    /// Batches (safetensors): `step<k>.x0`, `.noise` (N,C,H,W), `.t` (N), `.y` (N) for each step k.
+    #[arg(long)]
+    batches: PathBuf,
+    /// Learning rate, at the base width under muP.
+    #[arg(long, default_value_t = 1e-4)]
+    lr: f64,
+    /// Decay of the first moment.
+    #[arg(long, default_value_t = 0.9)]
+    beta1: f64,
+    /// Decay of the second moment.
+    #[arg(long, default_value_t = 0.999)]
+    beta2: f64,
+    /// Added to the root of the second moment.
+    #[arg(long, default_value_t = 1e-8)]
+    eps: f64,
+    /// Decoupled weight decay.
+    #[arg(long, default_value_t = 0.0)]
+    weight_decay: f64,
+    /// Largest norm of all gradients together; 0 is no limit.
+    #[arg(long, default_value_t = 0.0)]
+    clip: f64,
+    /// Decay of the moving average.
+    #[arg(long, default_value_t = 0.9999)]
+    ema_decay: f64,
+    /// Write the parameters after the last step here.
+    #[arg(long)]
+    out: PathBuf,
+    /// Write the moving average after the last step here.
+    #[arg(long)]
+    ema_out: Option<PathBuf>,
+    /// Write the gradients of the last step here.
+    #[arg(long)]
+    grads_out: Option<PathBuf>,
+    /// Run `mudit` ops by their function bodies instead of the native kernels.
+    #[arg(long)]
+    no_native_kernels: bool,
+    /// Print losses and gradient norms as JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// One batch of the file.
+struct GivenBatch {
+    x0: Vec<f32>,
+    noise: Vec<f32>,
+    t: Vec<f32>,
+    y: Vec<i64>,
+}
+
+impl ReplayArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let model = DitConfig::resolve(&self.model)?;
+        let start = weights::read(&model, &self.weights)?;
+        let batches = self.batches(&model)?;
+        let n = batches[0].1.y.len();
+        let runtime = self.machine.runtime()?;
+        let options = SessionOptions {
+            threads: self.machine.threads,
+            native_kernels: !self.no_native_kernels,
+            ..SessionOptions::default()
+        };
+        let mut step = CompiledStep::compile(&runtime, &model, n, &options)?;
+        write_lock(&step.parameters)?.copy_from(&start)?;
+        let mup = MupTable::new(step.graph(), &model);
+        let layout = read_lock(&step.gradients)?.layout().clone();
+        let betas = (self.beta1, self.beta2, self.eps);
+        let optimizer = AdamW::new(start.layout(), &layout, betas, self.machine.threads)?;
+        let (lr, weight_decay) = mup.rates(&layout, self.lr, self.weight_decay);
+        let (mut first, mut second) = (Arena::zeros(layout.clone())?, Arena::zeros(layout)?);
+        let mut ema = start.duplicate()?;
+        let mut rows = Vec::new();
+        for (k, (name, batch)) in batches.iter().enumerate() {
+            let inputs = StepInputs { x0: &batch.x0, noise: &batch.noise, t: &batch.t, y: &batch.y };
+            let loss = step.run(&inputs).with_context(|| format!("step `{name}`"))?;
+            let report = optimizer.step(
+                UpdateState {
+                    parameters: &mut *write_lock(&step.parameters)?,
+                    gradients: &*read_lock(&step.gradients)?,
+                    first_moments: &mut first,
+                    second_moments: &mut second,
+                    ema: Some((&mut ema, self.ema_decay)),
+                },
+                &UpdateStep {
+                    step: k as u64 + 1,
+                    lr: &lr,
+                    weight_decay: &weight_decay,
+                    clip: (self.clip > 0.0).then_some(self.clip),
+                },
+            )?;
+            ensure!(report.finite, "step `{name}`: a gradient is not finite; nothing was written");
+            rows.push(json!({
+                "step": name, "loss": loss.loss, "mse": loss.mse, "vb": loss.vb, "grad_norm": report.grad_norm,
+            }));
+            if !self.json {
+                console::out(&format!("{name}  loss {:.7}  grad norm {:.6}", loss.loss, report.grad_norm))?;
+            }
+        }
+        let meta = BTreeMap::new();
+        read_lock(&step.parameters)?.write_safetensors(&self.out, &meta)?;
+        if let Some(path) = &self.ema_out {
+            ema.write_safetensors(path, &meta)?;
+        }
+        if let Some(path) = &self.grads_out {
+            read_lock(&step.gradients)?.write_safetensors(path, &meta)?;
+        }
+        if self.json { console::json(&json!({ "steps": rows, "out": self.out })) } else { Ok(()) }
+    }
+
+    fn batches(&self, model: &DitConfig) -> anyhow::Result<Vec<(String, GivenBatch)>> {
+        let tensors = read_safetensors_file(&self.batches)?;
+        let steps: BTreeSet<u64> = tensors
+            .keys()
+            .filter_map(|name| name.strip_prefix("step")?.split_once('.')?.0.parse().ok())
+            .collect();
+        let file = self.batches.display();
+        ensure!(!steps.is_empty(), "`{file}` holds no batch: expected tensors such as `step0.x0`");
+        let batch = |k: &u64| Ok((format!("step{k}"), given(&tensors, *k, model)?));
+        let all: Vec<(String, GivenBatch)> =
+            steps.iter().map(batch).collect::<anyhow::Result<_>>().with_context(|| format!("`{file}`"))?;
+        let n = all[0].1.y.len();
+        if let Some((name, other)) = all.iter().find(|(_, b)| b.y.len() != n) {
+            anyhow::bail!("`{file}`: {name} has {} samples, the first step {n}", other.y.len());
+        }
+        Ok(all)
+    }
+}
+
+fn given(tensors: &IndexMap<String, HostTensor>, k: u64, model: &DitConfig) -> anyhow::Result<GivenBatch> {
+    let find = |what: &str| {
+        let name = format!("step{k}.{what}");
+        tensors.get(&name).with_context(|| format!("tensor `{name}` is missing"))
+    };
+    let (x0, noise, t, y) = (find("x0")?, find("noise")?, find("t")?, find("y")?);
+    let n = y.shape().numel();
+    let image = [n, model.in_channels, model.input_size, model.input_size];
+    for (what, tensor, expected) in
+        [("x0", x0, &image[..]), ("noise", noise, &image[..]), ("t", t, &[n][..]), ("y", y, &[n][..])]
+    {
+        let got = tensor.shape();
+        ensure!(got.dims() == expected, "tensor `step{k}.{what}`: expected shape {expected:?}, got {got}");
+    }
+    let y = y.to_i64().with_context(|| format!("tensor `step{k}.y` must hold integers"))?;
+    let rows = model.label_rows() as i64;
+    ensure!(
+        y.iter().all(|y| (0..rows).contains(y)),
+        "tensor `step{k}.y` holds a label outside 0..{rows} (the last is the null class)"
+    );
+    Ok(GivenBatch { x0: x0.to_f32(), noise: noise.to_f32(), t: t.to_f32(), y })
+}

@@ -1,0 +1,130 @@
+//! `mudit train`: a run from its configuration file; the same command goes on where it stopped.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::json;
+use train_engine::config::TrainConfig;
+use train_engine::metrics::{self, MetricsLog};
+use train_engine::signals::StopSignal;
+use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE};
+use train_engine::{checkpoint, data};
+
+use super::Machine;
+use super::observer::Console;
+use crate::Usage;
+use crate::console;
+use crate::render::plot::LinePlot;
+use crate::render::progress::duration;
+
+/// Arguments of `mudit train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The run's TOML file; left out, that of the run directory.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Overrides such as `train.steps=1000`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// The run's directory.
+    #[arg(long)]
+    out: PathBuf,
+    /// Print the resolved configuration and stop.
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+impl TrainArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let mut config = self.config()?;
+        if config.train.threads == 0 {
+            config.train.threads = self.machine.threads;
+        }
+        if self.dry_run {
+            return console::out(config.to_toml()?.trim_end());
+        }
+        let dataset = data::open(&config.data, self.machine.offline, &console::note)?;
+        let runtime = self.machine.runtime()?;
+        let stop = StopSignal::install()?;
+        let mut shown = Console::new(&runtime, &self.out, &config);
+        let result = trainer::run(&runtime, &config, &self.out, dataset, &stop, &mut shown);
+        let pace = shown.finish();
+        let outcome = result?;
+        draw_loss(&self.out)?;
+        if self.json {
+            let (word, step) = match outcome {
+                Outcome::Finished => ("finished", config.train.steps),
+                Outcome::AlreadyFinished => ("already-finished", config.train.steps),
+                Outcome::Interrupted(step) => ("interrupted", step),
+            };
+            return console::json(&json!({
+                "outcome": word, "step": step, "run": self.out,
+                "images_per_s": pace.map(|p| p.images_per_s), "gflops_per_s": pace.map(|p| p.gflops_per_s),
+            }));
+        }
+        let run = self.out.display();
+        match outcome {
+            Outcome::Finished => {
+                let seconds = pace.map_or(0.0, |p| p.seconds);
+                console::out(&format!(
+                    "trained {} steps in {}: {run}",
+                    config.train.steps,
+                    duration(seconds)
+                ))?;
+                console::out(&format!("pictures: mudit sample --checkpoint {run} --out samples.png"))
+            }
+            Outcome::AlreadyFinished => console::out(&format!(
+                "{run} has its {} steps; to go on: mudit train --out {run} --set train.steps={}",
+                config.train.steps,
+                2 * config.train.steps
+            )),
+            Outcome::Interrupted(step) => console::out(&format!(
+                "stopped and saved after step {step}; the same command goes on from there: {run}"
+            )),
+        }
+    }
+
+    fn config(&self) -> anyhow::Result<TrainConfig> {
+        let path = match &self.config {
+            Some(path) => path.clone(),
+            None => self.out.join(RUN_CONFIG_FILE),
+        };
+        if self.config.is_none() && !path.is_file() {
+            return Err(Usage(format!(
+                "no configuration: give --config FILE.toml, or an --out that holds a run (`{}` is not there)",
+                path.display()
+            ))
+            .into());
+        }
+        Ok(TrainConfig::load(&path, &self.overrides)?)
+    }
+}
+
+/// Draws `loss.svg` from the run's metrics.
+pub(super) fn draw_loss(run_dir: &std::path::Path) -> anyhow::Result<()> {
+    let path = run_dir.join(MetricsLog::FILE);
+    if !path.is_file() {
+        return Ok(());
+    }
+    let rows = metrics::read(&path)?;
+    let points: Vec<(f64, f64)> =
+        rows.iter().filter_map(|(step, row)| Some((*step as f64, row.get("loss")?.as_f64()?))).collect();
+    if points.len() < 2 {
+        return Ok(());
+    }
+    let count = points.len();
+    let half_life = (count as f64 / 50.0).max(2.0);
+    let steps = checkpoint::list(run_dir)?.last().map_or(0, |(step, _)| *step);
+    LinePlot::new("Training loss", "step", "loss")
+        .subtitle(format!("{count} points, newest checkpoint at step {steps}"))
+        .log_y()
+        .smoothed("loss", points, half_life)
+        .save(&run_dir.join("loss.svg"))
+        .context("drawing the loss")
+}

@@ -1,0 +1,60 @@
+//! From a checkpoint on disk to a model and its parameters.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::{Arena, SharedArena};
+use train_engine::checkpoint::{self, CONFIG_FILE, EMA_FILE, MODEL_FILE};
+use train_engine::step::parameter_layout;
+
+use crate::Usage;
+use crate::console;
+
+/// Which parameters of a checkpoint are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Which {
+    /// The moving average, where there is one; else the parameters themselves.
+    Ema,
+    /// The parameters as trained.
+    Model,
+}
+
+/// A model with its parameters.
+pub(super) struct Loaded {
+    pub(super) model: DitConfig,
+    pub(super) parameters: SharedArena,
+    /// The weights file.
+    pub(super) file: PathBuf,
+}
+
+/// Opens a checkpoint directory, or the newest checkpoint of a run directory.
+pub(super) fn open(path: &Path, which: Which) -> anyhow::Result<Loaded> {
+    if !path.is_dir() {
+        return Err(Usage(format!(
+            "`{}` is no directory; give a checkpoint (with {CONFIG_FILE} and {MODEL_FILE}) or a run directory",
+            path.display()
+        ))
+        .into());
+    }
+    let directory = if path.join(CONFIG_FILE).is_file() {
+        path.to_path_buf()
+    } else {
+        checkpoint::find(path, &console::note)?
+    };
+    let model = DitConfig::resolve(&directory.join(CONFIG_FILE).display().to_string())?;
+    let ema = directory.join(EMA_FILE);
+    let file = if which == Which::Ema && ema.is_file() { ema } else { directory.join(MODEL_FILE) };
+    let parameters = read(&model, &file)?.into_shared();
+    Ok(Loaded { model, parameters, file })
+}
+
+/// Reads the parameters of `model` from a safetensors file.
+pub(super) fn read(model: &DitConfig, file: &Path) -> anyhow::Result<Arena> {
+    let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
+    let layout = Arc::clone(&parameter_layout(&graph)?);
+    Arena::read_safetensors(&layout, file, false)
+        .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))
+}

@@ -1,0 +1,208 @@
+//! A `step` program, a solver and seeds → images. Shared by every command that samples.
+//!
+//! Noise is keyed by (seed, image, step), so the image of a seed does not depend on the batch it is made in.
+
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use graph_builder::Weights;
+use models::{COEFFICIENTS, DitConfig, Guidance, ProgramKind, Solver, SolverPlan, program};
+use runtime::{Binding, Runtime, Session, SessionOptions, SharedArena};
+use train_engine::random::{Purpose, Stream};
+
+/// How images are made.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Update rule, steps, η, shift.
+    pub solver: Solver,
+    /// Scale of classifier-free guidance; 1 is none.
+    pub guidance: f64,
+    /// Channels that guidance changes.
+    pub guided: Guidance,
+    /// Images of one run of the program.
+    pub batch: usize,
+    /// Threads inside one op; 0 is one a core.
+    pub threads: usize,
+}
+
+/// Where the starting points and the solver's noise come from.
+#[derive(Clone, Copy, Debug)]
+pub enum NoiseSource<'a> {
+    /// Drawn for (seed, image, step); the first image of the call has this number.
+    Seeded {
+        /// The user's seed.
+        seed: u64,
+        /// Number of the first image.
+        first: u64,
+    },
+    /// Given: `x_T` (N, C, H, W) and, for solvers that need it, `noise` (steps, N, C, H, W).
+    Given {
+        /// Starting points.
+        x_t: &'a [f32],
+        /// Noise of each executed step.
+        noise: Option<&'a [f32]>,
+    },
+}
+
+/// A compiled sampling step bound to a model's parameters.
+#[derive(Debug)]
+pub struct Sampler {
+    binding: Binding,
+    plan: SolverPlan,
+    batch: usize,
+    image: usize,
+    classes: usize,
+    guidance: Option<f32>,
+}
+
+impl Sampler {
+    /// Compiles the `step` program of `model` and binds it to `parameters`.
+    ///
+    /// # Errors
+    /// A solver that does not fit the model's objective, guidance without a null class, a session that does not load.
+    pub fn new(
+        runtime: &Arc<Runtime>,
+        model: &DitConfig,
+        parameters: &SharedArena,
+        settings: &Settings,
+    ) -> anyhow::Result<Self> {
+        let plan = settings.solver.plan(model.objective, model.learn_sigma)?;
+        let guided = if settings.guidance == 1.0 { Guidance::Off } else { settings.guided };
+        let graph = program(model, ProgramKind::Step, settings.batch, guided)?.optimised()?;
+        let options = SessionOptions { threads: settings.threads, ..SessionOptions::default() };
+        let session =
+            Session::load(runtime, &graph.emit(Weights::Inputs)?, &runtime::Weights::Inside, &options)?;
+        let mut builder = Binding::builder(&session);
+        builder.bind_inputs_by_name(parameters)?;
+        let binding = builder.finish()?;
+        let image = model.in_channels * model.input_size * model.input_size;
+        let guidance = (guided != Guidance::Off).then_some(settings.guidance as f32);
+        Ok(Self { binding, plan, batch: settings.batch, image, classes: model.num_classes, guidance })
+    }
+
+    /// Executed steps of one image.
+    pub fn steps(&self) -> usize {
+        self.plan.steps.len()
+    }
+
+    /// Images (N, C, H, W) of the classes `labels`; `trajectory` receives (steps, N, C, H, W), the sample after each
+    /// executed step; `progress` is told how many steps of how many batches are done.
+    ///
+    /// # Errors
+    /// A label that is no class, given noise of the wrong length, a session that fails.
+    pub fn run(
+        &mut self,
+        labels: &[i64],
+        source: NoiseSource<'_>,
+        mut trajectory: Option<&mut Vec<f32>>,
+        progress: &mut dyn FnMut(u64),
+    ) -> anyhow::Result<Vec<f32>> {
+        let (n, image) = (labels.len(), self.image);
+        let classes = self.classes as i64;
+        if let Some(label) = labels.iter().find(|y| !(0..=classes).contains(*y)) {
+            anyhow::bail!("class {label} is none of the model's: 0..{classes}, or {classes} for no class");
+        }
+        if let NoiseSource::Given { x_t, noise } = source {
+            ensure!(x_t.len() == n * image, "x_T holds {} values, {n} images need {}", x_t.len(), n * image);
+            let wanted = self.steps() * n * image;
+            let held = noise.map_or(0, <[f32]>::len);
+            ensure!(
+                held == wanted || (noise.is_none() && !self.plan.needs_noise),
+                "noise holds {held} values, {} steps of {n} images need {wanted}",
+                self.steps()
+            );
+        }
+        if let Some(trajectory) = &mut trajectory {
+            trajectory.clear();
+            trajectory.resize(self.steps() * n * image, 0.0);
+        }
+        let mut images = Vec::with_capacity(n * image);
+        let mut done = 0;
+        for first in (0..n).step_by(self.batch) {
+            let rows = first..(first + self.batch).min(n);
+            let mut states = self.begin(labels, rows.clone(), source)?;
+            for k in 0..self.steps() {
+                self.step(k, rows.clone(), n, source, &mut states).context("sampling")?;
+                if let Some(trajectory) = &mut trajectory {
+                    let at = (k * n + first) * image;
+                    trajectory[at..at + rows.len() * image].copy_from_slice(&states[..rows.len() * image]);
+                }
+                done += 1;
+                progress(done);
+            }
+            images.extend_from_slice(&states[..rows.len() * image]);
+        }
+        Ok(images)
+    }
+
+    /// Sets what stays the same over the steps of a batch; returns the starting points, padded.
+    fn begin(
+        &mut self,
+        labels: &[i64],
+        rows: std::ops::Range<usize>,
+        source: NoiseSource<'_>,
+    ) -> anyhow::Result<Vec<f32>> {
+        let mut y = labels[rows.clone()].to_vec();
+        y.resize(self.batch, 0);
+        self.binding.set_input("y", &y)?;
+        if let Some(guidance) = self.guidance {
+            self.binding.set_input("guidance", &vec![guidance; self.batch])?;
+        }
+        self.binding.input_f32("history")?.fill(0.0);
+        let mut x = vec![0.0; self.batch * self.image];
+        for (slot, row) in rows.enumerate() {
+            let out = &mut x[slot * self.image..(slot + 1) * self.image];
+            match source {
+                NoiseSource::Seeded { seed, first } => {
+                    Stream::new(seed, Purpose::SampleInit, 0, first + row as u64).fill_normal(out);
+                }
+                NoiseSource::Given { x_t, .. } => {
+                    out.copy_from_slice(&x_t[row * self.image..(row + 1) * self.image]);
+                }
+            }
+        }
+        Ok(x)
+    }
+
+    /// Executes step `k` for the images `rows` of `n`, in place.
+    fn step(
+        &mut self,
+        k: usize,
+        rows: std::ops::Range<usize>,
+        n: usize,
+        source: NoiseSource<'_>,
+        x: &mut [f32],
+    ) -> anyhow::Result<()> {
+        let (step, image) = (&self.plan.steps[k], self.image);
+        self.binding.set_input("x", x)?;
+        self.binding.input_f32("t")?.fill(step.t);
+        let row: [f32; COEFFICIENTS] = step.row();
+        for coef in self.binding.input_f32("coef")?.chunks_mut(COEFFICIENTS) {
+            coef.copy_from_slice(&row);
+        }
+        if self.plan.needs_noise {
+            let noise = self.binding.input_f32("noise")?;
+            for (slot, row) in rows.enumerate() {
+                let out = &mut noise[slot * image..(slot + 1) * image];
+                match source {
+                    NoiseSource::Seeded { seed, first } => {
+                        let number = first + row as u64;
+                        Stream::new(seed, Purpose::SampleNoise, k as u64, number).fill_normal(out);
+                    }
+                    NoiseSource::Given { noise: Some(given), .. } => {
+                        let at = (k * n + row) * image;
+                        out.copy_from_slice(&given[at..at + image]);
+                    }
+                    NoiseSource::Given { noise: None, .. } => out.fill(0.0),
+                }
+            }
+        }
+        self.binding.run()?;
+        x.copy_from_slice(self.binding.output_f32("x_next")?);
+        if self.plan.needs_history {
+            let history = self.binding.output_f32("history_next")?.to_vec();
+            self.binding.set_input("history", &history)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,244 @@
+//! Every labelled constraint of every op refuses what breaks it, and says the op, the label and the author's line.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use graph_builder::error::Place;
+use graph_builder::{Builder, DType, Dim, GraphError, Init, Op, Type, Value};
+
+use crate::op_rows::rows;
+use crate::op_table::variant;
+
+/// A call that an op refuses.
+struct Refused {
+    op: &'static str,
+    label: &'static str,
+    build: fn(&Builder),
+}
+
+const fn refused(op: &'static str, label: &'static str, build: fn(&Builder)) -> Refused {
+    Refused { op, label, build }
+}
+
+/// A float input.
+#[track_caller]
+fn x<'g, const R: usize>(b: &'g Builder, shape: [usize; R]) -> Value<'g> {
+    b.input(&format!("x{shape:?}"), Type::f32(shape))
+}
+
+/// An integer input.
+#[track_caller]
+fn whole<'g, const R: usize>(b: &'g Builder, shape: [usize; R]) -> Value<'g> {
+    b.input(&format!("i{shape:?}"), Type::new(DType::I64, shape))
+}
+
+macro_rules! unary {
+    ($($op:literal $method:ident),+) => {
+        vec![$(refused($op, "C1", |b| { let _ = whole(b, [2]).$method(); })),+]
+    };
+}
+
+macro_rules! binary {
+    ($($op:literal $apply:expr),+) => {
+        vec![$(
+            refused($op, "C1", |b| {
+                let apply: for<'g> fn(Value<'g>, Value<'g>) -> Value<'g> = $apply;
+                let _ = apply(x(b, [2]), whole(b, [2]));
+            }),
+            refused($op, "C2", |b| {
+                let apply: for<'g> fn(Value<'g>, Value<'g>) -> Value<'g> = $apply;
+                let _ = apply(x(b, [2, 3]), x(b, [2]));
+            })
+        ),+]
+    };
+}
+
+macro_rules! more {
+    ($($op:literal $label:literal |$b:ident| $value:expr;)+) => {
+        vec![$(refused($op, $label, |$b| { let _ = $value; })),+]
+    };
+}
+
+fn refusals() -> Vec<Refused> {
+    let unary = unary!(
+        "Exp" exp, "Log" log, "Sqrt" sqrt, "Sin" sin, "Cos" cos, "Tanh" tanh, "Sigmoid" sigmoid, "Gelu" gelu,
+        "StopGradient" stop_gradient, "Sigmoid" silu
+    );
+    let binary = binary!(
+        "Add" |a, b| a + b, "Sub" |a, b| a - b, "Mul" |a, b| a * b, "Div" |a, b| a / b,
+        "Maximum" |a, b| a.maximum(b), "Less" |a, b| a.less(b), "Equal" |a, b| a.equal(b)
+    );
+    let others = more! {
+        "Neg" "C1" |b| -whole(b, [2]);
+        "Constant" "C1" |b| b.constant(DType::F32, [3], vec![1.0, 2.0]);
+        "Select" "C1" |b| x(b, [2]).select(x(b, [2]), x(b, [2, 2]));
+        "Select" "C2" |b| x(b, [2]).less(b.scalar(0.0)).select(x(b, [2]), whole(b, [2]));
+        "Select" "C3" |b| x(b, [2]).less(b.scalar(0.0)).select(x(b, [3]), b.scalar(1.0));
+        "Sum" "C1" |b| whole(b, [2]).sum(&[0]);
+        "Sum" "C2" |b| x(b, [2, 3]).sum(&[1, 0]);
+        "Mean" "C1" |b| whole(b, [2]).mean(&[0]);
+        "Mean" "C2" |b| x(b, [2, 3]).mean(&[2]);
+        "Reshape" "C1" |b| x(b, [2, 3]).reshape([4]);
+        "Transpose" "C1" |b| x(b, [2, 3]).transpose(&[0, 0]);
+        "Transpose" "C1" |b| x(b, [2, 3]).transpose(&[0]);
+        "Broadcast" "C1" |b| x(b, [2, 3]).broadcast([2, 1]);
+        "Slice" "C1" |b| x(b, [2, 3]).slice(2, 0, 1);
+        "Slice" "C2" |b| x(b, [2, 3]).slice(1, 1, 4);
+        "Slice" "C2" |b| x(b, [2, 3]).slice(1, 2, 2);
+        "Slice" "C2" |b| x(b, [2, 7]).chunk::<3>(1)[0];
+        "Concat" "C1" |b| x(b, [2]).concat(&[whole(b, [2])], 0);
+        "Concat" "C2" |b| x(b, [2]).concat(&[x(b, [3])], 1);
+        "Concat" "C3" |b| x(b, [2, 3]).concat(&[x(b, [3, 2])], 0);
+        "Pad" "C1" |b| whole(b, [2]).pad(0, 1, 1);
+        "Pad" "C2" |b| x(b, [2]).pad(1, 1, 1);
+        "MatMul" "C1" |b| x(b, [2, 3]).matmul(whole(b, [3, 2]));
+        "MatMul" "C2" |b| x(b, [2, 3]).matmul(x(b, [3]));
+        "MatMul" "C3" |b| x(b, [2, 3]).matmul(x(b, [2, 4]));
+        "MatMul" "C4" |b| x(b, [2, 3, 4]).matmul(x(b, [3, 4, 5]));
+        "Gather" "C1" |b| x(b, [4, 2]).gather(x(b, [3]));
+        "Gather" "C1" |b| x(b, [4, 2]).gather(whole(b, [3, 1]));
+        "Gather" "C2" |b| x(b, []).gather(whole(b, [3]));
+        "Softmax" "C1" |b| whole(b, [2]).softmax();
+        "Softmax" "C2" |b| x(b, []).softmax();
+        "LayerNorm" "C1" |b| whole(b, [2]).layer_norm(1e-6);
+        "LayerNorm" "C2" |b| x(b, []).layer_norm(1e-6);
+        "GeluGrad" "C1" |b| x(b, [2]).gelu_grad(x(b, [3]));
+        "GeluGrad" "C1" |b| whole(b, [2]).gelu_grad(whole(b, [3]));
+        "SoftmaxGrad" "C1" |b| x(b, [2]).softmax_grad(x(b, [2, 1]));
+        "SoftmaxGrad" "C2" |b| x(b, []).softmax_grad(b.scalar(1.0));
+        "LayerNormGrad" "C1" |b| x(b, [2]).layer_norm_grad(whole(b, [2]), 1e-6);
+        "LayerNormGrad" "C2" |b| x(b, []).layer_norm_grad(b.scalar(1.0), 1e-6);
+        "LayerNormModulate" "C1" |b| x(b, [3, 4]).layer_norm_modulate(x(b, [1, 4]), x(b, [1, 1, 4]), 1e-6);
+        "LayerNormModulate" "C2" |b| x(b, [2, 3, 4]).layer_norm_modulate(x(b, [2, 1, 4]), x(b, [1, 1, 4]), 1e-6);
+        "GateResidual" "C1" |b| x(b, [3, 4]).gate_residual(x(b, [1, 4]), x(b, [3, 4]));
+        "GateResidual" "C2" |b| x(b, [2, 3, 4]).gate_residual(x(b, [2, 3, 1]), b.input("y", Type::f32([2, 3, 4])));
+        "GateResidual" "C3" |b| x(b, [2, 3, 4]).gate_residual(x(b, [2, 1, 4]), x(b, [2, 1, 1]));
+    };
+    [unary, binary, others].into_iter().flatten().collect()
+}
+
+/// The first error of a construction.
+fn error(build: impl FnOnce(&Builder)) -> GraphError {
+    let b = Builder::new("refused");
+    build(&b);
+    b.finish().expect_err("accepted")
+}
+
+#[test]
+fn a_broken_constraint_is_refused_with_op_label_and_place() {
+    // Errors name ops as ONNX does where it has them.
+    let names: Vec<(String, &str)> = rows()
+        .iter()
+        .map(|row| {
+            let graph = row.graph();
+            let op = &graph.node(graph.outputs()[0].1).op;
+            (variant(op), op.name())
+        })
+        .collect();
+    for (i, case) in refusals().into_iter().enumerate() {
+        let what = format!("case {i}: {} {}", case.op, case.label);
+        let name = names.iter().find(|(op, _)| op == case.op).map(|(_, name)| *name);
+        match error(case.build) {
+            GraphError::Op { op, place, expected, got } => {
+                assert_eq!(Some(op), name, "{what}: {expected}");
+                assert!(expected.starts_with(&format!("{}:", case.label)), "{what}: {expected}");
+                assert!(place.file.ends_with("op_constraints.rs"), "{what}: {place}");
+                assert!(!got.is_empty() || case.op == "Constant", "{what}: no types");
+            }
+            other => panic!("{what}: {other}"),
+        }
+    }
+}
+
+#[test]
+fn an_error_points_at_the_scope_and_the_line_of_the_call() {
+    let mut line = 0;
+    let error = error(|b| {
+        let x = b.input("x", Type::f32([2, 3]));
+        b.root().within("blocks.3", |s| {
+            s.within("attn", |_| {
+                line = line!() + 1;
+                let _ = x + x.transpose(&[1, 0]) * 2.0;
+            });
+        });
+        let _ = x.softmax().reshape([7]); // quiet: the first error counts
+    });
+    let place = Place { scope: "blocks.3.attn".into(), file: file!(), line };
+    let text = error.to_string();
+    let expected = format!("Add in {place}: expected C2: shapes that broadcast, got f32(2, 3) and f32(3, 2)");
+    assert_eq!(text, expected);
+}
+
+#[test]
+fn names_are_declared_once() {
+    let twice = error(|b| {
+        let _ = (b.root().param("w", &[Dim::Fixed(2)], Init::Zeros), b.root().param("w", &[Dim::Fixed(3)], Init::Zeros));
+    });
+    match twice {
+        GraphError::Parameter { name, place, .. } => {
+            assert_eq!((name.as_str(), place.file), ("w", file!()));
+        }
+        other => panic!("{other}"),
+    }
+    let input = error(|b| {
+        let _ = (b.input("x", Type::f32([2])), b.input("x", Type::f32([2])));
+    });
+    assert!(matches!(input, GraphError::DuplicateName { kind: "input", .. }), "{input}");
+    let output = error(|b| {
+        b.output("y", b.scalar(1.0));
+        b.output("y", b.scalar(2.0));
+    });
+    assert!(matches!(output, GraphError::DuplicateName { kind: "output", .. }), "{output}");
+}
+
+/// The labels that an op's documentation lists, by struct name, read from the sources of the ops.
+fn documented() -> BTreeSet<(String, String)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../graph-builder/src/ops");
+    let mut found = BTreeSet::new();
+    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|f| f.unwrap().path()).collect();
+    files.sort();
+    for file in files {
+        // Ops made by a macro share the macro's documentation.
+        let mut shared: Vec<(String, Vec<String>)> = Vec::new();
+        let (mut labels, mut invoked) = (Vec::new(), None);
+        let mut name_of_macro = String::new();
+        for line in fs::read_to_string(file).unwrap().lines().map(str::trim) {
+            if let Some(name) = line.strip_prefix("macro_rules! ") {
+                name_of_macro = name.trim_end_matches(" {").to_owned();
+            } else if let Some(doc) = line.strip_prefix("/// - C") {
+                let text = format!("C{doc}");
+                labels.extend(text.split([' ', ':']).filter(|w| is_label(w)).map(str::to_owned));
+            } else if let Some(name) = line.strip_prefix("pub struct ") {
+                let name = name.split(|c: char| !c.is_alphanumeric() && c != '$').next().unwrap_or_default();
+                if name == "$name" {
+                    shared.push((name_of_macro.clone(), std::mem::take(&mut labels)));
+                }
+                found.extend(labels.drain(..).map(|label| (name.to_owned(), label)));
+            } else if let Some((name, _)) = line.split_once("!(///") {
+                invoked = shared.iter().find(|(n, _)| n == name).map(|(_, labels)| labels.clone());
+            } else if !line.starts_with("///") && let Some(of_macro) = invoked.take() {
+                let name = line.split(',').next().unwrap_or_default();
+                found.extend(of_macro.into_iter().map(|label| (name.to_owned(), label)));
+            }
+        }
+    }
+    found
+}
+
+fn is_label(word: &str) -> bool {
+    word.strip_prefix('C').is_some_and(|n| !n.is_empty() && n.bytes().all(|c| c.is_ascii_digit()))
+}
+
+#[test]
+fn every_documented_constraint_has_a_case() {
+    let documented = documented();
+    let covered: BTreeSet<(String, String)> =
+        refusals().iter().map(|r| (r.op.to_owned(), r.label.to_owned())).collect();
+    assert_eq!(covered, documented, "cases without documentation, or documented constraints without a case");
+    let free = ["Input", "Parameter", "Cast"];
+    for op in Op::NAMES {
+        let labelled = documented.iter().any(|(name, _)| name == op);
+        assert_ne!(labelled, free.contains(op), "{op}");
+    }
+}

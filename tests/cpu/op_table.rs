@@ -1,0 +1,154 @@
+//! What a row of the op table is, and the proof that every op has one. The rows drive the proofs of gradients,
+//! emission, kernels and costs.
+
+use std::collections::BTreeSet;
+
+use graph_builder::{Builder, DType, Dim, Graph, Init, Op, Shape, Type, Value};
+use mudit_tests::draws::Draws;
+use mudit_tests::{Array, Feeds};
+
+use crate::op_rows::rows;
+
+/// Applies the op to its operands.
+pub(crate) type Build = for<'g> fn(&'g Builder, &[Value<'g>]) -> Value<'g>;
+
+/// The values that an operand takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Range {
+    /// Real numbers of `low..high`.
+    Real(f64, f64),
+    /// Multiples of 0.1 from −1 to 1, shifted: two operands of different shift are never equal, so none sits on a kink.
+    Steps(f64),
+    /// Multiples of ¼ from −4 to 4, which every float type holds exactly.
+    Quarters,
+    /// Whole numbers of `0..n`.
+    Below(usize),
+}
+
+/// One operand of a row.
+#[derive(Clone, Debug)]
+pub(crate) struct Operand {
+    pub(crate) ty: Type,
+    pub(crate) range: Range,
+    /// Whether it is declared as a parameter rather than as an input.
+    pub(crate) parameter: bool,
+}
+
+impl Operand {
+    pub(crate) fn new(dtype: DType, shape: impl Into<Shape>, range: Range) -> Self {
+        Self { ty: Type::new(dtype, shape), range, parameter: false }
+    }
+
+    fn draw(&self, draws: &mut Draws) -> Array {
+        let range = self.range;
+        draws.array(self.ty.shape.dims(), |d| match range {
+            Range::Real(low, high) => d.between(low, high),
+            Range::Steps(shift) => f64::from((d.below(21) as f64 * 0.1 - 1.0 + shift) as f32),
+            Range::Quarters => d.below(33) as f64 * 0.25 - 4.0,
+            Range::Below(n) => d.below(n) as f64,
+        })
+    }
+}
+
+/// What the op's gradient is, for its float operands; the others are flat.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Slope {
+    /// The derivative, within this relative error of the numerical one.
+    Smooth(f64),
+    /// Zero.
+    Flat,
+    /// Not to be had: asking is an error.
+    Refused,
+}
+
+/// Which bytes the op moves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Traffic {
+    /// Every operand and the answer once.
+    All,
+    /// As much as it answers, in and out.
+    Answer,
+    /// Nothing: the op is a view or a leaf.
+    Nothing,
+}
+
+/// One row: an op on operands.
+pub(crate) struct Row {
+    /// Name of the variant of [`Op`].
+    pub(crate) op: &'static str,
+    /// What tells the row from the op's others.
+    pub(crate) case: &'static str,
+    pub(crate) operands: Vec<Operand>,
+    pub(crate) build: Build,
+    pub(crate) slope: Slope,
+    /// Relative error (L2) that ONNX Runtime's f32 may have.
+    pub(crate) parity: f64,
+    pub(crate) macs: u64,
+    pub(crate) flops: u64,
+    pub(crate) traffic: Traffic,
+}
+
+impl Row {
+    pub(crate) fn name(&self) -> String {
+        format!("{} ({})", self.op, self.case)
+    }
+
+    /// Name of operand `i` as an input or a parameter.
+    pub(crate) fn operand_name(i: usize) -> String {
+        format!("a{i}")
+    }
+
+    /// Declares the operands.
+    pub(crate) fn declare<'g>(&self, b: &'g Builder) -> Vec<Value<'g>> {
+        let declare = |(i, operand): (usize, &Operand)| {
+            let name = Self::operand_name(i);
+            if operand.parameter {
+                let dims: Vec<Dim> = operand.ty.shape.dims().iter().map(|&d| Dim::Fixed(d)).collect();
+                b.root().param(&name, &dims, Init::Zeros)
+            } else {
+                b.input(&name, operand.ty.clone())
+            }
+        };
+        self.operands.iter().enumerate().map(declare).collect()
+    }
+
+    /// The graph of the op alone.
+    pub(crate) fn graph(&self) -> Graph {
+        let b = Builder::new(self.name());
+        let operands = self.declare(&b);
+        b.output("out", (self.build)(&b, &operands));
+        b.finish().unwrap_or_else(|e| panic!("{}: {e}", self.name()))
+    }
+
+    /// Values of the operands, the same at every call.
+    pub(crate) fn feeds(&self) -> Feeds {
+        let mut draws = Draws::named(&self.name());
+        let drawn = self.operands.iter().enumerate().map(|(i, o)| (Self::operand_name(i), o.draw(&mut draws)));
+        drawn.collect()
+    }
+}
+
+/// Name of the variant of an op.
+pub(crate) fn variant(op: &Op) -> String {
+    let text = format!("{op:?}");
+    let name = text.split(|c: char| !c.is_alphanumeric()).next().unwrap();
+    name.strip_suffix("Ref").unwrap_or(name).to_owned()
+}
+
+#[test]
+fn every_op_has_a_row() {
+    let rows: BTreeSet<&str> = rows().iter().map(|r| r.op).collect();
+    let ops: BTreeSet<&str> = Op::NAMES.iter().copied().collect();
+    assert_eq!(rows, ops, "rows without an op, or ops without a row");
+}
+
+#[test]
+fn every_row_is_named_once_and_proves_its_op() {
+    let mut names = BTreeSet::new();
+    for row in rows() {
+        assert!(names.insert(row.name()), "two rows are called {}", row.name());
+        let graph = row.graph();
+        let node = graph.node(graph.outputs()[0].1);
+        assert_eq!(variant(&node.op), row.op, "{}", row.name());
+    }
+}

@@ -1,0 +1,271 @@
+//! Passes keep the meaning: on random graphs, on whole models, and pattern by pattern.
+
+use graph_builder::{Builder, Graph, Type, Value, Weights as Parameters};
+use models::ProgramKind;
+use mudit_tests::difference::relative_l2;
+use mudit_tests::draws::Draws;
+use mudit_tests::execution::run;
+use mudit_tests::tolerance::{MODEL_REACHED, REWRITE};
+use mudit_tests::{Array, Feeds};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngSeed};
+use runtime::Weights;
+
+use crate::random_graph::{random_feeds, random_graph};
+use crate::tiny;
+
+/// Number of nodes with this ONNX name.
+fn count(graph: &Graph, op: &str) -> usize {
+    graph.nodes().iter().filter(|n| n.op.name() == op).count()
+}
+
+/// Fails when an output of `after` is not that of `before`.
+fn same_values(before: &Graph, after: &Graph, feeds: &Feeds, stage: &str) -> Result<(), TestCaseError> {
+    let (want, got) = (before.eval(feeds).unwrap(), after.eval(feeds).unwrap());
+    prop_assert_eq!(want.len(), got.len());
+    for ((name, _), (want, got)) in before.outputs().iter().zip(want.iter().zip(&got)) {
+        // Where a gradient vanishes both are rounding noise.
+        let noise = Array::from_elem(want.raw_dim(), 1e-15);
+        let error = relative_l2(&(got + &noise), &(want + &noise));
+        prop_assert!(error <= REWRITE, "{} after {}: relative error {:e}\n{}", name, stage, error, before.text());
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(Config {
+        cases: 96,
+        rng_seed: RngSeed::Fixed(7),
+        failure_persistence: None,
+        max_shrink_iters: 400,
+        ..Config::default()
+    })]
+
+    #[test]
+    fn passes_keep_the_values_of_random_graphs(
+        genes in proptest::collection::vec(any::<u32>(), 1..24),
+        seed in any::<u64>(),
+    ) {
+        let (graph, feeds) = (random_graph(&genes).unwrap(), random_feeds(seed));
+        let simple = graph.optimised_until("simplify").unwrap();
+        let fused = graph.optimised().unwrap();
+        same_values(&graph, &simple, &feeds, "simplify")?;
+        same_values(&graph, &fused, &feeds, "fuse")?;
+        prop_assert!(simple.nodes().len() <= graph.nodes().len(), "simplify added nodes");
+        prop_assert!(fused.nodes().len() <= simple.nodes().len(), "fuse added nodes");
+        prop_assert_eq!(simple.optimised_until("simplify").unwrap().text(), simple.text(), "simplify again");
+        prop_assert_eq!(fused.optimised().unwrap().text(), fused.text(), "all again");
+        let again = random_graph(&genes).unwrap().optimised().unwrap();
+        prop_assert_eq!(again.text(), fused.text(), "the same genes gave another graph");
+    }
+}
+
+#[test]
+fn random_graphs_run_alike_on_onnx_runtime() {
+    let mut worst = 0.0_f64;
+    for seed in 0..12 {
+        let mut draws = Draws::new(seed);
+        let genes: Vec<u32> = (0..16).map(|_| draws.bits() as u32).collect();
+        let (graph, feeds) = (random_graph(&genes).unwrap(), random_feeds(seed));
+        let program = graph.optimised().unwrap().emit(Parameters::Inputs).unwrap();
+        let answer = run(&program, &Weights::Inside, &feeds, true);
+        for ((name, _), want) in graph.outputs().iter().zip(graph.eval(&feeds).unwrap()) {
+            let noise = Array::from_elem(want.raw_dim(), 1e-6);
+            let error = relative_l2(&(&answer.outputs[name] + &noise), &(want + &noise));
+            assert!(error <= MODEL_REACHED, "graph {seed}: {name}: relative error {error:e}\n{}", graph.text());
+            worst = worst.max(error);
+        }
+    }
+    println!("worst random graph on ONNX Runtime: {worst:.1e}");
+}
+
+#[test]
+fn passes_keep_the_values_of_whole_models() {
+    for variant in tiny::VARIANTS {
+        for kind in ProgramKind::ALL {
+            let graph = tiny::graph(variant, kind);
+            let feeds = tiny::feeds(&graph, variant);
+            same_values(&graph, &graph.optimised().unwrap(), &feeds, "all passes").unwrap();
+        }
+    }
+}
+
+/// A graph of two inputs `x`, `y` (2, 3, 4), rows `a`, `b` (2, 1, 4) and a matrix `m` (3, 4), built, checked and
+/// passed.
+fn passed(build: impl for<'g> Fn(&'g Builder, [Value<'g>; 5]) -> Vec<Value<'g>>) -> Graph {
+    let b = Builder::new("case");
+    let input = |name: &str, shape: &[usize]| b.input(name, Type::f32(shape));
+    let (x, y) = (input("x", &[2, 3, 4]), input("y", &[2, 3, 4]));
+    let rows = (input("a", &[2, 1, 4]), input("b", &[2, 1, 4]));
+    let m = input("m", &[3, 4]);
+    for (i, value) in build(&b, [x, y, rows.0, rows.1, m]).into_iter().enumerate() {
+        b.output(&format!("out{i}"), value);
+    }
+    let graph = b.finish().unwrap();
+    let mut draws = Draws::new(1);
+    let feeds = graph.inputs().map(|(n, t)| (n.to_owned(), draws.uniform(t.shape.dims(), -1.0, 1.0))).collect();
+    let after = graph.optimised().unwrap();
+    same_values(&graph, &after, &feeds, "all passes").unwrap();
+    after
+}
+
+/// Nodes that compute, i.e. all but inputs.
+fn work(graph: &Graph) -> Vec<&'static str> {
+    graph.nodes().iter().map(|n| n.op.name()).filter(|n| *n != "Input").collect()
+}
+
+#[test]
+fn a_modulated_layer_norm_fuses_in_every_order() {
+    for order in 0..4 {
+        let graph = passed(|_, [x, _, shift, scale, _]| {
+            let normal = x.layer_norm(1e-6);
+            let plus = if order & 1 == 0 { 1.0 + scale } else { scale + 1.0 };
+            let scaled = if order & 2 == 0 { normal * plus } else { plus * normal };
+            vec![if order & 1 == 0 { scaled + shift } else { shift + scaled }]
+        });
+        assert_eq!(work(&graph), ["LayerNormModulate"], "order {order}");
+    }
+}
+
+#[test]
+fn a_gated_residual_fuses_in_every_order() {
+    for order in 0..4 {
+        let graph = passed(|_, [x, y, gate, _, _]| {
+            let gated = if order & 1 == 0 { gate * y } else { y * gate };
+            vec![if order & 2 == 0 { x + gated } else { gated + x }]
+        });
+        assert_eq!(work(&graph), ["GateResidual"], "order {order}");
+    }
+}
+
+#[test]
+fn a_pattern_whose_inner_value_is_used_elsewhere_stays() {
+    let shared = |which: usize| {
+        passed(move |_, [x, y, a, b, _]| {
+            let normal = x.layer_norm(1e-6);
+            let scaled = normal * (1.0 + b);
+            let gated = a * y;
+            vec![scaled + a, x + gated, [normal, scaled, gated][which]]
+        })
+    };
+    for (which, modulate, gate) in [(0, 0, 1), (1, 0, 1), (2, 1, 0)] {
+        let graph = shared(which);
+        assert_eq!(count(&graph, "LayerNormModulate"), modulate, "shared value {which}");
+        assert_eq!(count(&graph, "GateResidual"), gate, "shared value {which}");
+    }
+}
+
+#[test]
+fn what_only_looks_like_a_pattern_stays() {
+    let graph = passed(|_, [x, y, a, b, m]| {
+        vec![
+            x.layer_norm(1e-6) * (2.0 + b) + a,  // not 1 + scale
+            x.layer_norm(1e-6) * (1.0 + m) + a,  // a scale of another shape
+            y.layer_norm(1e-6) * (1.0 + b) + x,  // a shift of another shape
+            x + m * y,                           // a gate of another shape
+            m + a * y,                           // a residual of another shape
+        ]
+    });
+    assert_eq!((count(&graph, "LayerNormModulate"), count(&graph, "GateResidual")), (0, 1));
+    // The one gate: `(1 + b) · LN(y)` has the form of a gated branch beside the residual x.
+}
+
+#[test]
+fn gradients_of_neighbouring_slices_become_one_concatenation() {
+    let graph = passed(|b, [x, ..]| {
+        let [p, q, r, s]: [Value<'_>; 4] = x.chunk(2);
+        let loss = (p * 2.0 + q.exp() * r + s.sin()).sum(&[0, 1, 2]).reshape([]);
+        b.gradients(loss, &[x]).unwrap()
+    });
+    assert_eq!((count(&graph, "Pad"), count(&graph, "Concat")), (0, 1));
+    let gap = passed(|b, [x, ..]| {
+        let loss = (x.slice(2, 0, 1) * x.slice(2, 3, 4)).sum(&[0, 1, 2]).reshape([]);
+        b.gradients(loss, &[x]).unwrap()
+    });
+    assert_eq!((count(&gap, "Pad"), count(&gap, "Concat")), (2, 0), "slices with a gap stay apart");
+    let edge = passed(|b, [x, ..]| {
+        let loss = (x.slice(2, 0, 1) * x.slice(2, 1, 2)).sum(&[0, 1, 2]).reshape([]);
+        b.gradients(loss, &[x]).unwrap()
+    });
+    assert_eq!((count(&edge, "Pad"), count(&edge, "Concat")), (1, 1), "what is left at the end is padded once");
+}
+
+#[test]
+fn a_transposed_product_is_the_product_of_the_transposed() {
+    let graph = passed(|_, [x, _, _, _, m]| {
+        let tokens = x.reshape([6, 4]);
+        vec![m.transpose(&[1, 0]).matmul(m).transpose(&[1, 0]), tokens.matmul(m.transpose(&[1, 0])).transpose(&[1, 0])]
+    });
+    let users = |op: &str| graph.nodes().iter().filter(|n| n.op.name() == op);
+    let late = users("Transpose").any(|n| graph.node(n.args[0]).op.name() == "MatMul");
+    assert!(!late, "an answer is still transposed:\n{}", graph.text());
+}
+
+#[test]
+fn transposes_and_reshapes_cancel_and_compose() {
+    let graph = passed(|_, [x, ..]| {
+        vec![
+            x.transpose(&[2, 0, 1]).transpose(&[1, 2, 0]).exp(),
+            x.transpose(&[1, 0, 2]).transpose(&[0, 2, 1]),
+            x.reshape([6, 4]).reshape([24]),
+            x.reshape([24]).reshape([2, 3, 4]).sin(),
+            x.transpose(&[0, 1, 2]).cos(),
+        ]
+    });
+    assert_eq!(work(&graph), ["Exp", "Transpose", "Reshape", "Sin", "Cos"]);
+}
+
+#[test]
+fn what_is_constant_is_computed_once_and_identities_vanish() {
+    let graph = passed(|b, [x, y, ..]| {
+        let four = (b.scalar(1.0) + 1.0).exp().log() * 2.0;
+        vec![
+            x * four,
+            ((x + 0.0) * 1.0 - 0.0) / 1.0 + y,
+            x.stop_gradient().pad(0, 0, 0).slice(2, 0, 4).broadcast([2, 3, 4]).exp(),
+            (x * 2.0) * 3.0,
+        ]
+    });
+    assert_eq!((count(&graph, "Exp"), count(&graph, "Log")), (1, 0));
+    assert_eq!((count(&graph, "Add"), count(&graph, "Sub"), count(&graph, "Div")), (1, 0, 0));
+    assert_eq!((count(&graph, "Mul"), count(&graph, "Constant")), (2, 2));
+}
+
+#[test]
+fn an_identity_that_changes_the_type_stays() {
+    // x · 1 with a larger constant broadcasts, 0 + x with a larger zero does too.
+    let graph = passed(|b, [_, _, a, _, _]| {
+        let (ones, zeros) = (vec![1.0], vec![0.0]);
+        let f32 = graph_builder::DType::F32;
+        vec![a * b.constant(f32, [2, 3, 4], ones), b.constant(f32, [2, 3, 4], zeros) + a]
+    });
+    assert_eq!((count(&graph, "Mul"), count(&graph, "Add")), (1, 1));
+}
+
+#[test]
+fn equal_expressions_are_one() {
+    let graph = passed(|_, [x, y, ..]| {
+        vec![x.exp() * y.sin(), x.exp() * y.sin(), (x.exp() * y.sin()).softmax(), x.sum(&[0]), x.sum(&[1])]
+    });
+    assert_eq!(work(&graph), ["Exp", "Sin", "Mul", "Softmax", "ReduceSum", "ReduceSum"]);
+}
+
+#[test]
+fn what_no_output_needs_is_dropped_but_the_signature_stays() {
+    let graph = passed(|_, [x, y, ..]| {
+        let _ = (x * y).matmul(y.transpose(&[0, 2, 1]));
+        vec![x.exp()]
+    });
+    assert_eq!(work(&graph), ["Exp"]);
+    assert_eq!(graph.inputs().map(|(n, _)| n).collect::<Vec<_>>(), ["x", "y", "a", "b", "m"]);
+}
+
+#[test]
+fn the_same_model_gives_the_same_bytes() {
+    for variant in ["ddpm", "flow"] {
+        for kind in ProgramKind::ALL {
+            let bytes = || tiny::graph(variant, kind).optimised().unwrap().emit(Parameters::Inputs).unwrap().bytes;
+            assert!(bytes() == bytes(), "{variant} {kind}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! A training step that is compiled, loaded and bound to arenas: forward, loss and backward in one run.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use graph_builder::{Cost, Graph, Weights};
+use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
+use runtime::update::trainable_layout;
+use runtime::{Arena, ArenaLayout, Binding, Runtime, Session, SessionOptions, SharedArena};
+
+use crate::error::{Result, TrainError};
+
+/// One batch as the `train-step` program takes it.
+#[derive(Debug, Clone, Copy)]
+pub struct StepInputs<'a> {
+    /// Images or latents (N, C, H, W).
+    pub x0: &'a [f32],
+    /// Gaussian noise (N, C, H, W).
+    pub noise: &'a [f32],
+    /// Times (N) as the model sees them.
+    pub t: &'a [f32],
+    /// Labels (N); the number of classes is the null class.
+    pub y: &'a [i64],
+}
+
+/// Per-sample terms of the last run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepLoss {
+    /// The loss, averaged over the batch.
+    pub loss: f64,
+    /// Mean square error of each sample.
+    pub mse: Vec<f32>,
+    /// Variational bound of each sample in bits per dimension; empty for a model without learned variance.
+    pub vb: Vec<f32>,
+}
+
+/// The `train-step` program of a model, bound to its parameters and gradients.
+#[derive(Debug)]
+pub struct CompiledStep {
+    binding: Binding,
+    /// Parameters, read by the step.
+    pub parameters: SharedArena,
+    /// Gradients of the trainable ones, written by the step.
+    pub gradients: SharedArena,
+    /// Samples of one run.
+    pub batch: usize,
+    /// Work of one run, counted from the graph.
+    pub cost: Cost,
+    /// Time from the model's description to a session that can run.
+    pub compile_time: Duration,
+    graph: Graph,
+    has_vb: bool,
+}
+
+/// Layout of all parameters of a graph, in order of declaration.
+///
+/// # Errors
+/// [`TrainError::Runtime`] when two parameters share a name.
+pub fn parameter_layout(graph: &Graph) -> Result<Arc<ArenaLayout>> {
+    let entries = graph.parameters().iter().map(|p| (p.name.clone(), p.shape()));
+    Ok(Arc::new(ArenaLayout::new(entries)?))
+}
+
+impl CompiledStep {
+    /// Builds, emits, loads and binds the training step of `model` for `batch` samples; parameters are zero.
+    ///
+    /// # Errors
+    /// [`TrainError::Model`], [`TrainError::Runtime`].
+    pub fn compile(
+        runtime: &Arc<Runtime>,
+        model: &DitConfig,
+        batch: usize,
+        options: &SessionOptions,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let graph = program(model, ProgramKind::TrainStep, batch, Guidance::Off)?;
+        let optimised = graph.optimised().map_err(models::ModelError::from)?;
+        let emitted = optimised.emit(Weights::Inputs).map_err(models::ModelError::from)?;
+        let layout = parameter_layout(&graph)?;
+        let trainable = |name: &str, _: &graph_builder::Shape| {
+            graph.parameters().iter().any(|p| p.trainable && p.name == name)
+        };
+        let gradient_layout = Arc::new(trainable_layout(&layout, trainable)?);
+        let session = Session::load(runtime, &emitted, &runtime::Weights::Inside, options)?;
+        let parameters = Arena::zeros(layout)?.into_shared();
+        let gradients = Arena::zeros(gradient_layout)?.into_shared();
+        let mut builder = Binding::builder(&session);
+        builder.bind_inputs_by_name(&parameters)?;
+        builder.bind_outputs_by_name(&gradients, "grad.")?;
+        let mut binding = builder.finish()?;
+        let alpha = model.mup.map_or(1.0, |mup| mup.output_multiplier);
+        for (name, neutral) in HYPERPARAMETERS {
+            let value = if name == "hp.output_multiplier" { alpha as f32 } else { neutral };
+            binding.set_input(name, &[value])?;
+        }
+        let has_vb = emitted.outputs.iter().any(|o| o.name == "loss.vb");
+        let (cost, compile_time) = (optimised.cost(), start.elapsed());
+        Ok(Self { binding, parameters, gradients, batch, cost, compile_time, graph, has_vb })
+    }
+
+    /// The graph as built, before the passes: declarations and roles.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Sets one of the scalars that stay inputs of the program.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`] when the program has no such input.
+    pub fn set_hyperparameter(&mut self, name: &str, value: f64) -> Result<()> {
+        Ok(self.binding.set_input(name, &[value as f32])?)
+    }
+
+    /// Runs the step: the gradients of this batch replace those of the last.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`] when an input has the wrong length or the session fails.
+    pub fn run(&mut self, inputs: &StepInputs<'_>) -> Result<StepLoss> {
+        self.binding.set_input("x0", inputs.x0)?;
+        self.binding.set_input("noise", inputs.noise)?;
+        self.binding.set_input("t", inputs.t)?;
+        self.binding.set_input("y", inputs.y)?;
+        self.binding.run()?;
+        let loss = f64::from(self.binding.output_f32("loss")?.first().copied().unwrap_or(f32::NAN));
+        let mse = self.binding.output_f32("loss.mse")?.to_vec();
+        let vb = if self.has_vb { self.binding.output_f32("loss.vb")?.to_vec() } else { Vec::new() };
+        Ok(StepLoss { loss, mse, vb })
+    }
+}
+
+/// Exclusive access to an arena.
+///
+/// # Errors
+/// [`TrainError::Internal`] after a panic of another holder.
+pub fn write_lock(arena: &SharedArena) -> Result<std::sync::RwLockWriteGuard<'_, Arena>> {
+    arena.write().map_err(|_| TrainError::Internal("an arena's holder panicked".into()))
+}
+
+/// Shared access to an arena.
+///
+/// # Errors
+/// [`TrainError::Internal`] after a panic of another holder.
+pub fn read_lock(arena: &SharedArena) -> Result<std::sync::RwLockReadGuard<'_, Arena>> {
+    arena.read().map_err(|_| TrainError::Internal("an arena's holder panicked".into()))
+}

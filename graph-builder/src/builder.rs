@@ -405,11 +405,15 @@ impl<'g> Value<'g> {
         self.unary(Slice { axis, start, end })
     }
 
-    /// `parts` equal slices of one axis.
+    /// `N` equal slices of one axis; a size that `N` does not divide is refused as a slice beyond the end.
     #[track_caller]
     pub fn chunk<const N: usize>(self, axis: usize) -> [Self; N] {
-        let size = self.dim(axis) / N;
-        std::array::from_fn(|i| self.slice(axis, i * size, (i + 1) * size))
+        let size = self.dim(axis).div_ceil(N);
+        let mut parts = [self; N];
+        for (i, part) in parts.iter_mut().enumerate() {
+            *part = self.slice(axis, i * size, (i + 1) * size);
+        }
+        parts
     }
 
     /// `self` and `others` one after the other along `axis`.

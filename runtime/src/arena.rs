@@ -86,6 +86,24 @@ impl ArenaLayout {
         &self.entries
     }
 
+    /// Checks that a safetensors file holds every entry with its shape, and nothing else unless `allow_extra`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::UnknownName`], [`RuntimeError::WrongShape`], [`RuntimeError::UnexpectedTensor`].
+    pub fn expect(&self, file: &SafetensorsReader, allow_extra: bool) -> Result<()> {
+        for (name, entry) in &self.entries {
+            file.expect_shape(name, &entry.shape)?;
+        }
+        match file.names().find(|n| !allow_extra && !self.entries.contains_key(*n)) {
+            None => Ok(()),
+            Some(name) => Err(RuntimeError::UnexpectedTensor {
+                place: file.path().display().to_string(),
+                name: name.to_owned(),
+                nearest: nearest(name, self.entries.keys().map(String::as_str)),
+            }),
+        }
+    }
+
     /// The entry of a name.
     ///
     /// # Errors
@@ -287,18 +305,8 @@ impl Arena {
         allow_extra: bool,
     ) -> Result<Self> {
         let mut file = SafetensorsReader::open(path)?;
+        layout.expect(&file, allow_extra)?;
         let names: Vec<_> = file.names().map(str::to_owned).collect();
-        for (name, entry) in layout.entries() {
-            file.expect_shape(name, &entry.shape)?;
-        }
-        if let Some(name) = names.iter().find(|n| !allow_extra && !layout.entries().contains_key(*n)) {
-            let wanted = layout.entries().keys().map(String::as_str);
-            return Err(RuntimeError::UnexpectedTensor {
-                place: file.path().display().to_string(),
-                name: name.clone(),
-                nearest: nearest(name, wanted),
-            });
-        }
         let mut arena = Self::zeros(layout.clone())?;
         for name in names {
             if layout.entries().contains_key(&name) {

@@ -1,7 +1,7 @@
 //! Files that are either whole or absent: written beside, synced and renamed.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -11,10 +11,59 @@ use crate::error::{Result, RuntimeError};
 /// Buffer between a writer and the file, in bytes.
 const WRITE_BUFFER: usize = 1 << 20;
 
-/// Writes a file so that a reader, or a crash at any moment, sees the old contents or the new ones, never a part.
+/// A file that appears at its place whole, or not at all.
 ///
-/// The contents go to a temporary file in the same directory, which is synced and renamed over `path`; then the
-/// directory is synced. When `write` or any step fails, `path` is untouched and the temporary file is removed.
+/// The contents go to a temporary file in the same directory (made if it is not there); [`AtomicFile::commit`] syncs
+/// it, renames it over the path and syncs the directory. Dropped before that, it leaves nothing.
+#[derive(Debug)]
+pub struct AtomicFile {
+    writer: BufWriter<tempfile::NamedTempFile>,
+    path: PathBuf,
+}
+
+impl AtomicFile {
+    /// Opens a temporary file beside `path`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`] with `path` and the operating system's reason.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let temporary = fs::create_dir_all(parent(path)).and_then(|()| temporary_beside(path));
+        let temporary = temporary.map_err(|e| RuntimeError::io("write", path, e))?;
+        Ok(Self { writer: BufWriter::with_capacity(WRITE_BUFFER, temporary), path: path.to_path_buf() })
+    }
+
+    /// Puts the file at its place; a reader, or a crash at any moment, sees the old contents or the new ones.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`]; the path is then as it was.
+    pub fn commit(self) -> Result<()> {
+        let path = self.path;
+        let failed = |e| RuntimeError::io("write", &path, e);
+        let temporary = self.writer.into_inner().map_err(|e| failed(e.into_error()))?;
+        temporary.as_file().sync_all().map_err(failed)?;
+        temporary.persist(&path).map_err(|e| failed(e.error))?;
+        sync_directory(parent(&path))
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.writer.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
+}
+
+impl Seek for AtomicFile {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.writer.seek(to)
+    }
+}
+
+/// Writes an [`AtomicFile`] in one go; when `write` fails, `path` is as it was.
 ///
 /// # Errors
 /// [`RuntimeError::Io`] with `path` and the operating system's reason (no space left, permission denied, …).
@@ -22,16 +71,10 @@ pub fn write_atomically(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<()> {
-    let path = path.as_ref();
-    let failed = |e| RuntimeError::io("write", path, e);
-    let mut temporary = temporary_beside(path).map_err(failed)?;
-    // The bare file: the temporary file's own writer would put its passing name into the reason.
-    let mut writer = BufWriter::with_capacity(WRITE_BUFFER, temporary.as_file_mut());
-    write(&mut writer).and_then(|()| writer.flush()).map_err(failed)?;
-    drop(writer);
-    temporary.as_file().sync_all().map_err(failed)?;
-    temporary.persist(path).map_err(|e| failed(e.error))?;
-    sync_directory(parent(path))
+    let mut file = AtomicFile::create(path)?;
+    let written = write(&mut file).and_then(|()| file.flush());
+    written.map_err(|e| RuntimeError::io("write", &file.path, e))?;
+    file.commit()
 }
 
 /// Makes earlier renames inside a directory survive a power cut.
@@ -143,9 +186,28 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_directory_and_a_directory_as_target_are_errors_with_the_path() {
+    fn a_missing_directory_is_made() {
         let dir = tempfile::tempdir().unwrap();
-        for target in [dir.path().join("absent/file"), dir.path().to_path_buf()] {
+        let path = dir.path().join("new/deep/file");
+        write_atomically(&path, |w| w.write_all(b"x")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"x");
+    }
+
+    #[test]
+    fn an_abandoned_file_disappears() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = AtomicFile::create(dir.path().join("x")).unwrap();
+        file.write_all(&[1; 100]).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        drop(file);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_as_directory_and_a_directory_as_target_are_errors_with_the_path() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("taken"), b"").unwrap();
+        for target in [dir.path().join("taken/file"), dir.path().to_path_buf()] {
             let text = write_atomically(&target, |_| Ok(())).unwrap_err().to_string();
             assert!(text.contains(&target.display().to_string()), "{text}");
         }

@@ -48,6 +48,7 @@ fn gradients_are_the_numerical_derivatives() {
             let direction = Draws::named(&row.name()).uniform(gradient.shape(), -1.0, 1.0);
             let want = along(&graph, &feeds, &Row::operand_name(i), &direction);
             let error = relative(dot(gradient, &direction), want);
+            eprintln!("{} {i} {error:e} {want}", row.name());
             assert!(error <= tolerance, "{}: operand {i}: relative error {error:e}", row.name());
             if error > worst.0 {
                 worst = (error, row.name());

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use graph_builder::{DType, OnnxProgram};
+use graph_builder::{DType, OnnxProgram, TensorSpec};
 use ndarray::{ArrayD, IxDyn};
 use runtime::{Binding, Runtime, RuntimeOptions, Session, SessionOptions, Weights, kernels};
 
@@ -67,18 +67,29 @@ pub fn onnx_runtime() -> Arc<Runtime> {
     STARTED.get_or_init(|| within(FETCH_LIMIT, "starting ONNX Runtime", start)).clone()
 }
 
-/// Loads `program`, feeds it and runs it once, with or without the native kernels of the `mudit` ops.
+/// Runs `work` while no other proof uses ONNX Runtime, so that the counters of the kernels tell of it alone.
 ///
-/// Every input needs a value. One program runs at a time, so that the counters of the kernels tell of this run alone.
-pub fn run(program: &OnnxProgram, weights: &Weights, feeds: &Feeds, native_kernels: bool) -> Answer {
+/// # Panics
+/// As [`within`].
+pub fn alone<T: Send + 'static>(what: &str, work: impl FnOnce(&Arc<Runtime>) -> T + Send + 'static) -> T {
     static TURN: Mutex<()> = Mutex::new(());
     let runtime = onnx_runtime();
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let (program, weights, feeds) = (program.clone(), weights.clone(), feeds.clone());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    within(LIMIT, what, move || work(&runtime))
+}
+
+/// How the proofs load programs.
+pub fn options(native_kernels: bool) -> SessionOptions {
+    SessionOptions { threads: 2, spinning: false, native_kernels, ..SessionOptions::default() }
+}
+
+/// Loads `program`, feeds it and runs it once, with or without the native kernels of the `mudit` ops.
+///
+/// Every input needs a value.
+pub fn run(program: &OnnxProgram, weights: &Weights, feeds: &Feeds, native_kernels: bool) -> Answer {
     let what = format!("running {}", program.name);
-    let answer = within(LIMIT, &what, move || execute(&runtime, &program, &weights, &feeds, native_kernels));
-    drop(turn);
-    answer
+    let (program, weights, feeds) = (program.clone(), weights.clone(), feeds.clone());
+    alone(&what, move |runtime| execute(runtime, &program, &weights, &feeds, native_kernels))
 }
 
 fn execute(
@@ -88,20 +99,9 @@ fn execute(
     feeds: &Feeds,
     native_kernels: bool,
 ) -> Answer {
-    let options = SessionOptions { threads: 2, spinning: false, native_kernels, ..SessionOptions::default() };
-    let session = Session::load(runtime, program, weights, &options).unwrap_or_else(|e| panic!("{e}"));
+    let session = Session::load(runtime, program, weights, &options(native_kernels)).unwrap_or_else(|e| panic!("{e}"));
     let mut binding = Binding::owned(&session).unwrap_or_else(|e| panic!("{e}"));
-    for spec in &program.inputs {
-        let values = feeds.get(&spec.name).unwrap_or_else(|| panic!("no value for `{}`", spec.name));
-        assert_eq!(values.shape(), spec.shape.dims(), "shape of `{}`", spec.name);
-        let set = match spec.dtype {
-            DType::F32 => binding.set_input(&spec.name, &values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
-            DType::I64 => binding.set_input(&spec.name, &values.iter().map(|&v| v as i64).collect::<Vec<_>>()),
-            DType::Bool => binding.set_input(&spec.name, &values.iter().map(|&v| v as u8).collect::<Vec<_>>()),
-            other => panic!("input `{}` has type {other}", spec.name),
-        };
-        set.unwrap_or_else(|e| panic!("{e}"));
-    }
+    feed(&mut binding, &program.inputs, feeds);
     let counts = || kernels::names().map(kernels::calls);
     let before = counts();
     binding.run().unwrap_or_else(|e| panic!("{e}"));
@@ -118,11 +118,30 @@ fn execute(
     Answer { outputs: outputs.collect(), native_calls }
 }
 
+/// Copies values into inputs.
+pub fn feed(binding: &mut Binding, inputs: &[TensorSpec], feeds: &Feeds) {
+    for spec in inputs {
+        let values = feeds.get(&spec.name).unwrap_or_else(|| panic!("no value for `{}`", spec.name));
+        assert_eq!(values.shape(), spec.shape.dims(), "shape of `{}`", spec.name);
+        let set = match spec.dtype {
+            DType::F32 => binding.set_input(&spec.name, &narrowed(values, |v| v as f32)),
+            DType::I64 => binding.set_input(&spec.name, &narrowed(values, |v| v as i64)),
+            DType::Bool => binding.set_input(&spec.name, &narrowed(values, |v| v as u8)),
+            other => panic!("input `{}` has type {other}", spec.name),
+        };
+        set.unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+fn narrowed<T>(values: &Array, narrow: impl Fn(f64) -> T) -> Vec<T> {
+    values.iter().map(|&v| narrow(v)).collect()
+}
+
 fn widened<T>(values: &[T], widen: impl Fn(&T) -> f64) -> Vec<f64> {
     values.iter().map(widen).collect()
 }
 
-/// An array of whole or real numbers from a tensor.
+/// An array from the values of a tensor.
 pub fn array(shape: &[usize], values: &[f32]) -> Array {
     ArrayD::from_shape_vec(IxDyn(shape), values.iter().map(|&v| f64::from(v)).collect()).unwrap()
 }

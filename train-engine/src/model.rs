@@ -36,7 +36,7 @@ impl TrainConfig {
         model.objective = self.objective.kind;
         model.init = self.mup.init;
         model.mup = self.mup.enabled.then_some(MupConfig {
-            base_width: self.mup.base_width as usize,
+            base_width: self.mup.base_width,
             output_multiplier: self.mup.output_multiplier,
         });
         if model.class_names.is_none() && data.class_names().len() == model.num_classes {

@@ -116,11 +116,15 @@ pub fn draw_parameters(graph: &Graph, seed: u64, parameters: &mut Arena) -> Resu
             Init::Zeros => values.fill(0.0),
             Init::Normal { .. } | Init::KaimingNormal => {
                 stream.fill_normal(values);
-                values.iter_mut().for_each(|v| *v = (f64::from(*v) * std) as f32);
+                for v in values {
+                    *v = (f64::from(*v) * std) as f32;
+                }
             }
             Init::XavierUniform => {
                 let bound = 3.0_f64.sqrt() * std; // a uniform's half width is √3 standard deviations
-                values.iter_mut().for_each(|v| *v = ((2.0 * stream.uniform_f64() - 1.0) * bound) as f32);
+                for v in values {
+                    *v = ((2.0 * stream.uniform_f64() - 1.0) * bound) as f32;
+                }
             }
             Init::Values(table) => values.copy_from_slice(table),
         }

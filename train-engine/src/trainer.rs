@@ -282,7 +282,7 @@ pub fn run(
     runtime: &Arc<Runtime>,
     config: &TrainConfig,
     run_dir: &Path,
-    dataset: Arc<dyn Dataset>,
+    dataset: &Arc<dyn Dataset>,
     stop: &StopSignal,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
@@ -322,7 +322,7 @@ pub fn run(
     let mut metrics = MetricsLog::open(run_dir, resumed)?;
     let mut events = config.log.tensorboard.then(|| EventWriter::create(run_dir, first)).transpose()?;
     let loader = Loader::start(
-        dataset.clone(),
+        Arc::clone(dataset),
         plan,
         config.data.flip,
         first..train.steps,

@@ -14,6 +14,7 @@ use runtime::safetensors_file::SafetensorsReader;
 use runtime::{Engine, Provider, SessionOptions};
 use serde_json::json;
 use train_engine::mup::MupTable;
+use train_engine::step::parameter_layout;
 
 use super::{Machine, guided_channels, weights};
 use crate::Usage;
@@ -220,21 +221,23 @@ struct Parameters {
 }
 
 impl Parameters {
-    /// Checks a file against the model; converts it where its tensors are not f32.
+    /// Checks a file's header against the model; converts the file where its tensors are not f32.
     fn open(model: &DitConfig, file: &Path) -> anyhow::Result<Self> {
-        let arena = weights::read(model, file)?;
+        let layout = parameter_layout(&program(model, ProgramKind::Denoise, 1, Guidance::Off)?)?;
         let reader = SafetensorsReader::open(file)?;
-        let plain =
-            arena.layout().entries().keys().all(|n| matches!(reader.dtype(n), Ok(safetensors::Dtype::F32)));
-        if plain {
+        layout
+            .expect(&reader, false)
+            .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))?;
+        let f32 = |name: &String| matches!(reader.dtype(name), Ok(safetensors::Dtype::F32));
+        if layout.entries().keys().all(f32) {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let tensors = tensors(&reader, arena.layout())?;
+            let tensors = tensors(&reader, &layout)?;
             return Ok(Self { file: file.to_path_buf(), name, tensors, _converted: None });
         }
         let directory = tempfile::tempdir().context("a place for the converted weights")?;
         let path = directory.path().join(CONVERTED);
-        arena.write_safetensors(&path, &BTreeMap::new())?;
-        let tensors = tensors(&SafetensorsReader::open(&path)?, arena.layout())?;
+        weights::read(model, file)?.write_safetensors(&path, &BTreeMap::new())?;
+        let tensors = tensors(&SafetensorsReader::open(&path)?, &layout)?;
         Ok(Self { file: path, name: CONVERTED.into(), tensors, _converted: Some(directory) })
     }
 }

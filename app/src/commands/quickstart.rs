@@ -72,7 +72,7 @@ impl QuickstartArgs {
         }
         let stop = StopSignal::install()?;
         let mut shown = Console::new(&runtime, &self.out, &config);
-        let result = trainer::run(&runtime, &config, &self.out, dataset, &stop, &mut shown);
+        let result = trainer::run(&runtime, &config, &self.out, &dataset, &stop, &mut shown);
         let pace = shown.finish();
         let outcome = result?;
         let pictures = self.out.join("samples.png");

@@ -53,7 +53,7 @@ impl TrainArgs {
         let runtime = self.machine.runtime()?;
         let stop = StopSignal::install()?;
         let mut shown = Console::new(&runtime, &self.out, &config);
-        let result = trainer::run(&runtime, &config, &self.out, dataset, &stop, &mut shown);
+        let result = trainer::run(&runtime, &config, &self.out, &dataset, &stop, &mut shown);
         let pace = shown.finish();
         let outcome = result?;
         draw_loss(&self.out)?;

@@ -1,7 +1,6 @@
 //! From a checkpoint on disk to a model and its parameters.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::Context;
 use clap::ValueEnum;
@@ -54,7 +53,6 @@ pub(super) fn open(path: &Path, which: Which) -> anyhow::Result<Loaded> {
 /// Reads the parameters of `model` from a safetensors file.
 pub(super) fn read(model: &DitConfig, file: &Path) -> anyhow::Result<Arena> {
     let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
-    let layout = Arc::clone(&parameter_layout(&graph)?);
-    Arena::read_safetensors(&layout, file, false)
+    Arena::read_safetensors(&parameter_layout(&graph)?, file, false)
         .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))
 }

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use npyz::WriterBuilder;
+use runtime::file::AtomicFile;
 use zip::CompressionMethod;
 use zip::write::{SimpleFileOptions, ZipWriter};
-
-use super::file::Pending;
 
 /// Entries at least so large need the 64-bit sizes of zip.
 const LARGE: usize = u32::MAX as usize - (1 << 20);
@@ -21,7 +20,7 @@ const LARGE: usize = u32::MAX as usize - (1 << 20);
 /// # Source
 /// The convention of the ADM evaluation suite's sample files.
 pub struct SampleArchive {
-    zip: ZipWriter<Pending>,
+    zip: ZipWriter<AtomicFile>,
     path: PathBuf,
     images: usize,
     image_bytes: usize,
@@ -35,7 +34,7 @@ impl SampleArchive {
     /// The folder of `path` cannot be made or written.
     pub fn create(path: &Path, images: usize, [height, width, channels]: [usize; 3]) -> anyhow::Result<Self> {
         let image_bytes = height * width * channels;
-        let mut zip = ZipWriter::new(Pending::beside(path)?);
+        let mut zip = ZipWriter::new(AtomicFile::create(path)?);
         let shape = [images, height, width, channels].map(|d| d as u64);
         let begun = || format!("cannot write {}", path.display());
         zip.start_file("arr_0.npy", options(images.saturating_mul(image_bytes))).with_context(begun)?;
@@ -85,7 +84,7 @@ impl SampleArchive {
         self.zip.write_all(&header::<i64>(&[labels.len() as u64])?).with_context(failed)?;
         let bytes: Vec<u8> = labels.iter().flat_map(|l| l.to_le_bytes()).collect();
         self.zip.write_all(&bytes).with_context(failed)?;
-        self.zip.finish().with_context(failed)?.commit(&path)
+        Ok(self.zip.finish().with_context(failed)?.commit()?)
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 use image::{ImageFormat, Rgb, RgbImage};
+use runtime::file::write_atomically;
 
 use super::lettering::{BOLD, Face, LARGE, PLAIN, SMALL, wrap, write};
 use super::pixels::{byte, check};
@@ -176,7 +177,7 @@ pub fn save_png(picture: &RgbImage, path: &Path) -> anyhow::Result<()> {
     picture
         .write_to(&mut bytes, ImageFormat::Png)
         .with_context(|| format!("cannot encode {}", path.display()))?;
-    super::replace(path, bytes.get_ref())
+    Ok(write_atomically(path, |out| out.write_all(bytes.get_ref()))?)
 }
 
 /// From so many pixels on a cell has large letters.

@@ -13,11 +13,8 @@
 
 pub mod arrays;
 mod axis;
-mod file;
 pub mod grid;
 mod lettering;
 pub mod pixels;
 pub mod plot;
 pub mod progress;
-
-pub use file::replace;

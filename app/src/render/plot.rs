@@ -1,7 +1,9 @@
 //! Line plots as SVG: several series, raw and smoothed, linear or logarithmic.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
 use std::path::Path;
+
+use runtime::file::write_atomically;
 
 use super::axis::Axis;
 
@@ -97,7 +99,7 @@ impl LinePlot {
     /// # Errors
     /// The folder cannot be made or written, or the disk is full.
     pub fn save(&self, path: &Path) -> anyhow::Result<()> {
-        super::replace(path, self.svg().as_bytes())
+        Ok(write_atomically(path, |out| out.write_all(self.svg().as_bytes()))?)
     }
 
     fn write_svg(&self, frame: &Frame, svg: &mut String) -> std::fmt::Result {

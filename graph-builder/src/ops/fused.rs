@@ -12,12 +12,17 @@ use crate::ops::elementwise::{GELU_CUBIC, GELU_SLOPE};
 use crate::ops::nn::{last_axis_operand, moments};
 use crate::shape::Type;
 
-/// C1: float operands of one dtype and shape.
+/// C1: two float operands of one type.
 fn twins(args: &[&Type]) -> Result<Type, Refusal> {
-    if args[0] != args[1] {
-        return refuse("C1: two operands of one dtype and shape");
+    if args[0] != args[1] || !args[0].dtype.is_float() {
+        return refuse("C1: two float operands of one dtype and shape");
     }
-    last_axis_operand(args[0])
+    Ok(args[0].clone())
+}
+
+/// C1: two float operands of one type; C2: with rows.
+fn twin_rows(args: &[&Type]) -> Result<Type, Refusal> {
+    last_axis_operand(&twins(args)?)
 }
 
 /// Applies `f` to each pair of rows of the last axis.
@@ -35,7 +40,7 @@ fn map_row_pairs(a: &Array, b: &Array, f: impl Fn(&[f64], &[f64]) -> Vec<f64>) -
 /// # Shapes
 /// - `x`, `ct`: one shape; returns that shape
 /// # Constraints
-/// - C1: two operands of one dtype and shape
+/// - C1: two float operands of one dtype and shape
 #[derive(Clone, Debug, PartialEq)]
 pub struct GeluGrad;
 
@@ -92,7 +97,7 @@ impl Rules for GeluGrad {
 /// # Shapes
 /// - `y` (the softmax), `ct`: one shape; returns that shape
 /// # Constraints
-/// - C1: two operands of one dtype and shape
+/// - C1: two float operands of one dtype and shape · C2: rank 1 or more
 #[derive(Clone, Debug, PartialEq)]
 pub struct SoftmaxGrad;
 
@@ -101,7 +106,7 @@ impl Rules for SoftmaxGrad {
         "SoftmaxGrad"
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
-        twins(args)
+        twin_rows(args)
     }
     fn vjp<'g>(&self, _: &[Value<'g>], _: Value<'g>, _: Value<'g>) -> Vec<Grad<'g>> {
         vec![Grad::None, Grad::None]
@@ -131,7 +136,7 @@ impl Rules for SoftmaxGrad {
 /// # Shapes
 /// - `x`, `ct`: one shape; returns that shape
 /// # Constraints
-/// - C1: two operands of one dtype and shape
+/// - C1: two float operands of one dtype and shape · C2: rank 1 or more
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerNormGrad {
     /// Added to the variance.
@@ -143,7 +148,7 @@ impl Rules for LayerNormGrad {
         "LayerNormGrad"
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
-        twins(args)
+        twin_rows(args)
     }
     fn vjp<'g>(&self, _: &[Value<'g>], _: Value<'g>, _: Value<'g>) -> Vec<Grad<'g>> {
         vec![Grad::None, Grad::None]

@@ -53,7 +53,8 @@ fn bound(t: usize, s: &DdpmSchedule, x0: f64, xt: f64, eps: f64, logit: f64) -> 
     let mean = mean_of(x0_hat);
     if t > 0 {
         let distance = mean_of(x0) - mean;
-        let kl = (-1.0 + log_variance - low + (low - log_variance).exp()
+        let kl = (-1.0 + log_variance - low
+            + (low - log_variance).exp()
             + distance * distance * (-log_variance).exp())
             / 2.0;
         return kl / 2.0_f64.ln();
@@ -110,7 +111,7 @@ fn gradients_of_a_whole_model_are_the_numerical_derivatives() {
         let mut worst = (0.0, "");
         for p in trainable {
             let gradient = &outputs[&format!("grad.{}", p.name)];
-            let direction = Draws::named(&p.name).uniform(gradient.shape(), -1.0, 1.0);
+            let direction = Draws::named("direction").uniform(gradient.shape(), -1.0, 1.0);
             let want = derivative(|h| {
                 let mut moved = feeds.clone();
                 let at = moved.get_mut(&p.name).unwrap();

@@ -77,7 +77,10 @@ fn manifests_point_down() {
             let Some(dependencies) = manifest.get(section) else { continue };
             for dependency in dependencies.as_table().unwrap().keys() {
                 let room = ROOMS.iter().any(|(n, ..)| n == dependency);
-                assert!(!room || allowed.contains(&dependency.as_str()), "{name} has {dependency} in {section}");
+                assert!(
+                    !room || allowed.contains(&dependency.as_str()),
+                    "{name} has {dependency} in {section}"
+                );
             }
         }
     }
@@ -110,7 +113,11 @@ fn the_runtime_knows_programs_but_no_graphs() {
         let text = text.join(" ");
         for (at, _) in text.match_indices("graph_builder::") {
             let rest = &text[at + "graph_builder::".len()..];
-            let end = if rest.starts_with('{') { rest.find('}') } else { rest.find([';', ' ', '(', ')', '>', ',']) };
+            let end = if rest.starts_with('{') {
+                rest.find('}')
+            } else {
+                rest.find([';', ' ', '(', ')', '>', ','])
+            };
             let used = rest[..end.unwrap_or(rest.len())].trim_matches(['{', '}']);
             for item in used.split(',').map(str::trim).filter(|i| !i.is_empty()) {
                 assert!(PROGRAM_TYPES.contains(&item), "{} uses graph_builder::{item}", path.display());
@@ -131,7 +138,11 @@ fn users_of_the_library_do_not_know_each_other() {
         };
         for path in sources(&app).into_iter().filter(own) {
             for line in code(&path) {
-                assert!(!names_crate(&line, other) && !line.contains(&format!("::{other}::")), "{}: {line}", path.display());
+                assert!(
+                    !names_crate(&line, other) && !line.contains(&format!("::{other}::")),
+                    "{}: {line}",
+                    path.display()
+                );
             }
         }
     }

@@ -1,8 +1,10 @@
 //! The proofs that need no accelerator: one binary, one module a subject.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a proof fails by panicking")]
 
+mod file_errors;
 mod gradients;
 mod layering;
+mod machine_errors;
 mod models;
 mod onnx_golden;
 mod op_constraints;
@@ -11,7 +13,13 @@ mod op_gradient;
 mod op_parity;
 mod op_rows;
 mod op_table;
-mod passes;
 mod parity;
+mod passes;
+mod process;
 mod random_graph;
+mod resume;
+mod runs;
+mod scene;
 mod tiny;
+mod tiny_run;
+mod usage_errors;

@@ -33,7 +33,8 @@ fn build(preset: &str, kind: ProgramKind, batch: usize) -> Graph {
 /// Multiply-adds of a forward pass of one image, from the sizes.
 fn macs(cfg: &DitConfig) -> u64 {
     let (t, d, l) = (cfg.tokens(), cfg.hidden_size, cfg.depth);
-    let (patch, answer) = (cfg.patch_size.pow(2) * cfg.in_channels, cfg.patch_size.pow(2) * cfg.out_channels());
+    let (patch, answer) =
+        (cfg.patch_size.pow(2) * cfg.in_channels, cfg.patch_size.pow(2) * cfg.out_channels());
     let block = 12 * t * d * d + 2 * t * t * d + 6 * d * d;
     (t * d * patch + 256 * d + d * d + l * block + 2 * d * d + t * d * answer) as u64
 }
@@ -46,9 +47,17 @@ fn presets_have_the_published_sizes_and_work() {
         let graph = build(preset, ProgramKind::Denoise, 1);
         let (all, moved) = graph.parameter_counts();
         assert_eq!(all, parameters, "{preset}: parameters");
-        assert_eq!(all - moved, cfg.tokens() * cfg.hidden_size, "{preset}: only the position table is frozen");
+        assert_eq!(
+            all - moved,
+            cfg.tokens() * cfg.hidden_size,
+            "{preset}: only the position table is frozen"
+        );
         assert!((moved as f64 / 1e6 - trainable).abs() <= 0.01, "{preset}: {moved} trainable parameters");
-        assert!((graph.cost().macs as f64 / 1e9 - gmacs).abs() <= 0.02, "{preset}: {} macs", graph.cost().macs);
+        assert!(
+            (graph.cost().macs as f64 / 1e9 - gmacs).abs() <= 0.02,
+            "{preset}: {} macs",
+            graph.cost().macs
+        );
         assert_eq!(graph.cost().macs, macs(&cfg), "{preset}: macs");
         assert_eq!(graph.optimised().unwrap().cost().macs, macs(&cfg), "{preset}: macs after the passes");
     }
@@ -107,7 +116,14 @@ fn positions_are_sines_and_cosines_of_column_and_row() {
     let table = graph.parameters().iter().find(|p| p.name == "pos_embed").unwrap();
     let Init::Values(values) = &table.init else { panic!("the position table is not given by values") };
     let token = &values[(16 + 3) * 1152..][..1152]; // row 1, column 3
-    let want = [(0, 0.141_120_0), (1, 0.233_830_8), (288, -0.989_992_5), (576, 0.841_471_0), (577, 0.824_051_3), (864, 0.540_302_3)];
+    let want = [
+        (0, 0.141_120),
+        (1, 0.233_830_8),
+        (288, -0.989_992_5),
+        (576, 0.841_471),
+        (577, 0.824_051_3),
+        (864, 0.540_302_3),
+    ];
     for (i, want) in want {
         assert!((token[i] - want).abs() < 1e-6, "feature {i}: {} instead of {want}", token[i]);
     }

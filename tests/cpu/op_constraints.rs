@@ -64,8 +64,20 @@ fn refusals() -> Vec<Refused> {
         "StopGradient" stop_gradient, "Sigmoid" silu
     );
     let binary = binary!(
-        "Add" |a, b| a + b, "Sub" |a, b| a - b, "Mul" |a, b| a * b, "Div" |a, b| a / b,
-        "Maximum" |a, b| a.maximum(b), "Less" |a, b| a.less(b), "Equal" |a, b| a.equal(b)
+        "Add" | a,
+        b | a + b,
+        "Sub" | a,
+        b | a - b,
+        "Mul" | a,
+        b | a * b,
+        "Div" | a,
+        b | a / b,
+        "Maximum" | a,
+        b | a.maximum(b),
+        "Less" | a,
+        b | a.less(b),
+        "Equal" | a,
+        b | a.equal(b)
     );
     let others = more! {
         "Neg" "C1" |b| -whole(b, [2]);
@@ -171,7 +183,10 @@ fn an_error_points_at_the_scope_and_the_line_of_the_call() {
 #[test]
 fn names_are_declared_once() {
     let twice = error(|b| {
-        let _ = (b.root().param("w", &[Dim::Fixed(2)], Init::Zeros), b.root().param("w", &[Dim::Fixed(3)], Init::Zeros));
+        let _ = (
+            b.root().param("w", &[Dim::Fixed(2)], Init::Zeros),
+            b.root().param("w", &[Dim::Fixed(3)], Init::Zeros),
+        );
     });
     match twice {
         GraphError::Parameter { name, place, .. } => {
@@ -203,7 +218,7 @@ fn documented() -> BTreeSet<(String, String)> {
         let mut name_of_macro = String::new();
         for line in fs::read_to_string(file).unwrap().lines().map(str::trim) {
             if let Some(name) = line.strip_prefix("macro_rules! ") {
-                name_of_macro = name.trim_end_matches(" {").to_owned();
+                name.trim_end_matches(" {").clone_into(&mut name_of_macro);
             } else if let Some(doc) = line.strip_prefix("/// - C") {
                 let text = format!("C{doc}");
                 labels.extend(text.split([' ', ':']).filter(|w| is_label(w)).map(str::to_owned));
@@ -215,7 +230,9 @@ fn documented() -> BTreeSet<(String, String)> {
                 found.extend(labels.drain(..).map(|label| (name.to_owned(), label)));
             } else if let Some((name, _)) = line.split_once("!(///") {
                 invoked = shared.iter().find(|(n, _)| n == name).map(|(_, labels)| labels.clone());
-            } else if !line.starts_with("///") && let Some(of_macro) = invoked.take() {
+            } else if !line.starts_with("///")
+                && let Some(of_macro) = invoked.take()
+            {
                 let name = line.split(',').next().unwrap_or_default();
                 found.extend(of_macro.into_iter().map(|label| (name.to_owned(), label)));
             }

@@ -18,7 +18,12 @@ fn every_op_states_its_work() {
             Traffic::Answer => 2 * answer,
             Traffic::Nothing => 0,
         };
-        assert_eq!((cost.macs, cost.flops, cost.bytes), (row.macs, row.flops, bytes as u64), "{}", row.name());
+        assert_eq!(
+            (cost.macs, cost.flops, cost.bytes),
+            (row.macs, row.flops, bytes as u64),
+            "{}",
+            row.name()
+        );
     }
 }
 

@@ -116,7 +116,8 @@ fn unary() -> Vec<Row> {
         row("Gelu", "scalar", vec![unit([])], 8, |_, a| a[0].gelu()),
         row("StopGradient", "f32", x(), 0, |_, a| a[0].stop_gradient()).flat(),
         row("Cast", "f32 to i64", vec![quarters(DType::F32, [3, 7])], 0, |_, a| a[0].cast(DType::I64)).flat(),
-        row("Cast", "f32 to bool", vec![quarters(DType::F32, [3, 7])], 0, |_, a| a[0].cast(DType::Bool)).flat(),
+        row("Cast", "f32 to bool", vec![quarters(DType::F32, [3, 7])], 0, |_, a| a[0].cast(DType::Bool))
+            .flat(),
         row("Cast", "f32 to f16", vec![quarters(DType::F32, [3, 7])], 0, |_, a| a[0].cast(DType::F16)),
         row("Cast", "f32 to bf16", vec![quarters(DType::F32, [3, 7])], 0, |_, a| a[0].cast(DType::Bf16)),
         row("Cast", "i64 to f32", vec![whole([3, 7], 1000)], 0, |_, a| a[0].cast(DType::F32)).flat(),
@@ -150,7 +151,8 @@ fn choices() -> Vec<Row> {
         row("Maximum", "a row", vec![steps([2, 3, 4], 0.0), steps([4], 0.05)], 24, |_, a| a[0].maximum(a[1])),
         row("Maximum", "both grow", vec![steps([2, 1], 0.0), steps([3], 0.05)], 6, |_, a| a[0].maximum(a[1])),
         row("Less", "equal shapes", pair(), 24, |_, a| a[0].less(a[1])).flat(),
-        row("Less", "a column", vec![steps([3, 4], 0.0), steps([3, 1], 0.05)], 12, |_, a| a[0].less(a[1])).flat(),
+        row("Less", "a column", vec![steps([3, 4], 0.0), steps([3, 1], 0.05)], 12, |_, a| a[0].less(a[1]))
+            .flat(),
         row("Less", "ties", vec![quarters(DType::F32, [50]), quarters(DType::F32, [50])], 50, |_, a| {
             a[0].less(a[1])
         })
@@ -227,8 +229,10 @@ fn normalisations() -> Vec<Row> {
     vec![
         row("Softmax", "one row", vec![unit([7])], 5 * 7, |_, a| a[0].softmax()),
         row("Softmax", "heads", vec![real([2, 2, 3, 5], -3.0, 3.0)], 5 * 60, |_, a| a[0].softmax()),
-        row("Softmax", "far below the rest", vec![real([4, 40], -90.0, 90.0)], 5 * 160, |_, a| a[0].softmax())
-            .long(),
+        row("Softmax", "far below the rest", vec![real([4, 40], -90.0, 90.0)], 5 * 160, |_, a| {
+            a[0].softmax()
+        })
+        .long(),
         row("LayerNorm", "tokens", vec![unit([2, 3, 19])], 8 * 114, |_, a| a[0].layer_norm(EPSILON)),
         row("LayerNorm", "one row", vec![unit([8])], 8 * 8, |_, a| a[0].layer_norm(EPSILON)),
         row("LayerNorm", "large epsilon", vec![unit([2, 8])], 8 * 16, |_, a| a[0].layer_norm(0.5)),
@@ -242,9 +246,14 @@ fn fused() -> Vec<Row> {
         let twins = |wide| if small { vec![unit([2, 3, 19]), unit([2, 3, 19])] } else { wide };
         let numel = |wide| if small { 114 } else { wide };
         let wide = || vec![real([3, 9001], -4.0, 4.0), unit([3, 9001])];
-        rows.push(row("GeluGrad", case, twins(wide()), 16 * numel(27003), |_, a| a[0].gelu_grad(a[1])).refused());
+        rows.push(
+            row("GeluGrad", case, twins(wide()), 16 * numel(27003), |_, a| a[0].gelu_grad(a[1])).refused(),
+        );
         let rows_of = || vec![real([35, 515], 0.0, 0.004), unit([35, 515])];
-        rows.push(row("SoftmaxGrad", case, twins(rows_of()), 4 * numel(18025), |_, a| a[0].softmax_grad(a[1])).refused());
+        rows.push(
+            row("SoftmaxGrad", case, twins(rows_of()), 4 * numel(18025), |_, a| a[0].softmax_grad(a[1]))
+                .refused(),
+        );
         rows.push(
             row("LayerNormGrad", case, twins(rows_of()), 14 * numel(18025), |_, a| {
                 a[0].layer_norm_grad(a[1], EPSILON)
@@ -254,21 +263,32 @@ fn fused() -> Vec<Row> {
         let (n, t, d) = if small { (2, 3, 19) } else { (2, 70, 260) };
         let (tokens, condition) = (|| unit([n, t, d]), || unit([n, 1, d]));
         let numel = (n * t * d) as u64;
-        rows.push(row("LayerNormModulate", case, vec![tokens(), condition(), condition()], 10 * numel, |_, a| {
-            a[0].layer_norm_modulate(a[1], a[2], EPSILON)
-        }));
+        rows.push(row(
+            "LayerNormModulate",
+            case,
+            vec![tokens(), condition(), condition()],
+            10 * numel,
+            |_, a| a[0].layer_norm_modulate(a[1], a[2], EPSILON),
+        ));
         rows.push(row("GateResidual", case, vec![tokens(), condition(), tokens()], 2 * numel, |_, a| {
             a[0].gate_residual(a[1], a[2])
         }));
     }
     rows.push(row("GeluGrad", "scalar", vec![unit([]), unit([])], 16, |_, a| a[0].gelu_grad(a[1])).refused());
-    rows.push(row("GeluGrad", "saturated", vec![real([60], -30.0, 30.0), unit([60])], 16 * 60, |_, a| {
-        a[0].gelu_grad(a[1])
-    }).refused());
     rows.push(
-        row("LayerNormGrad", "far from zero", vec![real([4, 64], 99.0, 101.0), unit([4, 64])], 14 * 256, |_, a| {
-            a[0].layer_norm_grad(a[1], EPSILON)
+        row("GeluGrad", "saturated", vec![real([60], -30.0, 30.0), unit([60])], 16 * 60, |_, a| {
+            a[0].gelu_grad(a[1])
         })
+        .refused(),
+    );
+    rows.push(
+        row(
+            "LayerNormGrad",
+            "far from zero",
+            vec![real([4, 64], 99.0, 101.0), unit([4, 64])],
+            14 * 256,
+            |_, a| a[0].layer_norm_grad(a[1], EPSILON),
+        )
         .refused()
         .within(FAR_OP),
     );

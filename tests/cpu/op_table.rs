@@ -123,7 +123,8 @@ impl Row {
     /// Values of the operands, the same at every call.
     pub(crate) fn feeds(&self) -> Feeds {
         let mut draws = Draws::named(&self.name());
-        let drawn = self.operands.iter().enumerate().map(|(i, o)| (Self::operand_name(i), o.draw(&mut draws)));
+        let drawn =
+            self.operands.iter().enumerate().map(|(i, o)| (Self::operand_name(i), o.draw(&mut draws)));
         drawn.collect()
     }
 }

@@ -120,7 +120,8 @@ fn each(mut prove: impl FnMut(&Fixture, bool, &str)) {
     for name in FIXTURES {
         let fixture = Fixture::open(name);
         for native in [true, false] {
-            let what = format!("{}, {}", fixture.name, if native { "native kernels" } else { "function bodies" });
+            let what =
+                format!("{}, {}", fixture.name, if native { "native kernels" } else { "function bodies" });
             prove(&fixture, native, &what);
         }
     }
@@ -164,7 +165,11 @@ fn gradients_are_those_of_the_reference() {
         let gradients = answer.outputs.keys().filter_map(|n| n.strip_prefix("grad."));
         assert!(gradients.eq(want.keys().map(String::as_str)), "{what}: names of the gradients");
         for (name, want) in &want {
-            worst.check(&format!("{what}: gradient of {name}"), &answer.outputs[&format!("grad.{name}")], want);
+            worst.check(
+                &format!("{what}: gradient of {name}"),
+                &answer.outputs[&format!("grad.{name}")],
+                want,
+            );
         }
         for (output, key) in LOSSES {
             let want = &fixture.expected[&format!("train0_{key}")];
@@ -190,9 +195,10 @@ fn trained(fixture: &Fixture, native_kernels: bool) -> Trained {
     let batches: Vec<Feeds> = (0..3).map(|k| fixture.batch(k)).collect();
     let weights = fixture.folder.join(WEIGHTS);
     alone("training three steps", move |runtime| {
-        let gradients = program.outputs.iter().filter_map(|o| {
-            o.name.strip_prefix("grad.").map(|name| (name.to_owned(), o.shape.clone()))
-        });
+        let gradients = program
+            .outputs
+            .iter()
+            .filter_map(|o| o.name.strip_prefix("grad.").map(|name| (name.to_owned(), o.shape.clone())));
         let gradients = Arc::new(ArenaLayout::new(gradients).unwrap());
         let mut layout: Vec<_> =
             gradients.entries().iter().map(|(name, e)| (name.clone(), e.shape.clone())).collect();
@@ -201,17 +207,20 @@ fn trained(fixture: &Fixture, native_kernels: bool) -> Trained {
         let layout = Arc::new(ArenaLayout::new(layout).unwrap());
         let parameters = Arena::read_safetensors(&layout, &weights, false).unwrap();
         let mut ema = parameters.duplicate().unwrap();
-        let (parameters, grads) = (parameters.into_shared(), Arena::zeros(gradients.clone()).unwrap().into_shared());
+        let (parameters, grads) =
+            (parameters.into_shared(), Arena::zeros(gradients.clone()).unwrap().into_shared());
         let mut moments = [(); 2].map(|()| Arena::zeros(gradients.clone()).unwrap());
         let update = AdamW::new(&layout, &gradients, (0.9, 0.999, 1e-8), 1).unwrap();
-        let (lr, weight_decay) = (vec![1e-4; gradients.entries().len()], vec![0.0; gradients.entries().len()]);
+        let (lr, weight_decay) =
+            (vec![1e-4; gradients.entries().len()], vec![0.0; gradients.entries().len()]);
 
         let session = Session::load(runtime, &program, &Weights::Inside, &options(native_kernels)).unwrap();
         let mut builder = Binding::builder(&session);
         builder.bind_inputs_by_name(&parameters).unwrap();
         builder.bind_outputs_by_name(&grads, "grad.").unwrap();
         let mut binding = builder.finish().unwrap();
-        let fed: Vec<_> = program.inputs.iter().filter(|i| batches[0].contains_key(&i.name)).cloned().collect();
+        let fed: Vec<_> =
+            program.inputs.iter().filter(|i| batches[0].contains_key(&i.name)).cloned().collect();
         let mut losses = Vec::new();
         for (step, batch) in (1..).zip(&batches) {
             feed(&mut binding, &fed, batch);
@@ -229,7 +238,8 @@ fn trained(fixture: &Fixture, native_kernels: bool) -> Trained {
                 second_moments,
                 ema: Some((&mut ema, 0.9)),
             };
-            let report = update.step(state, &UpdateStep { step, lr: &lr, weight_decay: &weight_decay, clip: None });
+            let report =
+                update.step(state, &UpdateStep { step, lr: &lr, weight_decay: &weight_decay, clip: None });
             assert!(report.unwrap().finite);
         }
         let all = |arena: &Arena| {

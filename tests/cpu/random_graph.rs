@@ -88,7 +88,8 @@ fn grow<'g>(b: &'g Builder, pool: &mut Pool<'g>, gene: u32) {
 /// respect to every input and parameter.
 pub(crate) fn random_graph(genes: &[u32]) -> Result<Graph, GraphError> {
     let b = Builder::new("random");
-    let inputs = [b.input("x", Type::f32(SHAPE)), b.input("y", Type::f32(SHAPE)), b.input("c", Type::f32(ROW))];
+    let inputs =
+        [b.input("x", Type::f32(SHAPE)), b.input("y", Type::f32(SHAPE)), b.input("c", Type::f32(ROW))];
     let square = [Dim::Width(SHAPE[2]), Dim::Width(SHAPE[2])];
     let weights = ["w", "v"].map(|name| b.root().param(name, &square, Init::XavierUniform));
     let bounded = |value| Bounded { value, bound: 1.0 };
@@ -101,7 +102,8 @@ pub(crate) fn random_graph(genes: &[u32]) -> Result<Graph, GraphError> {
         grow(&b, &mut pool, gene);
     }
     let last: Vec<Value<'_>> = pool.tokens.iter().rev().take(3).map(|v| v.value.tanh()).collect();
-    let sum = last.iter().skip(1).fold(last[0], |sum, v| sum + *v) * pool.rows[pool.rows.len() - 1].value.tanh();
+    let sum =
+        last.iter().skip(1).fold(last[0], |sum, v| sum + *v) * pool.rows[pool.rows.len() - 1].value.tanh();
     let loss = sum.square().mean(&[0, 1, 2]).reshape([]);
     let wrt = [inputs.as_slice(), &weights].concat();
     b.output("loss", loss);

@@ -35,7 +35,8 @@ pub(crate) fn config(variant: &str) -> DitConfig {
 
 /// A program as it is built, before any pass.
 pub(crate) fn graph(variant: &str, kind: ProgramKind) -> Graph {
-    program(&config(variant), kind, BATCH, Guidance::First(3)).unwrap_or_else(|e| panic!("{variant} {kind}: {e}"))
+    program(&config(variant), kind, BATCH, Guidance::First(3))
+        .unwrap_or_else(|e| panic!("{variant} {kind}: {e}"))
 }
 
 /// A value for every input and every parameter: no parameter is zero, so that every path carries a gradient.
@@ -57,7 +58,9 @@ pub(crate) fn feeds(graph: &Graph, variant: &str) -> Feeds {
                 draws.array(shape, |d| if std::mem::take(&mut first) { 0.0 } else { d.below(1000) as f64 })
             }
             (_, DType::I64) => draws.array(shape, |d| d.below(cfg.label_rows()) as f64),
-            ("hp.output_multiplier", _) => draws.array(shape, |_| cfg.mup.map_or(1.0, |m| m.output_multiplier)),
+            ("hp.output_multiplier", _) => {
+                draws.array(shape, |_| cfg.mup.map_or(1.0, |m| m.output_multiplier))
+            }
             ("hp.vb_weight", _) => draws.array(shape, |_| 0.75),
             // Some pixels are beyond the range of the data, where the likelihood's bins have no end.
             _ => draws.uniform(shape, -1.3, 1.3),

@@ -13,9 +13,9 @@ use runtime::{Binding, Runtime, RuntimeOptions, Session, SessionOptions, Weights
 use crate::{Array, Feeds};
 
 /// For one program: loading and running takes milliseconds, so a hang is seen soon and a loaded machine passes.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// For finding ONNX Runtime, which fetches it on a fresh machine.
-const FETCH_LIMIT: Duration = Duration::from_secs(600);
+const FETCH_LIMIT: Duration = Duration::from_mins(10);
 
 /// What a run gave.
 #[derive(Debug)]
@@ -99,7 +99,8 @@ fn execute(
     feeds: &Feeds,
     native_kernels: bool,
 ) -> Answer {
-    let session = Session::load(runtime, program, weights, &options(native_kernels)).unwrap_or_else(|e| panic!("{e}"));
+    let session =
+        Session::load(runtime, program, weights, &options(native_kernels)).unwrap_or_else(|e| panic!("{e}"));
     let mut binding = Binding::owned(&session).unwrap_or_else(|e| panic!("{e}"));
     feed(&mut binding, &program.inputs, feeds);
     let counts = || kernels::names().map(kernels::calls);

@@ -1,7 +1,7 @@
 //! How far two computations of the same thing may be apart. All are relative.
 
 /// A gradient rule against the numerical derivative, both in f64.
-pub const DERIVATIVE: f64 = 1e-6;
+pub const DERIVATIVE: f64 = 1e-8;
 /// The gradient of a whole model against the numerical derivative, both in f64: third derivatives are larger there.
 pub const MODEL_DERIVATIVE: f64 = 1e-6;
 /// Two graphs of one meaning, both in f64.

@@ -360,7 +360,7 @@ pub fn run(
         let stopped = stop.is_set() && done < train.steps;
         let every = &config.checkpoint;
         let due = every.every_seconds.is_some_and(|s| last_save.elapsed().as_secs() >= s);
-        if done % every.every_steps == 0 || due || stopped || done == train.steps {
+        if done.is_multiple_of(every.every_steps) || due || stopped || done == train.steps {
             let position = plan.position(done);
             let state = State {
                 format_version: State::FORMAT_VERSION,

@@ -63,6 +63,14 @@ impl QuickstartArgs {
         if config.train.threads == 0 {
             config.train.threads = self.machine.threads;
         }
+        if resumed {
+            console::note(&format!(
+                "`{}` holds a run of {} steps: going on with it (--minutes and the speed of this machine only \
+                 decide about a new run)",
+                self.out.display(),
+                config.train.steps
+            ));
+        }
         let runtime = self.machine.runtime()?;
         let dataset = data::open(&config.data, self.machine.offline, &console::note)?;
         let chosen = self.overrides.iter().any(|o| o.starts_with("train.steps"));

@@ -119,7 +119,7 @@ pub(super) fn draw_loss(run_dir: &std::path::Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let count = points.len();
-    let half_life = (count as f64 / 50.0).max(2.0);
+    let half_life = (count as f64 / 100.0).max(1.0);
     let steps = checkpoint::list(run_dir)?.last().map_or(0, |(step, _)| *step);
     LinePlot::new("Training loss", "step", "loss")
         .subtitle(format!("{count} points, newest checkpoint at step {steps}"))

@@ -74,15 +74,20 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 /// Whether what was asked is wrong, rather than what was found.
 fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        let model = cause.downcast_ref::<ModelError>().is_some_and(|e| !matches!(e, ModelError::Graph(_)));
+        let wrong_model = |e: &ModelError| !matches!(e, ModelError::Graph(_));
+        let model = cause.downcast_ref::<ModelError>().is_some_and(wrong_model);
         let train = cause.downcast_ref::<TrainError>().is_some_and(|e| {
-            matches!(
-                e,
-                TrainError::UnknownKey { .. }
-                    | TrainError::ConfigSyntax { .. }
-                    | TrainError::Override { .. }
-                    | TrainError::BadValue { .. }
-            )
+            match e {
+                // It is transparent, so the model's error is not in the chain.
+                TrainError::Model(e) => wrong_model(e),
+                _ => matches!(
+                    e,
+                    TrainError::UnknownKey { .. }
+                        | TrainError::ConfigSyntax { .. }
+                        | TrainError::Override { .. }
+                        | TrainError::BadValue { .. }
+                ),
+            }
         });
         cause.is::<Usage>() || model || train
     })

@@ -51,7 +51,9 @@ pub struct Sampler {
     plan: SolverPlan,
     batch: usize,
     image: usize,
-    classes: usize,
+    /// Classes, the one that stands for none included.
+    label_rows: usize,
+    null_class: Option<usize>,
     guidance: Option<f32>,
 }
 
@@ -77,7 +79,8 @@ impl Sampler {
         let binding = builder.finish()?;
         let image = model.in_channels * model.input_size * model.input_size;
         let guidance = (guided != Guidance::Off).then_some(settings.guidance as f32);
-        Ok(Self { binding, plan, batch: settings.batch, image, classes: model.num_classes, guidance })
+        let (label_rows, null_class) = (model.label_rows(), model.null_class());
+        Ok(Self { binding, plan, batch: settings.batch, image, label_rows, null_class, guidance })
     }
 
     /// Executed steps of one image.
@@ -98,9 +101,9 @@ impl Sampler {
         progress: &mut dyn FnMut(u64),
     ) -> anyhow::Result<Vec<f32>> {
         let (n, image) = (labels.len(), self.image);
-        let classes = self.classes as i64;
-        if let Some(label) = labels.iter().find(|y| !(0..=classes).contains(*y)) {
-            anyhow::bail!("class {label} is none of the model's: 0..{classes}, or {classes} for no class");
+        if let Some(label) = labels.iter().find(|y| !(0..self.label_rows as i64).contains(*y)) {
+            let none = self.null_class.map_or(String::new(), |null| format!(", where {null} is no class"));
+            anyhow::bail!("class {label} is none of the model's: 0..{}{none}", self.label_rows);
         }
         if let NoiseSource::Given { x_t, noise } = source {
             ensure!(x_t.len() == n * image, "x_T holds {} values, {n} images need {}", x_t.len(), n * image);

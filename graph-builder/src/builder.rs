@@ -219,8 +219,8 @@ impl<'g> Scope<'g> {
                 self.builder.fail(GraphError::Parameter {
                     name: parameter.name.clone(),
                     place: Place { scope: self.path.clone(), file: caller.file(), line: caller.line() },
-                    before: format!("{:?}", before.dims),
-                    now: format!("{:?}", parameter.dims),
+                    before: before.declaration(),
+                    now: parameter.declaration(),
                 });
             }
             let known = self.builder.with_graph(|g| {

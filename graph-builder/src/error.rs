@@ -58,6 +58,14 @@ pub enum GraphError {
         /// The repeated name.
         name: String,
     },
+    /// A scope was named in which nothing is computed.
+    #[error("graph `{graph}` computes nothing in scope `{scope}`")]
+    NoScope {
+        /// Graph name.
+        graph: String,
+        /// Scope path.
+        scope: String,
+    },
     /// A gradient was asked through an op that has none.
     #[error("{op} in {place} has no derivative with respect to operand {operand}")]
     NotDifferentiable {

@@ -73,6 +73,15 @@ impl Parameter {
         Shape(self.dims.iter().map(|d| d.size()).collect())
     }
 
+    /// The declaration in words, fixed tables without their values.
+    pub(crate) fn declaration(&self) -> String {
+        let init = match &self.init {
+            Init::Values(values) => format!("a table of {} values", values.len()),
+            init => format!("{init:?}"),
+        };
+        format!("{:?}, {init}, {}", self.dims, if self.trainable { "trainable" } else { "frozen" })
+    }
+
     /// Number of elements.
     pub fn numel(&self) -> usize {
         self.shape().numel()

@@ -11,6 +11,7 @@
 //! | [`onnx`] | emission |
 //! | [`eval`] | the f64 interpreter that everything else is compared with |
 //! | [`role`] | muP roles, derived |
+//! | [`probe`] | values inside a graph as outputs |
 //!
 //! ```
 //! use graph_builder::{Builder, Dim, Init, Type, Weights};
@@ -37,6 +38,7 @@ pub mod onnx;
 pub mod op;
 pub mod ops;
 pub mod passes;
+pub mod probe;
 pub mod program;
 pub mod role;
 pub mod shape;

@@ -1,6 +1,8 @@
 //! The proofs that need no accelerator: one binary, one module a subject.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a proof fails by panicking")]
 
+mod app;
+mod engines;
 mod file_errors;
 mod gradients;
 mod layering;
@@ -19,7 +21,9 @@ mod process;
 mod random_graph;
 mod resume;
 mod runs;
+mod sampling;
 mod scene;
 mod tiny;
 mod tiny_run;
+mod training;
 mod usage_errors;

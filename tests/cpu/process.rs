@@ -12,7 +12,7 @@ use mudit_tests::execution::onnx_runtime;
 use tempfile::TempDir;
 
 /// For one command on small inputs: it takes a second or two, so a hang is seen soon and a loaded machine passes.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// Between two looks at a child.
 const PAUSE: Duration = Duration::from_millis(2);
 
@@ -52,7 +52,7 @@ pub(crate) struct Finished {
 pub(crate) fn mudit(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Mudit {
     onnx_runtime();
     let mut command = Command::new(env!("CARGO_BIN_EXE_mudit-under-test"));
-    command.args(args).env("MUDIT_THREADS", "1").stdin(Stdio::null());
+    command.arg0("mudit").args(args).env("MUDIT_THREADS", "1").stdin(Stdio::null());
     let words: Vec<_> = command.get_args().map(|a| a.to_string_lossy().into_owned()).collect();
     let line = format!("mudit {}", words.join(" "));
     Mudit { command, texts: tempfile::tempdir().unwrap(), line }
@@ -84,7 +84,7 @@ impl Mudit {
     }
 
     /// Runs as a user that owns nothing; only root can.
-    pub(crate) fn as_user(mut self, id: u32) -> Self {
+    pub(crate) fn by_user(mut self, id: u32) -> Self {
         self.command.uid(id).gid(id);
         self
     }

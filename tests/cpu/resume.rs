@@ -172,7 +172,10 @@ fn a_checkpoint_that_was_damaged_is_passed_over() {
     fs::write(&model, &bytes[..bytes.len() - 1]).unwrap();
     let done = tiny.train("run", &[]).run();
     assert_eq!(done.code, Some(0), "{done}");
-    assert!(done.stderr.contains("step-00000040") && done.stderr.contains("going on after step 35"), "{done}");
+    assert!(
+        done.stderr.contains("step-00000040") && done.stderr.contains("going on after step 35"),
+        "{done}"
+    );
     assert_same_result(&run, &undisturbed(), "after damage");
 }
 

@@ -21,9 +21,10 @@ fn distance(got: &Path, want: &Path) -> f64 {
         for (all, tensor) in values.iter_mut().zip([&got[name], tensor]) {
             let part = tensor.to_f32();
             let third = part.len() / 3;
-            match name.ends_with("qkv.bias") {
-                true => all.extend([&part[..third], &part[2 * third..]].concat()),
-                false => all.extend(part),
+            if name.ends_with("qkv.bias") {
+                all.extend([&part[..third], &part[2 * third..]].concat());
+            } else {
+                all.extend(part);
             }
         }
     }
@@ -65,7 +66,8 @@ fn another_configuration_is_refused_by_its_keys() {
     done.refuses(1, &["train.learning_rate: 0.001 before, 0.5 now", "mup.base_width: 12 before, 24 now"]);
     assert_eq!(fs::read(tiny.path("run/config.toml")).unwrap(), before);
     // What does not change the steps already done may change.
-    let free = ["train.steps=10", "log.every_steps=3", "checkpoint.keep=1", "train.threads=2", "sample.per_class=1"];
+    let free =
+        ["train.steps=10", "log.every_steps=3", "checkpoint.keep=1", "train.threads=2", "sample.per_class=1"];
     tiny.train("run", &free).succeeds();
     assert_eq!(checkpoint::list(&tiny.path("run")).unwrap().len(), 1);
 }
@@ -112,7 +114,8 @@ fn a_step_that_is_not_finite_stops_the_run_with_its_evidence() {
     let tiny = TinyRun::new();
     let run = tiny.path("run");
     // Steps of this size square beyond f32 within a few updates.
-    let wild = ["train.learning_rate=1e12", "train.clip=0", "checkpoint.every_steps=1", "checkpoint.keep=100"];
+    let wild =
+        ["train.learning_rate=1e12", "train.clip=0", "checkpoint.every_steps=1", "checkpoint.keep=100"];
     let done = tiny.train("run", &wild).run();
     let saved = checkpoint::list(&run).unwrap();
     let (last, path) = saved.last().unwrap();

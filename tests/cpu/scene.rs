@@ -107,7 +107,8 @@ impl Scene {
         let done = command.run();
         done.refuses(code, parts);
         let after = contents(self.folder.path());
-        let changed: Vec<_> = after.iter().filter(|(path, bytes)| before.get(*path) != Some(*bytes)).collect();
+        let changed: Vec<_> =
+            after.iter().filter(|(path, bytes)| before.get(*path) != Some(*bytes)).collect();
         let changed: Vec<_> = changed.into_iter().map(|(path, _)| path).collect();
         assert!(changed.is_empty() && after.len() == before.len(), "it left {changed:?}: {done}");
     }

@@ -19,11 +19,14 @@ fn the_command_line_is_checked() {
         ("inspect", &["MODEL"]),
         ("inspect DiT-S/2 --program denois", &["denois", "denoise"]),
         ("inspect DiT-S/2 --program step --cfg-channels few", &["few", "`all` or `off`"]),
-        ("sample --checkpoint checkpoint --sampler dimm", &["dimm", "ddim"]),
+        ("sample --checkpoint checkpoint --sampler ddin", &["ddin", "ddim"]),
         ("sample --checkpoint checkpoint --steps many", &["many"]),
         ("sample --checkpoint checkpoint --noise f --seed 1", &["--noise", "--seed"]),
         ("build-engine --model DiT-S/2 --program loss --out e --precision f8", &["f8", "f16"]),
-        ("build-engine --model DiT-S/2 --program loss --out e --batch 1 --buckets 2", &["--batch", "--buckets"]),
+        (
+            "build-engine --model DiT-S/2 --program loss --out e --batch 1 --buckets 2",
+            &["--batch", "--buckets"],
+        ),
         ("build-engine --model DiT-S/2 --program denoise --out e", &["denoise carries", "--weights"]),
         ("data check --kind mnist", &["mnist", "fashion-mnist, idx, folder or latents"]),
         ("quickstart --minutes 0", &["--minutes must be above 0"]),
@@ -45,18 +48,27 @@ fn keys_and_values_of_a_run_are_checked() {
     scene.write("syntax.toml", "[train]\nsteps = \n");
     scene.write("preset.toml", "[model]\npreset = \"DiT-SX/2\"\n[data]\nkind = \"idx\"\npath = \"data\"\n");
     for (line, parts) in [
-        ("--config unknown.toml", &["unknown key `train.lerning_rate` in `unknown.toml`", "`train.learning_rate`?"][..]),
+        (
+            "--config unknown.toml",
+            &["unknown key `train.lerning_rate` in `unknown.toml`", "`train.learning_rate`?"][..],
+        ),
         ("--config section.toml", &["unknown key `trian` in `section.toml`", "did you mean `train`?"]),
         ("--config type.toml", &["`type.toml`", "ten"]),
         ("--config syntax.toml", &["`syntax.toml`", "line 2"]),
         ("--config preset.toml", &["DiT-SX/2", "DiT-S/2"]),
-        ("--config run.toml --set train.stpes=3", &["unknown key `train.stpes`", "`--set train.stpes=3`", "`train.steps`?"]),
+        (
+            "--config run.toml --set train.stpes=3",
+            &["unknown key `train.stpes`", "`--set train.stpes=3`", "`train.steps`?"],
+        ),
         ("--config run.toml --set steps=3", &["unknown key `steps`", "`train.steps`?"]),
         ("--config run.toml --set train.steps", &["`train.steps`", "expected `section.key=value`"]),
         ("--config run.toml --set train.steps=ten", &["`--set train.steps=ten`", "ten"]),
         ("--config run.toml --set train.steps=0", &["`train.steps = 0`", "from 1"]),
         ("--config run.toml --set train.batch_size=0", &["`train.batch_size = 0`", "at least 1"]),
-        ("--config run.toml --set train.accumulate=3", &["`train.accumulate = 3`", "a divisor of `train.batch_size` (4)"]),
+        (
+            "--config run.toml --set train.accumulate=3",
+            &["`train.accumulate = 3`", "a divisor of `train.batch_size` (4)"],
+        ),
         ("--config run.toml --set train.learning_rate=-1", &["`train.learning_rate = -1`", "above 0"]),
         ("--config run.toml --set train.learning_rate=nan", &["`train.learning_rate = NaN`", "above 0"]),
         ("--config run.toml --set train.beta1=1.0", &["`train.beta1 = 1`", "below 1"]),
@@ -64,7 +76,10 @@ fn keys_and_values_of_a_run_are_checked() {
         ("--config run.toml --set sample.sampler=euler", &["`sample.sampler = euler`", "`ddim`"]),
         ("--config run.toml --set data.kind=folder", &["`data.image_size = unset`"]),
         ("--config run.toml --set data.path=data/train-images-idx3-ubyte", &["`data.labels = unset`"]),
-        ("--config run.toml --set model.num_heads=3", &["hidden_size must be a multiple of num_heads 3", "16"]),
+        (
+            "--config run.toml --set model.num_heads=3",
+            &["hidden_size must be a multiple of num_heads 3", "16"],
+        ),
         ("--config run.toml --set model.config=run.toml", &["run.toml"]),
     ] {
         scene.refuses(&format!("train --offline --out r {line}"), 2, parts);
@@ -87,8 +102,16 @@ fn descriptions_of_models_are_checked() {
         ("unknown", with("\"depth\"", "\"dpeth\""), &["unknown key \"dpeth\"", "depth"][..]),
         ("missing", with(" \"depth\": 2,\n", ""), &["lacks depth"]),
         ("type", with("\"depth\": 2", "\"depth\": \"two\""), &["depth must be", "two"]),
-        ("heads", with("\"num_heads\": 4", "\"num_heads\": 5"), &["hidden_size must be a multiple of num_heads 5", "48"]),
-        ("patch", with("\"patch_size\": 2", "\"patch_size\": 3"), &["input_size must be a multiple of patch_size 3", "8"]),
+        (
+            "heads",
+            with("\"num_heads\": 4", "\"num_heads\": 5"),
+            &["hidden_size must be a multiple of num_heads 5", "48"],
+        ),
+        (
+            "patch",
+            with("\"patch_size\": 2", "\"patch_size\": 3"),
+            &["input_size must be a multiple of patch_size 3", "8"],
+        ),
         ("zero", with("\"depth\": 2", "\"depth\": 0"), &["depth must be within 1..=", "got 0"]),
         ("family", with("\"dit\"", "\"vit\""), &["model", "dit", "vit"]),
         ("json", with("\"depth\": 2,", "\"depth\": 2"), &["not valid JSON", "line "]),
@@ -129,7 +152,8 @@ fn what_a_program_cannot_be_built_for_is_refused() {
     });
     let config = fs::read_to_string(scene.path("plain/config.json")).unwrap();
     scene.write("plain/config.json", config.replace('{', "{\"class_dropout_prob\": 0.0,"));
-    let line = "build-engine --provider none --out e --model plain --weights plain/model.safetensors --program";
+    let line =
+        "build-engine --provider none --out e --model plain --weights plain/model.safetensors --program";
     scene.refuses(&format!("{line} denoise-cfg"), 2, &["class_dropout_prob must be above 0", "null class"]);
     scene.refuses("sample --offline --checkpoint plain", 2, &["no null class", "--cfg 1"]);
     scene.mudit("sample --offline --checkpoint plain --cfg 1 --steps 2 --count 1 --out x.png").succeeds();

@@ -287,8 +287,10 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let train = &config.train;
-    let lock = RunLock::acquire(run_dir)?;
+    // What the configuration and the data alone can refuse is refused before anything is written.
     let model = config.model_config(dataset.as_ref())?;
+    let plan = BatchPlan::new(train.seed, dataset.len(), train.batch_size)?;
+    let lock = RunLock::acquire(run_dir)?;
     let warnings = std::cell::RefCell::new(Vec::new());
     let found = checkpoint::latest_valid(run_dir, &|message| warnings.borrow_mut().push(message.to_owned()))?;
     for message in warnings.into_inner() {
@@ -302,7 +304,6 @@ pub fn run(
     let text = config.to_toml()?;
     runtime::file::write_atomically(run_dir.join(RUN_CONFIG_FILE), |out| out.write_all(text.as_bytes()))?;
 
-    let plan = BatchPlan::new(train.seed, dataset.len(), train.batch_size)?;
     let mut trainer = Trainer::new(runtime, config, &model)?;
     if let Some((path, _)) = &found {
         trainer.read(path)?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use graph_builder::Shape;
 use indexmap::IndexMap;
 use models::DitConfig;
 use runtime::update::{AdamW, UpdateState, UpdateStep};
@@ -166,7 +167,8 @@ fn given(tensors: &IndexMap<String, HostTensor>, k: u64, model: &DitConfig) -> a
         [("x0", x0, &image[..]), ("noise", noise, &image[..]), ("t", t, &[n][..]), ("y", y, &[n][..])]
     {
         let got = tensor.shape();
-        ensure!(got.dims() == expected, "tensor `step{k}.{what}`: expected shape {expected:?}, got {got}");
+        let expected = Shape::from(expected);
+        ensure!(*got == expected, "tensor `step{k}.{what}`: expected shape {expected}, got {got}");
     }
     let y = y.to_i64().with_context(|| format!("tensor `step{k}.y` must hold integers"))?;
     let rows = model.label_rows() as i64;

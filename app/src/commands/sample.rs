@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use graph_builder::Shape;
 use indexmap::IndexMap;
 use models::{DitConfig, Guidance, Objective, Solver, SolverKind, Spacing};
 use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
@@ -284,14 +285,14 @@ fn read_noise(path: &Path, image: [usize; 3], steps: usize) -> anyhow::Result<(V
     let n = labels.len();
     ensure!(n > 0, "tensor `y` is empty");
     let [c, h, w] = image;
-    let expected = [n, c, h, w];
-    ensure!(x_t.shape().dims() == expected, "tensor `x_T`: expected shape {expected:?}, got {}", x_t.shape());
+    let expected = Shape::from([n, c, h, w]);
+    ensure!(*x_t.shape() == expected, "tensor `x_T`: expected shape {expected}, got {}", x_t.shape());
     let noise = tensors.get("noise");
     if let Some(noise) = noise {
-        let expected = [steps, n, c, h, w];
+        let expected = Shape::from([steps, n, c, h, w]);
         ensure!(
-            noise.shape().dims() == expected,
-            "tensor `noise`: expected shape {expected:?} for {steps} executed steps, got {}",
+            *noise.shape() == expected,
+            "tensor `noise`: expected shape {expected} for {steps} executed steps, got {}",
             noise.shape()
         );
     }

@@ -1,6 +1,6 @@
 //! Samples as NumPy reads them: one `.npz` with `arr_0`, the images, and `arr_1`, their labels.
 
-use std::io::Write;
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -20,7 +20,7 @@ const LARGE: usize = u32::MAX as usize - (1 << 20);
 /// # Source
 /// The convention of the ADM evaluation suite's sample files.
 pub struct SampleArchive {
-    zip: ZipWriter<AtomicFile>,
+    zip: ZipWriter<Target>,
     path: PathBuf,
     images: usize,
     image_bytes: usize,
@@ -34,7 +34,7 @@ impl SampleArchive {
     /// The folder of `path` cannot be made or written.
     pub fn create(path: &Path, images: usize, [height, width, channels]: [usize; 3]) -> anyhow::Result<Self> {
         let image_bytes = height * width * channels;
-        let mut zip = ZipWriter::new(AtomicFile::create(path)?);
+        let mut zip = ZipWriter::new(Target { file: AtomicFile::create(path)?, failed: false });
         let shape = [images, height, width, channels].map(|d| d as u64);
         let begun = || format!("cannot write {}", path.display());
         zip.start_file("arr_0.npy", options(images.saturating_mul(image_bytes))).with_context(begun)?;
@@ -84,7 +84,43 @@ impl SampleArchive {
         self.zip.write_all(&header::<i64>(&[labels.len() as u64])?).with_context(failed)?;
         let bytes: Vec<u8> = labels.iter().flat_map(|l| l.to_le_bytes()).collect();
         self.zip.write_all(&bytes).with_context(failed)?;
-        Ok(self.zip.finish().with_context(failed)?.commit()?)
+        Ok(self.zip.finish().with_context(failed)?.file.commit()?)
+    }
+}
+
+/// The archive's file. After a failure it takes everything and keeps nothing: a `ZipWriter` that is dropped writes its
+/// directory, and would tell on its own of a failure that was reported already.
+struct Target {
+    file: AtomicFile,
+    failed: bool,
+}
+
+impl Target {
+    fn unless_failed<T>(
+        &mut self,
+        otherwise: T,
+        act: impl FnOnce(&mut AtomicFile) -> io::Result<T>,
+    ) -> io::Result<T> {
+        if self.failed {
+            return Ok(otherwise);
+        }
+        act(&mut self.file).inspect_err(|_| self.failed = true)
+    }
+}
+
+impl Write for Target {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.unless_failed(bytes.len(), |file| file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.unless_failed((), AtomicFile::flush)
+    }
+}
+
+impl Seek for Target {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.unless_failed(0, |file| file.seek(to))
     }
 }
 

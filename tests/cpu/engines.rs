@@ -1,0 +1,125 @@
+//! Engine directories: the same bytes every time, weights that are not copied, and programs that run.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+
+use half::f16;
+use mudit_tests::difference::relative_l2;
+use mudit_tests::execution::{array, onnx_runtime, within};
+use mudit_tests::tolerance::MODEL_REACHED;
+use runtime::{Binding, Engine, HostData, HostTensor, SessionOptions};
+
+use crate::process::mudit;
+use crate::scene::{Scene, contents, fixture, tensors};
+
+const FIXTURE: &str = "dit-d48-h4-p2";
+
+#[test]
+fn the_same_command_gives_the_same_bytes() {
+    let scene = Scene::new();
+    let build = |out: &str| {
+        let programs = "denoise,denoise-cfg,step,loss,train-step --buckets 1,3";
+        let line = format!(
+            "build-engine --model checkpoint --weights checkpoint/model.safetensors --program {programs}"
+        );
+        scene.mudit(&format!("{line} --provider none --out {out}")).succeeds();
+        let named = contents(&scene.path(out)).into_iter();
+        named.map(|(p, b)| (p.strip_prefix(scene.path(out)).unwrap().to_owned(), b)).collect::<Vec<_>>()
+    };
+    let first = build("first");
+    assert_eq!(first.len(), 10 + 2, "five programs of two sizes, the manifest and the weights");
+    assert!(first == build("second"));
+    // A directory that is there is replaced as a whole.
+    assert!(first == build("first"));
+    scene.mudit("inspect first").succeeds();
+    Engine::open(scene.path("first")).unwrap().verify().unwrap();
+}
+
+#[test]
+fn the_largest_training_step_is_small_and_quick() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("engine").display().to_string();
+    let line = ["build-engine", "--model", "DiT-XL/2", "--program", "train-step", "--batch", "4"];
+    let done = mudit(line.into_iter().chain(["--provider", "none", "--out", &out])).run();
+    assert_eq!(done.code, Some(0), "{done}");
+    let bytes: u64 = contents(folder.path()).keys().map(|p| fs::metadata(p).unwrap().len()).sum();
+    let (memory, seconds) = (done.peak_bytes, done.seconds);
+    println!(
+        "DiT-XL/2 train-step: {:.1} MB in {seconds:.2} s and {} MB of memory",
+        bytes as f64 / 1e6,
+        memory >> 20
+    );
+    assert!(seconds < 5.0, "{seconds} s");
+    assert!(bytes < 20 << 20, "{bytes} bytes");
+    assert!(memory < 1 << 30, "{memory} bytes of memory");
+}
+
+#[test]
+fn weights_are_linked_not_copied() {
+    let scene = Scene::new();
+    let build = "build-engine --model checkpoint --program denoise --provider none --weights";
+    scene.mudit(&format!("{build} checkpoint/model.safetensors --out e")).succeeds();
+    let id = |name: &str| fs::metadata(scene.path(name)).unwrap().ino();
+    assert_eq!(id("e/model.safetensors"), id("checkpoint/model.safetensors"));
+    let size = fs::metadata(scene.path("e/denoise-b1.onnx")).unwrap().len();
+    assert!(size < 100_000, "{size} bytes without weights");
+}
+
+/// The answer of an engine's `denoise` for the fixture's first samples.
+fn answer(scene: &Scene, engine: &str, batch: usize) -> Vec<f32> {
+    let inputs = tensors(&fixture(FIXTURE, "inputs.safetensors"));
+    let folder = scene.path(engine);
+    within(std::time::Duration::from_mins(1), "running an engine", move || {
+        let engine = Engine::open(folder).unwrap_or_else(|e| panic!("{e}"));
+        let options = SessionOptions { threads: 1, spinning: false, ..SessionOptions::default() };
+        let session = engine.session(&onnx_runtime(), "denoise", batch, &options);
+        let mut binding = Binding::owned(&session.unwrap_or_else(|e| panic!("{e}"))).unwrap();
+        binding.set_input("x", &inputs["forward_x"].to_f32()[..batch * 256]).unwrap();
+        binding.set_input("t", &inputs["forward_t"].to_f32()[..batch]).unwrap();
+        binding.set_input("y", &inputs["forward_y"].to_i64().unwrap()[..batch]).unwrap();
+        binding.run().unwrap_or_else(|e| panic!("{e}"));
+        binding.output_f32("out").unwrap().to_vec()
+    })
+}
+
+#[test]
+fn an_engine_answers_as_the_reference_does() {
+    let scene = Scene::new();
+    let build =
+        "build-engine --offline --model checkpoint --program denoise --buckets 2,4 --provider cpu --weights";
+    let report = scene.mudit(&format!("{build} checkpoint/model.safetensors --out e")).json();
+    assert_eq!(report["first_runs"].as_array().unwrap().len(), 2, "each program is loaded and run once");
+    let want = tensors(&fixture(FIXTURE, "expected.safetensors"))["forward_out"].to_f32();
+    for batch in [2, 4] {
+        let got = answer(&scene, "e", batch);
+        let error = relative_l2(&array(&[got.len()], &got), &array(&[got.len()], &want[..got.len()]));
+        assert!(error <= MODEL_REACHED, "batch {batch}: {error:e}");
+    }
+}
+
+#[test]
+fn weights_of_half_precision_are_converted() {
+    let scene = Scene::new();
+    scene.spoiled("half", |all| {
+        for tensor in all.values_mut() {
+            let values = tensor.to_f32().into_iter().map(f16::from_f32).collect();
+            *tensor = HostTensor::new(tensor.shape().clone(), HostData::F16(values)).unwrap();
+        }
+    });
+    // The same numbers, once more in f32.
+    scene.spoiled("whole", |all| {
+        for tensor in all.values_mut() {
+            let values = tensor.to_f32().into_iter().map(|v| f16::from_f32(v).to_f32()).collect();
+            *tensor = HostTensor::f32(tensor.shape().clone(), values).unwrap();
+        }
+    });
+    for name in ["half", "whole"] {
+        let line = format!(
+            "build-engine --model {name} --weights {name}/model.safetensors --program denoise --batch 4"
+        );
+        scene.mudit(&format!("{line} --provider none --out engine-of-{name}")).succeeds();
+    }
+    assert!(answer(&scene, "engine-of-half", 4) == answer(&scene, "engine-of-whole", 4));
+    let kept = tensors(&scene.path("half/model.safetensors"));
+    assert!(kept.values().all(|t| matches!(t.data(), HostData::F16(_))), "the file itself is as it was");
+}

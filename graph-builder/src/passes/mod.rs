@@ -1,6 +1,6 @@
 //! Graph-to-graph passes: one visible list, the graph verified after each.
 //!
-//! A pass walks the nodes in order and rebuilds the graph through [`Rewriter`]; nothing is edited in place, and
+//! A pass walks the nodes in order and rebuilds the graph through `Rewriter`; nothing is edited in place, and
 //! code that no output needs is dropped on the way.
 
 mod fuse;

@@ -131,6 +131,18 @@ impl Rules for SoftmaxGrad {
     }
 }
 
+/// Nodes for `x̂ = (x − mean) / √(var + ε)` over the axes `last`, and for the root; ε is the function's attribute.
+fn normalised(f: &mut FunctionBody, last: &str) -> (String, String) {
+    let epsilon = f.scalar_attribute("epsilon");
+    let mean = f.node("ReduceMean", &["x", last]);
+    let centred = f.node("Sub", &["x", &mean]);
+    let square = f.node("Mul", &[&centred, &centred]);
+    let variance = f.node("ReduceMean", &[&square, last]);
+    let variance = f.node("Add", &[&variance, &epsilon]);
+    let deviation = f.node("Sqrt", &[&variance]);
+    (f.node("Div", &[&centred, &deviation]), deviation)
+}
+
 /// Gradient of layer normalisation without affine map: `r(ct − mean(ct) − x̂·mean(ct ⊙ x̂))`, `x̂ = (x − mean)·r`.
 ///
 /// # Shapes
@@ -156,14 +168,7 @@ impl Rules for LayerNormGrad {
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let mut f = FunctionBody::new("LayerNormGrad", &["x", "ct"], &["epsilon"]);
         let last = f.int_list(&[-1]);
-        let epsilon = f.scalar_attribute("epsilon");
-        let mean = f.node("ReduceMean", &["x", &last]);
-        let centred = f.node("Sub", &["x", &mean]);
-        let square = f.node("Mul", &[&centred, &centred]);
-        let variance = f.node("ReduceMean", &[&square, &last]);
-        let variance = f.node("Add", &[&variance, &epsilon]);
-        let deviation = f.node("Sqrt", &[&variance]);
-        let normal = f.node("Div", &[&centred, &deviation]);
+        let (normal, deviation) = normalised(&mut f, &last);
         let ct_mean = f.node("ReduceMean", &["ct", &last]);
         let weighted = f.node("Mul", &["ct", &normal]);
         let dot = f.node("ReduceMean", &[&weighted, &last]);
@@ -228,15 +233,8 @@ impl Rules for LayerNormModulate {
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let mut f = FunctionBody::new("LayerNormModulate", &["x", "shift", "scale"], &["epsilon"]);
         let last = f.int_list(&[-1]);
-        let epsilon = f.scalar_attribute("epsilon");
         let one = f.scalar(1.0);
-        let mean = f.node("ReduceMean", &["x", &last]);
-        let centred = f.node("Sub", &["x", &mean]);
-        let square = f.node("Mul", &[&centred, &centred]);
-        let variance = f.node("ReduceMean", &[&square, &last]);
-        let variance = f.node("Add", &[&variance, &epsilon]);
-        let deviation = f.node("Sqrt", &[&variance]);
-        let normal = f.node("Div", &[&centred, &deviation]);
+        let (normal, _) = normalised(&mut f, &last);
         let scale1 = f.node("Add", &["scale", &one]);
         let scaled = f.node("Mul", &[&normal, &scale1]);
         f.result("Add", &[&scaled, "shift"]);

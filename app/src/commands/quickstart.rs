@@ -65,10 +65,9 @@ impl QuickstartArgs {
         }
         if resumed {
             console::note(&format!(
-                "`{}` holds a run of {} steps: going on with it (--minutes and the speed of this machine only \
-                 decide about a new run)",
-                self.out.display(),
-                config.train.steps
+                "found a run of {} steps in `{}`; --minutes decides about new runs only",
+                config.train.steps,
+                self.out.display()
             ));
         }
         let runtime = self.machine.runtime()?;

@@ -77,16 +77,19 @@ pub(crate) fn exp(x: f32) -> f32 {
     /// ln 2 in two parts; the first is 0.693359375, which has so few bits that its products with n are exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 87.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    // Written so that a comparison is one instruction, and a NaN passes.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 87.0 { 87.0 } else { x };
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
     let mut p = 1.987_569_1e-4_f32;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p * r + c;
     }
     let exp_r = (p * (r * r) + r) + 1.0;
-    // `n` is a small integer here; a NaN is cast to 0, and `exp_r` is NaN anyway.
-    exp_r * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    // The low bits of `rounded` are the integer n; a NaN gives some number there, and `exp_r` is NaN anyway.
+    exp_r * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 #[cfg(test)]

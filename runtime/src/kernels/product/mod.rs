@@ -1,0 +1,433 @@
+//! Matrix products in f32: packed panels, tiles of sums in registers, work cut by shape only.
+//!
+//! Each element of the answer is summed over its terms in ascending order by fused multiply-adds, whatever the
+//! number of rows, columns or threads: a row's bits do not depend on its neighbours.
+//!
+//! # Source
+//! Goto & van de Geijn, *Anatomy of High-Performance Matrix Multiplication*; the loops around the tile differ: the
+//! right operand is packed whole (it fits in the last cache), rows are cut into tasks.
+
+pub(crate) mod isa;
+mod pack;
+mod scratch;
+pub(crate) mod tile;
+
+use std::ops::Range;
+
+use isa::{Isa, Vectorised, vectorised};
+pub(crate) use pack::{Activation, Operand};
+pub(crate) use scratch::Scratch;
+use tile::{Scalars, Start, Vectors};
+
+/// Threads to run tasks on.
+pub(crate) trait Threads: Sync {
+    /// Calls `task` once with each number below `count`, in any order, on several threads.
+    fn each(&self, count: usize, task: &(dyn Fn(usize) + Sync));
+}
+
+/// What is done to a part of the answer while it is still in the first cache.
+pub(crate) trait Epilogue: Sync {
+    /// Whether there is anything to do.
+    const ACTIVE: bool;
+    /// Changes the sums of columns `column..` of `row`; mark it `#[inline(always)]`.
+    fn finish(&self, row: usize, column: usize, sums: &mut [f32]);
+}
+
+/// The sums are the answer.
+pub(crate) struct Bare;
+
+impl Epilogue for Bare {
+    const ACTIVE: bool = false;
+    #[inline(always)]
+    fn finish(&self, _: usize, _: usize, _: &mut [f32]) {}
+}
+
+/// `answer (rows, columns) = left · right + bias`, then the epilogue.
+pub(crate) struct Product<'a, E> {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) terms: usize,
+    /// Its lines are the answer's rows.
+    pub(crate) left: Operand<'a>,
+    /// Its lines are the answer's columns.
+    pub(crate) right: Operand<'a>,
+    /// One value a column, that the sums begin with.
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) epilogue: E,
+}
+
+/// Rows of a task.
+const TASK_ROWS: usize = 64;
+/// Fewest registers of columns in a task.
+const TASK_REGISTERS: usize = 12;
+/// Tasks that a product is cut into where its shape allows.
+const TASKS: usize = 16;
+/// Terms that are packed of the right operand at a time.
+const PACKED_TERMS: usize = 2048;
+/// Terms of a block of the left operand.
+const BLOCK_TERMS: usize = 512;
+/// Elements of the right operand that stay in the second cache while rows pass by.
+const BLOCK_ELEMENTS: usize = 112 * 1024;
+/// Fewest rows for which packing the right operand pays.
+const FEW_ROWS: usize = 16;
+
+/// Columns in panels of one to three registers each, as even as can be.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels {
+    pub(crate) registers: usize,
+    pub(crate) count: usize,
+}
+
+impl Panels {
+    pub(crate) fn of(columns: usize, lanes: usize) -> Self {
+        let registers = columns.div_ceil(lanes);
+        Self { registers, count: registers.div_ceil(isa::MAX_VECTORS) }
+    }
+
+    /// Registers before panel `p`.
+    pub(crate) fn start(self, p: usize) -> usize {
+        let (base, extra) = (self.registers / self.count, self.registers % self.count);
+        p * base + p.min(extra)
+    }
+
+    /// Registers of panel `p`.
+    pub(crate) fn width(self, p: usize) -> usize {
+        self.start(p + 1) - self.start(p)
+    }
+}
+
+/// An address that several threads write disjoint parts behind.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(*mut T);
+
+// SAFETY: the tasks that share it write disjoint parts.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub(crate) fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr())
+    }
+
+    /// The address; as a method, so that closures take the whole wrapper.
+    pub(crate) fn at(self) -> *mut T {
+        self.0
+    }
+}
+
+impl<E: Epilogue> Product<'_, E> {
+    /// Computes the product into `answer` (rows × columns, row-major).
+    ///
+    /// # Panics
+    /// When a slice is shorter than its shape says.
+    pub(crate) fn run(&self, threads: &dyn Threads, answer: &mut [f32]) {
+        let Self { rows, columns, terms, left, right, bias, .. } = self;
+        assert!(answer.len() >= rows * columns && bias.is_none_or(|b| b.len() >= *columns));
+        for (operand, lines) in [(left, *rows), (right, *columns)] {
+            assert!(operand.line == 1 || operand.term == 1);
+            let needed = lines.saturating_sub(1) * operand.line + terms.saturating_sub(1) * operand.term + 1;
+            assert!(operand.data.len() >= needed || lines * terms == 0);
+        }
+        if rows * columns == 0 {
+            return;
+        }
+        struct Run<'a, 'b, E>(&'a Product<'b, E>, &'a dyn Threads, &'a mut [f32]);
+        impl<E: Epilogue> Vectorised for Run<'_, '_, E> {
+            type Output = ();
+            #[inline(always)]
+            fn run<I: Isa>(self) {
+                let Run(product, threads, answer) = self;
+                if product.rows <= FEW_ROWS && product.right.activation == Activation::None {
+                    product.run_few::<I>(threads, answer);
+                } else {
+                    product.run_many::<I>(threads, answer);
+                }
+            }
+        }
+        vectorised(Run(self, threads, answer));
+    }
+
+    #[inline(always)]
+    fn run_many<I: Isa>(&self, threads: &dyn Threads, answer: &mut [f32]) {
+        let panels = Panels::of(self.columns, I::LANES);
+        let answer = Shared::new(answer);
+        let row_tasks = self.rows.div_ceil(TASK_ROWS);
+        let pieces =
+            TASKS.div_ceil(row_tasks).min((panels.registers / TASK_REGISTERS).max(1)).min(panels.count);
+        let packed_terms = self.terms.min(PACKED_TERMS);
+        let mut packed = Scratch::new(panels.registers * I::LANES * packed_terms);
+        let packed = Shared::new(&mut packed);
+        for first in (0..self.terms.max(1)).step_by(PACKED_TERMS) {
+            let terms = first..(first + PACKED_TERMS).min(self.terms);
+            threads.each(panels.count, &|p| {
+                vectorised(Pack { product: self, panels, packed, p, terms: terms.clone() })
+            });
+            threads.each(row_tasks * pieces, &|task| {
+                let (row, piece) = (task / pieces * TASK_ROWS, task % pieces);
+                vectorised(Task {
+                    product: self,
+                    panels,
+                    packed: packed.at(),
+                    answer,
+                    rows: row..(row + TASK_ROWS).min(self.rows),
+                    piece: piece * panels.count / pieces..(piece + 1) * panels.count / pieces,
+                    terms: terms.clone(),
+                });
+            });
+        }
+    }
+
+    /// Few rows: every element of the right operand is used a few times only, so it is read where it lies.
+    #[inline(always)]
+    fn run_few<I: Isa>(&self, threads: &dyn Threads, answer: &mut [f32]) {
+        let answer = Shared::new(answer);
+        // Enough columns in a task to be worth a thread's while, whole registers.
+        let step = (64 * 1024 / self.terms.max(1)).clamp(3 * isa::MAX_LANES, 1024) / 48 * 48;
+        let tasks = self.columns.div_ceil(step);
+        threads.each(tasks, &|task| {
+            let columns = task * step..((task + 1) * step).min(self.columns);
+            vectorised(Few { product: self, answer, columns });
+        });
+    }
+}
+
+/// Packing of one panel of the right operand.
+struct Pack<'a, 'b, E> {
+    product: &'a Product<'b, E>,
+    panels: Panels,
+    packed: Shared<f32>,
+    p: usize,
+    terms: Range<usize>,
+}
+
+impl<E: Epilogue> Vectorised for Pack<'_, '_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let (start, width) = (self.panels.start(self.p) * I::LANES, self.panels.width(self.p) * I::LANES);
+        let lines = start..(start + width).min(self.product.columns);
+        let count = self.terms.len();
+        // SAFETY: the panels lie one after the other in the scratch; each is packed by one task.
+        let to =
+            unsafe { std::slice::from_raw_parts_mut(self.packed.at().add(start * count), width * count) };
+        self.product.right.pack::<I>(lines, self.terms, width, to);
+    }
+}
+
+/// Some rows and panels of the answer, over the packed terms.
+struct Task<'a, 'b, E> {
+    product: &'a Product<'b, E>,
+    panels: Panels,
+    packed: *const f32,
+    answer: Shared<f32>,
+    rows: Range<usize>,
+    piece: Range<usize>,
+    terms: Range<usize>,
+}
+
+impl<E: Epilogue> Vectorised for Task<'_, '_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self { product, panels, packed, answer, rows, piece, terms } = self;
+        let stride = product.columns;
+        let packed_terms = terms.len();
+        let bands = rows.len().div_ceil(I::ROWS);
+        let mut left = Scratch::new(bands * I::ROWS * BLOCK_TERMS.min(packed_terms));
+        let mut block = terms.start;
+        loop {
+            // Blocks as even as can be.
+            let rest = terms.end - block;
+            let size = if rest == 0 { 0 } else { rest.div_ceil(rest.div_ceil(BLOCK_TERMS)) };
+            let last = block + size == product.terms;
+            product.left.pack_bands::<I>(rows.clone(), block..block + size, I::ROWS, &mut left);
+            let group = (BLOCK_ELEMENTS / (size.max(1) * 3 * I::LANES)).max(1);
+            for start in piece.clone().step_by(group) {
+                for band in 0..bands {
+                    let first = rows.start + band * I::ROWS;
+                    let height = (rows.end - first).min(I::ROWS);
+                    let scalars =
+                        Scalars { at: left[band * I::ROWS * size..].as_ptr(), row: 1, term: I::ROWS };
+                    for p in start..(start + group).min(piece.end) {
+                        let (registers, column) = (panels.width(p), panels.start(p) * I::LANES);
+                        let width = (registers * I::LANES).min(product.columns - column);
+                        // SAFETY: the panel begins at `column · packed_terms`; tasks own disjoint tiles.
+                        unsafe {
+                            let vectors = Vectors {
+                                at: packed.add(
+                                    column * packed_terms + (block - terms.start) * registers * I::LANES,
+                                ),
+                                term: registers * I::LANES,
+                            };
+                            let at = answer.at().add(first * stride + column);
+                            let begin = match product.bias {
+                                _ if block > 0 => Start::Resume,
+                                Some(bias) => Start::Bias(bias.as_ptr().add(column)),
+                                None => Start::Zero,
+                            };
+                            let shape = (height, width);
+                            tile::any::<I, true>(shape, registers, size, scalars, vectors, begin, at, stride);
+                            if E::ACTIVE && last {
+                                for row in 0..height {
+                                    let sums = std::slice::from_raw_parts_mut(at.add(row * stride), width);
+                                    product.epilogue.finish(first + row, column, sums);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            block += size;
+            if block >= terms.end {
+                break;
+            }
+        }
+    }
+}
+
+/// Some columns of an answer of few rows.
+struct Few<'a, 'b, E> {
+    product: &'a Product<'b, E>,
+    answer: Shared<f32>,
+    columns: Range<usize>,
+}
+
+impl<E: Epilogue> Vectorised for Few<'_, '_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        if self.product.right.term == 1 {
+            self.run_lines::<I>();
+        } else {
+            self.run_columns::<I>();
+        }
+    }
+}
+
+impl<E: Epilogue> Few<'_, '_, E> {
+    /// The right operand's lines have their terms side by side: its elements are the scalars, the rows fill registers.
+    #[inline(always)]
+    fn run_lines<I: Isa>(&self) {
+        let Product { rows, terms, left, right, .. } = *self.product;
+        let stride = self.product.columns;
+        let registers = rows.div_ceil(I::LANES).min(isa::MAX_VECTORS);
+        let width = registers * I::LANES;
+        for first_row in (0..rows).step_by(width) {
+            let height = (rows - first_row).min(width);
+            let mut packed = Scratch::new(width * terms);
+            left.pack::<I>(first_row..first_row + height, 0..terms, width, &mut packed);
+            let vectors = Vectors { at: packed.as_ptr(), term: width };
+            let mut sums: tile::TileRoom = [0.0; isa::MAX_ROWS * isa::MAX_VECTORS * isa::MAX_LANES];
+            for column in self.columns.clone().step_by(I::ROWS) {
+                let lines = (self.columns.end - column).min(I::ROWS);
+                // The last lines are computed over again where fewer than a tile are left.
+                let base = (column + lines).saturating_sub(I::ROWS);
+                if lines < I::ROWS && stride < I::ROWS {
+                    self.plainly(first_row..first_row + height, column..column + lines);
+                    continue;
+                }
+                for (i, row) in sums.chunks_exact_mut(width).take(I::ROWS).enumerate() {
+                    row.fill(self.product.bias.map_or(0.0, |bias| bias[base + i]));
+                }
+                // SAFETY: the lines base..base + ROWS are inside the operand, the scratch holds a tile.
+                unsafe {
+                    let scalars =
+                        Scalars { at: right.data.as_ptr().add(base * right.line), row: right.line, term: 1 };
+                    tile::full::<I, false>(
+                        registers,
+                        terms,
+                        scalars,
+                        vectors,
+                        Start::Resume,
+                        sums.as_mut_ptr(),
+                        width,
+                    );
+                }
+                for row in 0..height {
+                    let mut out = [0.0_f32; isa::MAX_ROWS];
+                    for i in 0..lines {
+                        out[i] = sums[(column - base + i) * width + row];
+                    }
+                    self.put(first_row + row, column, &mut out[..lines]);
+                }
+            }
+        }
+    }
+
+    /// The right operand's terms have their columns side by side: they fill registers as they lie.
+    #[inline(always)]
+    fn run_columns<I: Isa>(&self) {
+        let Product { rows, terms, left, right, bias, .. } = *self.product;
+        let stride = self.product.columns;
+        let mut packed = Scratch::new(rows.next_multiple_of(I::ROWS) * terms);
+        for first in (0..rows).step_by(I::ROWS) {
+            left.pack::<I>(
+                first..(first + I::ROWS).min(rows),
+                0..terms,
+                I::ROWS,
+                &mut packed[first * terms..],
+            );
+        }
+        let whole = self.columns.len() / I::LANES;
+        let mut register = 0;
+        while register < whole {
+            let registers = (whole - register).min(isa::MAX_VECTORS);
+            let column = self.columns.start + register * I::LANES;
+            for first in (0..rows).step_by(I::ROWS) {
+                let height = (rows - first).min(I::ROWS);
+                let scalars = Scalars { at: packed[first * terms..].as_ptr(), row: 1, term: I::ROWS };
+                // SAFETY: whole registers of columns are inside the operand and the answer.
+                unsafe {
+                    let vectors = Vectors { at: right.data.as_ptr().add(column), term: right.term };
+                    let at = self.answer.at().add(first * stride + column);
+                    let begin = bias.map_or(Start::Zero, |bias| Start::Bias(bias.as_ptr().add(column)));
+                    let shape = (height, registers * I::LANES);
+                    tile::any::<I, true>(shape, registers, terms, scalars, vectors, begin, at, stride);
+                    if E::ACTIVE {
+                        for row in 0..height {
+                            let sums = std::slice::from_raw_parts_mut(at.add(row * stride), shape.1);
+                            self.product.epilogue.finish(first + row, column, sums);
+                        }
+                    }
+                }
+            }
+            register += registers;
+        }
+        self.plainly(0..rows, self.columns.start + whole * I::LANES..self.columns.end);
+    }
+
+    /// Left-over columns, element by element in the same order of terms.
+    #[inline(always)]
+    fn plainly(&self, rows: Range<usize>, columns: Range<usize>) {
+        let Product { terms, left, right, bias, .. } = *self.product;
+        for row in rows {
+            for column in columns.clone() {
+                let mut sum = [bias.map_or(0.0, |bias| bias[column])];
+                for k in 0..terms {
+                    let mut a = [left.data[row * left.line + k * left.term]];
+                    if left.activation == Activation::Gelu {
+                        super::gelu::apply(&mut a);
+                    }
+                    sum[0] = a[0].mul_add(right.data[column * right.line + k * right.term], sum[0]);
+                }
+                self.put(row, column, &mut sum);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn put(&self, row: usize, column: usize, sums: &mut [f32]) {
+        if E::ACTIVE {
+            self.product.epilogue.finish(row, column, sums);
+        }
+        // SAFETY: the task owns these columns of every row.
+        unsafe {
+            let to = self.answer.at().add(row * self.product.columns + column);
+            std::ptr::copy_nonoverlapping(sums.as_ptr(), to, sums.len());
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -217,7 +217,16 @@ impl Graph {
         let args = n.args.iter().map(|a| format!("%{}", a.0)).collect::<Vec<_>>().join(", ");
         let attributes = n.op.attributes();
         let mark = if n.backward { " ∂" } else { "" };
-        format!("%{i} = {}{attributes}({args}) : {}  # {}{mark}", n.op.rules().name(), n.ty, n.place.scope)
+        let results = self.results(ValueId(i as u32)).into_iter();
+        let types = results.map(|s| format!("{}{s}", n.ty.dtype)).collect::<Vec<_>>().join(", ");
+        format!("%{i} = {}{attributes}({args}) : {types}  # {}{mark}", n.op.rules().name(), n.place.scope)
+    }
+
+    /// Shapes of the results of the node: one, or those of an op that has several.
+    pub(crate) fn results(&self, id: ValueId) -> Vec<Shape> {
+        let node = self.node(id);
+        let types: Vec<&Type> = node.args.iter().map(|a| self.type_of(*a)).collect();
+        node.op.rules().results(&types, &node.ty)
     }
 
     pub(crate) fn type_of(&self, id: ValueId) -> &Type {

@@ -4,7 +4,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`builder`] | what a model author holds: builder, scope, value |
+//! | [`builder`], [`value`] | what a model author holds: builder and scope, values and their methods |
 //! | [`graph`] | nodes, parameters, the text form |
 //! | [`op`], [`ops`] | the closed set of ops, five rules each |
 //! | [`passes`] | rewrites, one visible list |
@@ -42,13 +42,17 @@ pub mod probe;
 pub mod program;
 pub mod role;
 pub mod shape;
+pub mod value;
 mod verify;
 
-pub use builder::{Builder, Scope, Value};
+pub use builder::{Builder, Scope};
 pub use error::GraphError;
 pub use graph::{Dim, Graph, Init, Parameter};
 pub use onnx::{ExternalTensor, Weights};
 pub use op::{Cost, Op};
+pub use ops::activation::Activation;
+pub use ops::patch::PatchOrder;
 pub use program::{OnnxProgram, TensorSpec};
 pub use role::Role;
 pub use shape::{DType, Shape, Type};
+pub use value::Value;

@@ -4,6 +4,7 @@
 mod app;
 mod engines;
 mod file_errors;
+mod fused_rows;
 mod gradients;
 mod layering;
 mod machine_errors;

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::eval::Array;
 use crate::graph::{Graph, Node, ValueId};
 use crate::op::Op;
-use crate::ops::layout::{Concat, Pad, Reshape, Transpose};
+use crate::ops::layout::{Concat, Pad, Reshape, Slice, Transpose};
 use crate::ops::leaf::Constant;
 use crate::ops::linalg::MatMul;
 use crate::shape::{DType, Type};
@@ -67,7 +67,8 @@ fn share(
 
 /// The value of a node whose operands are all constants.
 fn fold(new: &Graph, node: &Node, args: &[ValueId]) -> Option<Constant> {
-    if args.is_empty() || node.ty.shape.numel() > FOLD_LIMIT {
+    let several = matches!(node.op, Op::Split(_) | Op::Part(_));
+    if args.is_empty() || several || node.ty.shape.numel() > FOLD_LIMIT {
         return None;
     }
     let constants: Vec<&Constant> = args.iter().map(|a| as_constant(new, *a)).collect::<Option<_>>()?;
@@ -122,6 +123,7 @@ fn rewrite(rw: &mut Rewriter<'_>, uses: &[usize], node: &Node, args: &[ValueId])
         },
         Op::Reshape(_) | Op::Broadcast(_) if ty(rw, 0) == node.ty => Ok(Some(args[0])),
         Op::Slice(s) if s.end - s.start == ty(rw, 0).shape.0[s.axis] => Ok(Some(args[0])),
+        Op::Slice(slice) => slice_of_concat(rw, node, slice, args[0]),
         Op::Pad(p) if p.before + p.after == 0 => Ok(Some(args[0])),
         Op::Concat(_) if args.len() == 1 => Ok(Some(args[0])),
         Op::Reshape(reshape) => match rw.new.node(args[0]).clone() {
@@ -187,6 +189,30 @@ fn join_pads(rw: &mut Rewriter<'_>, node: &Node, args: &[ValueId]) -> Result<Opt
         return Ok(Some(joined));
     }
     rw.push(Pad { axis, before, after }, vec![joined], node).map(Some)
+}
+
+/// A slice that begins and ends where operands of a concatenation do is their concatenation.
+fn slice_of_concat(
+    rw: &mut Rewriter<'_>,
+    node: &Node,
+    slice: &Slice,
+    joined: ValueId,
+) -> Result<Option<ValueId>> {
+    let Node { op: Op::Concat(concat), args, .. } = rw.new.node(joined) else { return Ok(None) };
+    if concat.axis != slice.axis {
+        return Ok(None);
+    }
+    let (mut end, mut ends) = (0, vec![0]);
+    for arg in args {
+        end += rw.new.type_of(*arg).shape.0[slice.axis];
+        ends.push(end);
+    }
+    let at = |edge: usize| ends.iter().position(|e| *e == edge);
+    let (Some(first), Some(last)) = (at(slice.start), at(slice.end)) else { return Ok(None) };
+    match &args.clone()[first..last] {
+        [one] => Ok(Some(*one)),
+        several => rw.push(concat.clone(), several.to_vec(), node).map(Some),
+    }
 }
 
 /// Transposes cancel, compose, and move from the answer of a matrix product to its operands.

@@ -27,6 +27,7 @@ mod dylib;
 pub mod engine;
 pub mod error;
 pub mod file;
+mod huge_pages;
 pub mod kernels;
 pub mod library;
 pub mod provider;

@@ -6,12 +6,13 @@ use super::simd::{exp, multiversion};
 const C: f32 = 0.797_884_6;
 const K: f32 = 0.044_715;
 
-/// GELU in place: `x / (1 + e^(−2u))` with `u` the argument of tanh.
-#[inline(always)]
-pub(crate) fn apply(values: &mut [f32]) {
-    for x in values {
-        let u = C * *x * (1.0 + K * (*x * *x));
-        *x /= 1.0 + exp(-2.0 * u);
+multiversion! {
+    /// GELU in place: `x / (1 + e^(−2u))` with `u` the argument of tanh.
+    pub(crate) fn apply(values: &mut [f32]) {
+        for x in values {
+            let u = C * *x * (1.0 + K * (*x * *x));
+            *x /= 1.0 + exp(-2.0 * u);
+        }
     }
 }
 

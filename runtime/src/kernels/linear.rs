@@ -2,7 +2,7 @@
 
 use super::gelu;
 use super::product::isa::{Isa, Vectorised, vectorised};
-use super::product::{Activation, Bare, Epilogue, Operand, Product, Shared, Threads};
+use super::product::{Activation, Bare, Epilogue, Operand, Product, Scratch, Shared, Threads, prefetch};
 
 /// Rows, inputs and outputs of a layer.
 #[derive(Clone, Copy)]
@@ -92,18 +92,51 @@ impl Layer {
         dw: &mut [f32],
         db: &mut [f32],
     ) {
-        Product {
-            rows: self.outputs,
-            columns: self.inputs,
-            terms: self.rows,
-            left: Operand::columns(ct, self.outputs),
-            right: Operand::columns(x, self.inputs).activated(self.activation),
-            bias: None,
-            epilogue: Bare,
+        let (ct_columns, x_columns) =
+            (Operand::columns(ct, self.outputs), Operand::columns(x, self.inputs).activated(self.activation));
+        let (terms, bias, epilogue) = (self.rows, None, Bare);
+        if self.outputs >= self.inputs {
+            let (rows, columns, left, right) = (self.outputs, self.inputs, ct_columns, x_columns);
+            Product { rows, columns, terms, left, right, bias, epilogue }.run(threads, dw);
+        } else {
+            // The right operand is packed whole and read again for all rows: the narrow one is the better.
+            let (rows, columns, left, right) = (self.inputs, self.outputs, x_columns, ct_columns);
+            let mut across = Scratch::new(rows * columns);
+            Product { rows, columns, terms, left, right, bias, epilogue }.run(threads, &mut across);
+            transpose(threads, &across, rows, columns, dw);
         }
-        .run(threads, dw);
         column_sums(threads, ct, self.outputs, db);
     }
+}
+
+/// `to (columns, rows)` = `from (rows, columns)` transposed.
+fn transpose(threads: &dyn Threads, from: &[f32], rows: usize, columns: usize, to: &mut [f32]) {
+    /// Rows of the answer that a task writes.
+    const PIECE: usize = 48;
+    struct Piece<'a> {
+        from: &'a [f32],
+        rows: usize,
+        columns: usize,
+        first: usize,
+        to: &'a mut [f32],
+    }
+    impl Vectorised for Piece<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<I: Isa>(self) {
+            let Self { from, rows, columns, first, to } = self;
+            // Its lines are the answer's columns: packing them in one panel writes the answer row by row.
+            Operand::lines(from, columns).pack::<I>(0..rows, first..first + to.len() / rows, rows, to);
+        }
+    }
+    let target = Shared::new(to);
+    threads.each(columns.div_ceil(PIECE), &|piece| {
+        let first = piece * PIECE;
+        let len = PIECE.min(columns - first) * rows;
+        // SAFETY: pieces do not overlap and lie inside `to`.
+        let to = unsafe { std::slice::from_raw_parts_mut(target.at().add(first * rows), len) };
+        vectorised(Piece { from, rows, columns, first, to });
+    });
 }
 
 /// Sums of the columns of `x` (rows, `width`), rows in ascending order.
@@ -158,6 +191,10 @@ struct GeluSlope<'a> {
 impl Epilogue for GeluSlope<'_> {
     const ACTIVE: bool = true;
     #[inline(always)]
+    fn prepare<I: Isa>(&self, row: usize, column: usize, len: usize) {
+        prefetch::<I>(self.x, row * self.width + column, len);
+    }
+    #[inline(always)]
     fn finish(&self, row: usize, column: usize, sums: &mut [f32]) {
         let x = &self.x[row * self.width + column..][..sums.len()];
         gelu::apply_grad(x, sums);
@@ -173,6 +210,10 @@ struct GateResidual<'a> {
 
 impl Epilogue for GateResidual<'_> {
     const ACTIVE: bool = true;
+    #[inline(always)]
+    fn prepare<I: Isa>(&self, row: usize, column: usize, len: usize) {
+        prefetch::<I>(self.residual, row * self.width + column, len);
+    }
     #[inline(always)]
     fn finish(&self, row: usize, column: usize, sums: &mut [f32]) {
         let residual = &self.residual[row * self.width + column..][..sums.len()];

@@ -1,6 +1,6 @@
 //! Kernels that work row by row over the last axis, and the gated residual.
 
-use super::simd::{multiversion, sum};
+use super::simd::{multiversion, sum, sums};
 
 multiversion! {
     /// `dx = y ⊙ (ct − Σ ct⊙y)` for each row of `width` elements: the cotangent before a softmax with answer `y`.
@@ -88,9 +88,11 @@ multiversion! {
             for (hat, x) in dx.iter_mut().zip(x) {
                 *hat = (x - mean) * r;
             }
-            let inner = |i: usize| ct[i] * (1.0 + scale[i]);
-            let ct_mean = sum(width, inner) / n;
-            let projection = sum(width, |i| inner(i) * dx[i]) / n;
+            let terms = |i: usize| {
+                let inner = ct[i] * (1.0 + scale[i]);
+                [inner, inner * dx[i]]
+            };
+            let [ct_mean, projection] = sums(width, terms).map(|sum| sum / n);
             for ((((hat, ct), scale), dshift), dscale) in
                 dx.iter_mut().zip(ct).zip(scale).zip(&mut *dshift).zip(&mut *dscale)
             {

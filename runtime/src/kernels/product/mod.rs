@@ -29,6 +29,10 @@ pub(crate) trait Threads: Sync {
 pub(crate) trait Epilogue: Sync {
     /// Whether there is anything to do.
     const ACTIVE: bool;
+    /// Told before the sums of columns `column..column + len` of `row` are formed: the time to ask for what
+    /// [`Self::finish`] will read.
+    #[inline(always)]
+    fn prepare<I: Isa>(&self, _row: usize, _column: usize, _len: usize) {}
     /// Changes the sums of columns `column..` of `row`; mark it `#[inline(always)]`.
     fn finish(&self, row: usize, column: usize, sums: &mut [f32]);
 }
@@ -93,6 +97,14 @@ impl Panels {
     /// Registers of panel `p`.
     pub(crate) fn width(self, p: usize) -> usize {
         self.start(p + 1) - self.start(p)
+    }
+}
+
+/// Asks for `len` elements of `data` from `first` on.
+#[inline(always)]
+pub(crate) fn prefetch<I: Isa>(data: &[f32], first: usize, len: usize) {
+    for line in (0..len).step_by(16) {
+        I::prefetch(data.as_ptr().wrapping_add(first + line));
     }
 }
 
@@ -261,6 +273,11 @@ impl<E: Epilogue> Vectorised for Task<'_, '_, E> {
                                 term: registers * I::LANES,
                             };
                             let at = answer.at().add(first * stride + column);
+                            if E::ACTIVE && last {
+                                for row in 0..height {
+                                    product.epilogue.prepare::<I>(first + row, column, width);
+                                }
+                            }
                             let begin = match product.bias {
                                 _ if block > 0 => Start::Resume,
                                 Some(bias) => Start::Bias(bias.as_ptr().add(column)),

@@ -25,12 +25,50 @@ pub fn dit<'g>(
     output_multiplier: Value<'g>,
     cfg: &DitConfig,
 ) -> Value<'g> {
+    let (h, t) = embed(s, x, t, cfg); // (N, T, D) and (N, D)
+    let c = t + label(s, y, cfg); // (N, D)
+    answer(s, h, c, output_multiplier, cfg) // (N, Cout, H, W)
+}
+
+/// The model's answers (N, Cout, H, W) with the label and without it, from one run of 2N samples.
+///
+/// Both see the same image at the same time, which are embedded once.
+pub(crate) fn dit_with_and_without_label<'g>(
+    s: &Scope<'g>,
+    x: Value<'g>,
+    t: Value<'g>,
+    [y, null]: [Value<'g>; 2],
+    output_multiplier: Value<'g>,
+    cfg: &DitConfig,
+) -> [Value<'g>; 2] {
+    let (h, t) = embed(s, x, t, cfg); // (N, T, D) and (N, D)
+    let h = h.concat(&[h], 0); // (2N, T, D)
+    let c = (t + label(s, y, cfg)).concat(&[t + label(s, null, cfg)], 0); // (2N, D)
+    answer(s, h, c, output_multiplier, cfg).chunk(0) // 2 × (N, Cout, H, W)
+}
+
+/// Tokens of the image at their places, and the embedded time.
+fn embed<'g>(s: &Scope<'g>, x: Value<'g>, t: Value<'g>, cfg: &DitConfig) -> (Value<'g>, Value<'g>) {
     let (d, inits) = (cfg.hidden_size, Inits(cfg.init));
     let positions = pos_embed(s, cfg); // (1, T, D)
-    let mut h = s.within("x_embedder", |s| patch_embed(s, x, cfg.patch_size, d, inits)) + positions; // (N, T, D)
+    let h = s.within("x_embedder", |s| patch_embed(s, x, cfg.patch_size, d, inits)) + positions; // (N, T, D)
     let t = s.within("t_embedder", |s| timestep_embed(s, t, d, inits)); // (N, D)
-    let y = s.within("y_embedder", |s| label_embed(s, y, cfg.label_rows(), d, inits)); // (N, D)
-    let c = (t + y).silu(); // (N, D)
+    (h, t)
+}
+
+fn label<'g>(s: &Scope<'g>, y: Value<'g>, cfg: &DitConfig) -> Value<'g> {
+    s.within("y_embedder", |s| label_embed(s, y, cfg.label_rows(), cfg.hidden_size, Inits(cfg.init))) // (N, D)
+}
+
+/// Blocks and final layer on tokens `h` (N, T, D) under the condition `c` (N, D).
+fn answer<'g>(
+    s: &Scope<'g>,
+    mut h: Value<'g>,
+    c: Value<'g>,
+    output_multiplier: Value<'g>,
+    cfg: &DitConfig,
+) -> Value<'g> {
+    let c = c.silu(); // (N, D), before the linear layer of every modulation
     for i in 0..cfg.depth {
         h = s.within(format!("blocks.{i}"), |s| block(s, h, c, cfg)); // (N, T, D)
     }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use graph_builder::{Builder, DType, Graph, Type, Value};
 
 use crate::config::{DitConfig, Objective};
-use crate::dit::dit;
+use crate::dit::{dit, dit_with_and_without_label};
 use crate::error::ModelError;
 use crate::nearest::hint;
 use crate::objective::{DdpmAt, Terms, flow_interpolate, flow_loss};
@@ -135,8 +135,12 @@ impl<'g> Sampling<'g> {
     }
 
     fn denoise(&self, cfg: &DitConfig) -> Value<'g> {
-        let alpha = self.b.scalar(cfg.mup.map_or(1.0, |mup| mup.output_multiplier));
-        dit(&self.b.root(), self.x, self.t, self.y, alpha, cfg) // (N, Cout, H, W)
+        dit(&self.b.root(), self.x, self.t, self.y, self.output_multiplier(cfg), cfg) // (N, Cout, H, W)
+    }
+
+    /// muP's α, a constant here.
+    fn output_multiplier(&self, cfg: &DitConfig) -> Value<'g> {
+        self.b.scalar(cfg.mup.map_or(1.0, |mup| mup.output_multiplier))
     }
 
     /// `u + g (c − u)` on the guided channels; both halves see the same `x`.
@@ -153,14 +157,15 @@ impl<'g> Sampling<'g> {
         })?;
         let n = self.x.dim(0);
         let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
-        let null = self.b.constant(DType::I64, [n], vec![null as f64]);
-        let twice = Self {
-            b: self.b,
-            x: self.x.concat(&[self.x], 0), // (2N, C, H, W)
-            t: self.t.concat(&[self.t], 0), // (2N)
-            y: self.y.concat(&[null], 0),   // (2N)
-        };
-        let [cond, uncond]: [Value<'g>; 2] = twice.denoise(cfg).chunk(0); // (N, Cout, H, W)
+        let labels = [self.y, self.b.constant(DType::I64, [1], vec![null as f64])]; // (N) and (1)
+        let [cond, uncond] = dit_with_and_without_label(
+            &self.b.root(),
+            self.x,
+            self.t,
+            labels,
+            self.output_multiplier(cfg),
+            cfg,
+        );
         let (c, u) = (cond.slice(1, 0, guided), uncond.slice(1, 0, guided));
         let mixed = u + guidance * (c - u);
         if guided == cfg.out_channels() {

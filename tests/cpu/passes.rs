@@ -273,6 +273,73 @@ fn what_is_constant_is_computed_once_and_identities_vanish() {
 }
 
 #[test]
+fn signs_and_numbers_move_into_their_neighbours() {
+    let graph = passed(|b, [x, y, ..]| {
+        let filled = b.constant(graph_builder::DType::F32, [2, 3, 4], vec![0.25]);
+        vec![x + -y, -x + y, x - -y, -(x - y), filled * (x.sin() + x.sin())]
+    });
+    let kinds = ["Neg", "Sub", "Add", "Mul"].map(|op| count(&graph, op));
+    assert_eq!(kinds, [0, 2, 1, 1], "{}", graph.text());
+    let scale = graph.nodes().iter().find(|n| n.op.name() == "Constant").unwrap();
+    assert_eq!(format!("{:?} {}", scale.op, scale.ty), "Constant { [0.5] } f32()");
+}
+
+#[test]
+fn slices_of_a_concatenation_are_its_operands() {
+    let graph = passed(|_, [x, y, ..]| {
+        let joined = x.concat(&[y, x.exp()], 1);
+        vec![joined.slice(1, 3, 6).sin(), joined.slice(1, 3, 9), joined.slice(1, 2, 5), joined.slice(2, 0, 1)]
+    });
+    assert_eq!((count(&graph, "Concat"), count(&graph, "Slice")), (2, 2), "{}", graph.text());
+}
+
+#[test]
+fn no_program_of_a_transformer_moves_axes_or_keeps_an_activation_beside_its_layer() {
+    for variant in tiny::VARIANTS {
+        for kind in ProgramKind::ALL {
+            let graph = tiny::graph(variant, kind).optimised().unwrap();
+            for op in ["Transpose", "Gelu", "GeluGrad", "LayerNormalization", "Softmax", "Pad"] {
+                assert_eq!(count(&graph, op), 0, "{variant} {kind}: {op}");
+            }
+            // Of all matrix products only the gradient of the label table is a plain one.
+            let plain = usize::from(kind == ProgramKind::TrainStep);
+            assert_eq!(count(&graph, "MatMul"), plain, "{variant} {kind}");
+        }
+    }
+}
+
+#[test]
+fn a_training_step_computes_what_its_losses_and_gradients_need_and_that_once() {
+    let graph = tiny::graph("flow", ProgramKind::TrainStep).optimised().unwrap();
+    let blocks = tiny::config("flow").depth;
+    // A layer a linear map, and no gradient for the image or for the sinusoids of the time.
+    let linear = 3 + 5 * blocks + 2;
+    let kinds = ["Linear", "LinearGradWeight", "LinearGradInput"].map(|op| count(&graph, op));
+    assert_eq!(kinds, [linear, linear, linear - 2]);
+    let kinds = ["Attention", "AttentionGrad", "GateResidualGrad", "Split"].map(|op| count(&graph, op));
+    assert_eq!(kinds, [blocks, blocks, 2 * blocks, blocks + 1]);
+    // SiLU of the condition and of the time's first layer.
+    assert_eq!(count(&graph, "Sigmoid"), 2);
+    let added = graph.nodes().iter().filter(|n| n.op.name() == "LayerNormModulateGrad" && n.args.len() == 4);
+    assert_eq!(added.count(), 2 * blocks, "residual cotangents are added by the gradient itself");
+}
+
+#[test]
+fn guidance_embeds_image_and_time_once() {
+    for kind in [ProgramKind::DenoiseCfg, ProgramKind::Step] {
+        let graph = tiny::graph("ddpm", kind).optimised().unwrap();
+        let (n, twice) = (tiny::BATCH, 2 * tiny::BATCH);
+        let rows = |scope: &str| {
+            let inside = graph.nodes().iter().filter(|n| n.op.name() == "Linear" && n.place.scope == scope);
+            inside.map(|n| n.ty.shape.dims()[0]).collect::<Vec<_>>()
+        };
+        assert_eq!(rows("x_embedder.proj"), [n], "{kind}");
+        assert_eq!(rows("t_embedder.mlp.0"), [n], "{kind}");
+        assert_eq!(rows("blocks.0.adaLN_modulation.1"), [twice], "{kind}: a row a sample, not a token");
+    }
+}
+
+#[test]
 fn an_identity_that_changes_the_type_stays() {
     // x · 1 with a larger constant broadcasts, 0 + x with a larger zero does too.
     let graph = passed(|b, [_, _, a, _, _]| {

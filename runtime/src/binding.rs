@@ -83,7 +83,9 @@ impl BoundArena {
             |reason: &str| RuntimeError::StaleArena { program: program.into(), reason: reason.into() };
         let poisoned = || stale("a thread panicked while it held one of the bound arenas");
         let guard = if self.written {
-            Guard::Write(self.arena.write().map_err(|_| poisoned())?)
+            let mut arena = self.arena.write().map_err(|_| poisoned())?;
+            arena.thaw();
+            Guard::Write(arena)
         } else {
             Guard::Read(self.arena.read().map_err(|_| poisoned())?)
         };

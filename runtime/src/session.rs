@@ -243,7 +243,10 @@ fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<Se
         .with_log_level(ort::logging::LogLevel::Fatal)?
         .with_optimization_level(level)?
         .with_intra_op_spinning(options.spinning)?
-        .with_deterministic_compute(options.deterministic)?;
+        .with_deterministic_compute(options.deterministic)?
+        // A plan made in the first run is laid out anew in the second, beside what the first has taken: a training
+        // step of DiT-S/2 held 2.1 GB instead of 1.4, at the same speed.
+        .with_memory_pattern(false)?;
     if options.threads > 0 {
         builder = builder.with_intra_threads(options.threads)?;
     }

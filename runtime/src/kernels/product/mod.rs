@@ -7,6 +7,7 @@
 //! Goto & van de Geijn, *Anatomy of High-Performance Matrix Multiplication*; the loops around the tile differ: the
 //! right operand is packed whole (it fits in the last cache), rows are cut into tasks.
 
+mod frozen;
 pub(crate) mod isa;
 mod pack;
 mod scratch;
@@ -14,6 +15,7 @@ pub(crate) mod tile;
 
 use std::ops::Range;
 
+pub(crate) use frozen::Frozen;
 use isa::{Isa, Vectorised, vectorised};
 pub(crate) use pack::{Activation, Operand};
 pub(crate) use scratch::Scratch;
@@ -72,6 +74,8 @@ const PACKED_TERMS: usize = 2048;
 const BLOCK_TERMS: usize = 512;
 /// Elements of the right operand that stay in the second cache while rows pass by.
 const BLOCK_ELEMENTS: usize = 112 * 1024;
+/// Terms that are summed before the next are asked for, where the operand is read as it lies.
+const FEW_TERMS: usize = 64;
 /// Fewest rows for which packing the right operand pays.
 const FEW_ROWS: usize = 16;
 
@@ -167,14 +171,41 @@ impl<E: Epilogue> Product<'_, E> {
         let row_tasks = self.rows.div_ceil(TASK_ROWS);
         let pieces =
             TASKS.div_ceil(row_tasks).min((panels.registers / TASK_REGISTERS).max(1)).min(panels.count);
-        let packed_terms = self.terms.min(PACKED_TERMS);
-        let mut packed = Scratch::new(panels.registers * I::LANES * packed_terms);
-        let packed = Shared::new(&mut packed);
-        for first in (0..self.terms.max(1)).step_by(PACKED_TERMS) {
-            let terms = first..(first + PACKED_TERMS).min(self.terms);
+        let width = panels.registers * I::LANES;
+        // Blocks of terms lie one after the other; of an operand that may change only one is held at a time.
+        let blocks = || {
+            (0..self.terms.max(1))
+                .step_by(PACKED_TERMS)
+                .map(|first| first..(first + PACKED_TERMS).min(self.terms))
+        };
+        let pack = |terms: Range<usize>, to: Shared<f32>| {
             threads.each(panels.count, &|p| {
-                vectorised(Pack { product: self, panels, packed, p, terms: terms.clone() })
+                vectorised(Pack { product: self, panels, packed: to, p, terms: terms.clone() });
             });
+        };
+        let right = &self.right;
+        let whole = (right.term == 1 && right.line == self.terms && right.activation == Activation::None)
+            .then(|| {
+                frozen::packed(right.data, self.columns, self.terms, || {
+                    let mut all = Scratch::new(width * self.terms);
+                    for terms in blocks() {
+                        let first = terms.start;
+                        pack(terms, Shared::new(&mut all[width * first..]));
+                    }
+                    all
+                })
+            })
+            .flatten();
+        let mut room = Scratch::new(if whole.is_some() { 0 } else { width * self.terms.min(PACKED_TERMS) });
+        for terms in blocks() {
+            let packed = match &whole {
+                Some(all) => all[width * terms.start..].as_ptr(),
+                None => {
+                    pack(terms.clone(), Shared::new(&mut room));
+                    room.as_ptr()
+                }
+            };
+            let packed = Shared(packed.cast_mut());
             threads.each(row_tasks * pieces, &|task| {
                 let (row, piece) = (task / pieces * TASK_ROWS, task % pieces);
                 vectorised(Task {
@@ -334,7 +365,6 @@ impl<E: Epilogue> Few<'_, '_, E> {
             let height = (rows - first_row).min(width);
             let mut packed = Scratch::new(width * terms);
             left.pack::<I>(first_row..first_row + height, 0..terms, width, &mut packed);
-            let vectors = Vectors { at: packed.as_ptr(), term: width };
             let mut sums: tile::TileRoom = [0.0; isa::MAX_ROWS * isa::MAX_VECTORS * isa::MAX_LANES];
             for column in self.columns.clone().step_by(I::ROWS) {
                 let lines = (self.columns.end - column).min(I::ROWS);
@@ -347,19 +377,20 @@ impl<E: Epilogue> Few<'_, '_, E> {
                 for (i, row) in sums.chunks_exact_mut(width).take(I::ROWS).enumerate() {
                     row.fill(self.product.bias.map_or(0.0, |bias| bias[base + i]));
                 }
-                // SAFETY: the lines base..base + ROWS are inside the operand, the scratch holds a tile.
-                unsafe {
-                    let scalars =
-                        Scalars { at: right.data.as_ptr().add(base * right.line), row: right.line, term: 1 };
-                    tile::full::<I, false>(
-                        registers,
-                        terms,
-                        scalars,
-                        vectors,
-                        Start::Resume,
-                        sums.as_mut_ptr(),
-                        width,
-                    );
+                // The next lines are asked for while these are summed: a new line is not where the processor looks.
+                for first in (0..terms).step_by(FEW_TERMS) {
+                    let count = (terms - first).min(FEW_TERMS);
+                    for i in 0..I::ROWS {
+                        prefetch::<I>(right.data, (base + I::ROWS + i) * right.line + first, count);
+                    }
+                    // SAFETY: the lines base..base + ROWS are inside the operand, the scratch holds a tile.
+                    unsafe {
+                        let at = right.data.as_ptr().add(base * right.line + first);
+                        let scalars = Scalars { at, row: right.line, term: 1 };
+                        let vectors = Vectors { at: packed.as_ptr().add(first * width), term: width };
+                        let to = sums.as_mut_ptr();
+                        tile::full::<I, false>(registers, count, scalars, vectors, Start::Resume, to, width);
+                    }
                 }
                 for row in 0..height {
                     let mut out = [0.0_f32; isa::MAX_ROWS];

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
 /// One cache line, so that panels begin on one.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 struct Line(#[allow(dead_code, reason = "read through a slice of all lines")] [f32; 16]);
 
@@ -14,6 +14,7 @@ thread_local! {
 }
 
 /// A buffer of unspecified content, aligned to a cache line; it goes back to its thread when dropped.
+#[derive(Debug)]
 pub(crate) struct Scratch {
     lines: Vec<Line>,
     len: usize,

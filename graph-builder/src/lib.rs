@@ -7,7 +7,8 @@
 //! | [`builder`], [`value`] | what a model author holds: builder and scope, values and their methods |
 //! | [`graph`] | nodes, parameters, the text form |
 //! | [`op`], [`ops`] | the closed set of ops, five rules each |
-//! | [`passes`] | rewrites, one visible list |
+//! | [`passes`] | rewrites, one visible list; recomputation |
+//! | `memory` | [`Graph::activation_peak`] |
 //! | [`onnx`] | emission |
 //! | [`eval`] | the f64 interpreter that everything else is compared with |
 //! | [`role`] | muP roles, derived |
@@ -34,6 +35,7 @@ pub mod error;
 pub mod eval;
 pub mod grad;
 pub mod graph;
+mod memory;
 pub mod onnx;
 pub mod op;
 pub mod ops;

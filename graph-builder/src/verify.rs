@@ -65,3 +65,35 @@ fn misused_results(graph: &Graph, node: &Node) -> Option<String> {
     let is_one = results.len() > 1 && results.get(part.index) == Some(&part.shape) && part.offset == offset;
     (!is_one).then(|| format!("%{} has no such result", node.args[0].0))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::several::Part;
+    use crate::{Activation, Builder, Type, Value};
+
+    /// What the verification says of a graph in which `misuse` uses both gradients of a linear layer at once.
+    fn refusal(misuse: impl for<'g> FnOnce(&'g Builder, Value<'g>)) -> String {
+        let b = Builder::new("misused");
+        let (x, ct) = (b.input("x", Type::f32([4, 3])), b.input("ct", Type::f32([4, 2])));
+        misuse(&b, ct.linear_grad_weight(Activation::None, x));
+        b.finish().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn several_results_are_used_through_their_parts_only() {
+        let used = refusal(|b, grads| b.output("y", grads.exp()));
+        assert!(used.contains("operand %2 is several results, not one"), "{used}");
+        let given = refusal(|b, grads| b.output("y", grads));
+        assert!(given.contains("output `y` is several results"), "{given}");
+        let moved = Part { index: 1, offset: 5, shape: Shape::from([2]) };
+        let wrong = refusal(|b, grads| b.output("y", b.push(moved.into(), &[grads])));
+        assert!(wrong.contains("%2 has no such result"), "{wrong}");
+        let single = Part { index: 0, offset: 0, shape: Shape::from([12]) };
+        let none = refusal(|b, grads| {
+            let flat = grads.results()[0].reshape([6]);
+            b.output("y", b.push(Part { shape: Shape::from([6]), ..single }.into(), &[flat]));
+        });
+        assert!(none.contains("has no such result"), "{none}");
+    }
+}

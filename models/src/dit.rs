@@ -13,6 +13,9 @@ use crate::layers::{
     Inits, attention, label_embed, mlp, modulate, modulation, patch_embed, sin_cos_positions, timestep_embed,
 };
 
+/// Scope of the stack of blocks: the first is `blocks.0`.
+pub(crate) const BLOCKS: &str = "blocks";
+
 /// The model's answer (N, Cout, H, W) for `x` (N, C, H, W), `t` (N) f32 and `y` (N) i64.
 ///
 /// The first C channels are ε or the velocity, the next C the variance logits of a model that learns them.
@@ -70,7 +73,7 @@ fn answer<'g>(
 ) -> Value<'g> {
     let c = c.silu(); // (N, D), before the linear layer of every modulation
     for i in 0..cfg.depth {
-        h = s.within(format!("blocks.{i}"), |s| block(s, h, c, cfg)); // (N, T, D)
+        h = s.within(format!("{BLOCKS}.{i}"), |s| block(s, h, c, cfg)); // (N, T, D)
     }
     let h = s.within("final_layer", |s| final_layer(s, h, c, output_multiplier, cfg)); // (N, T, P·P·Cout)
     h.unpatchify(cfg.patch_size, PatchOrder::ChannelsLast, cfg.input_size, cfg.input_size) // (N, Cout, H, W)

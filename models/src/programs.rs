@@ -4,9 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use graph_builder::{Builder, DType, Graph, Type, Value};
+use serde::{Deserialize, Serialize};
 
 use crate::config::{DitConfig, Objective};
-use crate::dit::{dit, dit_with_and_without_label};
+use crate::dit::{BLOCKS, dit, dit_with_and_without_label};
 use crate::error::ModelError;
 use crate::nearest::hint;
 use crate::objective::{DdpmAt, Terms, flow_interpolate, flow_loss};
@@ -74,6 +75,30 @@ pub enum Guidance {
     First(usize),
     /// All of ε or the velocity.
     All,
+}
+
+/// What a training step computes again for its backward pass instead of keeping it. The results are the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// The values inside each block: only the block's input is kept, and a step does one more forward pass.
+    Blocks,
+}
+
+impl Recompute {
+    /// The optimised graph of a training step, rewritten.
+    ///
+    /// # Errors
+    /// [`ModelError::Graph`] when the rewritten graph breaks an invariant.
+    pub fn apply(self, optimised: Graph) -> Result<Graph, ModelError> {
+        match self {
+            Self::None => Ok(optimised),
+            Self::Blocks => Ok(optimised.recomputed(BLOCKS)?),
+        }
+    }
 }
 
 /// Scalars that stay inputs of the training programs, with the value that leaves the published loss as it is.

@@ -219,7 +219,7 @@ fn a_broken_constraint_is_refused_with_op_label_and_place() {
         .iter()
         .map(|row| {
             let graph = row.graph();
-            let op = &row.node(&graph).op;
+            let op = &crate::op_table::Row::node(&graph).op;
             (variant(op), op.name())
         })
         .collect();

@@ -8,10 +8,10 @@ fn every_op_states_its_work() {
     for row in rows() {
         let graph = row.graph();
         let cost = graph.cost();
-        let answer = row.node(&graph).ty.bytes();
+        let answer = crate::op_table::Row::node(&graph).ty.bytes();
         let operands: usize = row.operands.iter().map(|o| o.ty.bytes()).sum();
         // A value that is both operands at once is read twice.
-        let twice = row.node(&graph).args.len() > row.operands.len();
+        let twice = crate::op_table::Row::node(&graph).args.len() > row.operands.len();
         let bytes = match row.traffic {
             Traffic::All if twice => 2 * operands + answer,
             Traffic::All => operands + answer,

@@ -129,7 +129,7 @@ impl Row {
     }
 
     /// The node of the op in [`Row::graph`]; that of a part is the op it is a part of.
-    pub(crate) fn node<'a>(&self, graph: &'a Graph) -> &'a Node {
+    pub(crate) fn node(graph: &Graph) -> &Node {
         let node = graph.node(graph.outputs()[0].1);
         if matches!(node.op, Op::Part(_)) { graph.node(node.args[0]) } else { node }
     }
@@ -163,7 +163,7 @@ fn every_row_is_named_once_and_proves_its_op() {
     for row in rows() {
         assert!(names.insert(row.name()), "two rows are called {}", row.name());
         let graph = row.graph();
-        let node = if row.op == "Part" { graph.node(graph.outputs()[0].1) } else { row.node(&graph) };
+        let node = if row.op == "Part" { graph.node(graph.outputs()[0].1) } else { Row::node(&graph) };
         assert_eq!(variant(&node.op), row.op, "{}", row.name());
     }
 }

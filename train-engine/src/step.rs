@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use graph_builder::{Cost, Graph, Weights};
-use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
+use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, Recompute, program};
 use runtime::update::trainable_layout;
 use runtime::{Arena, ArenaLayout, Binding, Runtime, Session, SessionOptions, SharedArena};
 
@@ -44,7 +44,7 @@ pub struct CompiledStep {
     pub gradients: SharedArena,
     /// Samples of one run.
     pub batch: usize,
-    /// Work of one run, counted from the graph.
+    /// Work of one run, counted from the graph; what is computed again is not counted twice.
     pub cost: Cost,
     /// Time from the model's description to a session that can run.
     pub compile_time: Duration,
@@ -70,11 +70,14 @@ impl CompiledStep {
         runtime: &Arc<Runtime>,
         model: &DitConfig,
         batch: usize,
+        recompute: Recompute,
         options: &SessionOptions,
     ) -> Result<Self> {
         let start = Instant::now();
         let graph = program(model, ProgramKind::TrainStep, batch, Guidance::Off)?;
         let optimised = graph.optimised().map_err(models::ModelError::from)?;
+        let cost = optimised.cost();
+        let optimised = recompute.apply(optimised)?;
         let emitted = optimised.emit(Weights::Inputs).map_err(models::ModelError::from)?;
         let layout = parameter_layout(&graph)?;
         let trainable = |name: &str, _: &graph_builder::Shape| {
@@ -94,7 +97,7 @@ impl CompiledStep {
             binding.set_input(name, &[value])?;
         }
         let has_vb = emitted.outputs.iter().any(|o| o.name == "loss.vb");
-        let (cost, compile_time) = (optimised.cost(), start.elapsed());
+        let compile_time = start.elapsed();
         Ok(Self { binding, parameters, gradients, batch, cost, compile_time, graph, has_vb })
     }
 

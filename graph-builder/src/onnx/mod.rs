@@ -260,7 +260,7 @@ impl Graph {
     ) -> Result<Vec<u8>> {
         let graph = GraphProto {
             name: self.name.clone(),
-            node: emitter.nodes,
+            node: for_depth_first(emitter.nodes),
             initializer: emitter.initializers,
             input: inputs.iter().map(value_info).collect(),
             output: outputs.iter().map(value_info).collect(),
@@ -307,6 +307,23 @@ impl Graph {
     }
 }
 
+/// The nodes in the order that makes ONNX Runtime run them in ours.
+///
+/// It does not run nodes as they stand: it walks back from the nodes that nothing uses, the last one first, depth first.
+/// Weight gradients are such nodes; were they left in place, all of them would run after the whole backward pass and
+/// every value that they need would be kept until then. So they come last, in reverse.
+fn for_depth_first(nodes: Vec<NodeProto>) -> Vec<NodeProto> {
+    let used: BTreeSet<String> = nodes.iter().flat_map(|n| n.input.iter().cloned()).collect();
+    let (mut ordered, mut ends): (Vec<_>, Vec<_>) =
+        nodes.into_iter().partition(|n| n.output.iter().any(|name| used.contains(name)));
+    ends.reverse();
+    ordered.append(&mut ends);
+    ordered
+}
+
 fn spec(name: &str, ty: &Type) -> TensorSpec {
     TensorSpec { name: name.into(), dtype: ty.dtype, shape: ty.shape.clone() }
 }
+
+#[cfg(test)]
+mod tests;

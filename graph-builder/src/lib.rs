@@ -10,6 +10,7 @@
 //! | [`passes`] | rewrites, one visible list |
 //! | [`onnx`] | emission |
 //! | [`eval`] | the f64 interpreter that everything else is compared with |
+//! | [`liveness`] | how much memory intermediate values need at once |
 //! | [`role`] | muP roles, derived |
 //! | [`probe`] | values inside a graph as outputs |
 //!
@@ -34,6 +35,7 @@ pub mod error;
 pub mod eval;
 pub mod grad;
 pub mod graph;
+pub mod liveness;
 pub mod onnx;
 pub mod op;
 pub mod ops;

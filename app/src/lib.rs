@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`commands`] | one module a command: resolve, call, report |
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
+//! | [`profile`] | executed nodes joined with the graph: where the time goes |
+//! | [`roof`] | what this machine can do at best, measured |
 //! | [`render`] | pictures, plots, arrays, progress |
 //! | [`console`] | standard output and error, the only place that prints |
 //!
@@ -12,7 +14,9 @@
 
 pub mod commands;
 pub mod console;
+pub mod profile;
 pub mod render;
+pub mod roof;
 pub mod sampler;
 
 use std::ffi::OsString;

@@ -8,9 +8,9 @@
 //! | [`graph`] | nodes, parameters, the text form |
 //! | [`op`], [`ops`] | the closed set of ops, five rules each |
 //! | [`passes`] | rewrites, one visible list; recomputation |
-//! | `memory` | [`Graph::activation_peak`] |
 //! | [`onnx`] | emission |
 //! | [`eval`] | the f64 interpreter that everything else is compared with |
+//! | [`liveness`] | how much memory intermediate values need at once |
 //! | [`role`] | muP roles, derived |
 //! | [`probe`] | values inside a graph as outputs |
 //!
@@ -35,7 +35,7 @@ pub mod error;
 pub mod eval;
 pub mod grad;
 pub mod graph;
-mod memory;
+pub mod liveness;
 pub mod onnx;
 pub mod op;
 pub mod ops;

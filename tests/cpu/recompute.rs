@@ -64,7 +64,7 @@ fn recomputation_lowers_the_predicted_memory() {
     let cfg = DitConfig::preset("DiT-S/2").unwrap();
     let graph = program(&cfg, ProgramKind::TrainStep, 8, Guidance::Off).unwrap().optimised().unwrap();
     let peaks = [Recompute::None, Recompute::Blocks]
-        .map(|recompute| recompute.apply(graph.clone()).unwrap().activation_peak() as f64 / 1e6);
+        .map(|recompute| recompute.apply(graph.clone()).unwrap().activation_peak().bytes as f64 / 1e6);
     println!(
         "DiT-S/2, batch 8: {:.0} MB of activations, {:.0} MB with blocks recomputed",
         peaks[0], peaks[1]

@@ -6,6 +6,7 @@
 
 mod function;
 mod message;
+mod origin;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -147,10 +148,8 @@ impl Emitter<'_> {
         input: Vec<String>,
         attributes: Vec<Attribute>,
     ) {
-        let place = &self.graph.nodes[self.current].place;
-        let mark = if self.graph.nodes[self.current].backward { "grad/" } else { "" };
         self.nodes.push(NodeProto {
-            name: format!("{mark}{}/{op_type}.{}", place.scope, self.current),
+            name: origin::node_name(self.graph, self.current, op_type),
             op_type: op_type.into(),
             domain: domain.into(),
             overload: overload.into(),

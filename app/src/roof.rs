@@ -37,8 +37,11 @@ pub fn measure(runtime: &Arc<Runtime>, threads: usize, budget: Duration) -> anyh
             (best, product) = (rate, format!("ONNX Runtime MatMul {side} × {side} × {side}"));
         }
     }
-    let workers =
-        if threads > 0 { threads } else { std::thread::available_parallelism().map_or(1, std::num::NonZero::get) };
+    let workers = if threads > 0 {
+        threads
+    } else {
+        std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    };
     Ok(Roof { gflops_per_s: best, product, gb_per_s: memory_rate(workers, budget / 4), threads: workers })
 }
 

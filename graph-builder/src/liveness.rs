@@ -48,7 +48,7 @@ impl Graph {
             } else if is_elementwise(&node.op) {
                 let dying = node.args.iter().filter_map(|a| block_of[a.index()]).find(|&b| {
                     let only = node.args.iter().filter(|a| block_of[a.index()] == Some(b)).count() == 1;
-                    only && blocks[b].bytes == bytes && self.dies_at(b, i, &block_of, &last_use)
+                    only && blocks[b].bytes == bytes && dies_at(b, i, &block_of, &last_use)
                 });
                 dying.map(Some)
             } else {
@@ -80,19 +80,20 @@ impl Graph {
         peak
     }
 
-    /// Whether node `i` is the last to use any value in a block.
-    fn dies_at(&self, block: usize, i: usize, block_of: &[Option<usize>], last_use: &[usize]) -> bool {
-        // Views of a block that come after node `i` would need the old values.
-        let later = |a: &ValueId| block_of[a.index()] == Some(block) && last_use[a.index()] > i;
-        !(0..i).any(|k| later(&ValueId(k as u32)))
-    }
-
     /// Bytes of all constants that some output needs.
     pub fn constant_bytes(&self) -> u64 {
         let live = self.live();
-        let constants = self.nodes.iter().zip(live).filter(|(n, live)| *live && matches!(n.op, Op::Constant(_)));
+        let constants =
+            self.nodes.iter().zip(live).filter(|(n, live)| *live && matches!(n.op, Op::Constant(_)));
         constants.map(|(n, _)| n.ty.bytes() as u64).sum()
     }
+}
+
+/// Whether node `i` is the last to use any value in a block.
+fn dies_at(block: usize, i: usize, block_of: &[Option<usize>], last_use: &[usize]) -> bool {
+    // Views of a block that come after node `i` would need the old values.
+    let later = |a: &ValueId| block_of[a.index()] == Some(block) && last_use[a.index()] > i;
+    !(0..i).any(|k| later(&ValueId(k as u32)))
 }
 
 fn is_leaf(op: &Op) -> bool {

@@ -266,7 +266,8 @@ fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<Se
         builder = builder.with_optimized_model_path(path)?;
         // Beside the model, so that large parameters do not pass a message's limit of 2 GB.
         let data = path.with_extension("data").file_name().unwrap_or_default().to_string_lossy().into_owned();
-        builder = builder.with_config_entry("session.optimized_model_external_initializers_file_name", data)?;
+        builder =
+            builder.with_config_entry("session.optimized_model_external_initializers_file_name", data)?;
     }
     Ok(builder)
 }

@@ -68,7 +68,7 @@ impl Subject<'_> {
     pub fn measure(&self, runtime: &Arc<Runtime>) -> anyhow::Result<Measured> {
         let graph = program(self.model, self.kind, self.batch, self.guidance)?.optimised()?;
         let directory = tempfile::tempdir().context("a place for the profile")?;
-        let parameters = self.parameters(&graph)?;
+        let parameters = Self::parameters(&graph)?;
         let emitted = self.emit(&graph, &parameters, directory.path())?;
         let parameters = self.kind.feeds_parameters().then(|| parameters.into_shared());
         let (gradients, mut update) = self.training(&graph, parameters.as_ref())?;
@@ -115,11 +115,13 @@ impl Subject<'_> {
         Ok(Measured { graph, cost, plain_ms, update, peak_resident_bytes, profile })
     }
 
-    fn parameters(&self, graph: &Graph) -> anyhow::Result<Arena> {
+    fn parameters(graph: &Graph) -> anyhow::Result<Arena> {
         let mut arena = Arena::zeros(parameter_layout(graph)?)?;
         for (i, view) in arena.views_mut().into_iter().enumerate() {
             Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
-            view.iter_mut().for_each(|v| *v *= PARAMETER_STD);
+            for value in view.iter_mut() {
+                *value *= PARAMETER_STD;
+            }
         }
         Ok(arena)
     }
@@ -168,7 +170,8 @@ impl Subject<'_> {
 
     /// Random values of the kind that each input takes.
     fn fill(&self, graph: &Graph, binding: &mut Binding) -> anyhow::Result<()> {
-        let owned: Vec<(String, DType)> = graph.inputs().map(|(name, ty)| (name.to_owned(), ty.dtype)).collect();
+        let owned: Vec<(String, DType)> =
+            graph.inputs().map(|(name, ty)| (name.to_owned(), ty.dtype)).collect();
         for (i, (name, dtype)) in owned.iter().enumerate() {
             let mut draw = Stream::new(0, Purpose::SampleInit, 0, i as u64);
             match (dtype, name.as_str()) {

@@ -205,7 +205,10 @@ mod tests {
     #[test]
     fn widths_are_shares_and_names_are_escaped() {
         let svg = frame().svg("A & B", "sub");
-        assert!(svg.contains("A &amp; B") && svg.contains("forward › blocks.0 › a&lt;b: 30.0 ms, 30.0 %"), "{svg}");
+        assert!(
+            svg.contains("A &amp; B") && svg.contains("forward › blocks.0 › a&lt;b: 30.0 ms, 30.0 %"),
+            "{svg}"
+        );
         assert!(!svg.contains("a<b") && !svg.contains("tiny"), "too narrow to be seen");
         let widths: Vec<f64> = svg
             .split("width=\"")

@@ -38,7 +38,9 @@ impl Graph {
         };
         let mut found: Vec<Option<usize>> = nodes
             .iter()
-            .map(|n| self.origin_of(&n.name).map(ValueId::index).or_else(|| n.output.iter().find_map(by_value)))
+            .map(|n| {
+                self.origin_of(&n.name).map(ValueId::index).or_else(|| n.output.iter().find_map(by_value))
+            })
             .collect();
         // Nodes that a rewrite put in stand beside the one they serve: first look down the graph, then up.
         let mut users: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
@@ -49,14 +51,15 @@ impl Graph {
         }
         for i in (0..nodes.len()).rev() {
             if found[i].is_none() {
-                let below = nodes[i].output.iter().flat_map(|v| users.get(v.as_str()).into_iter().flatten());
-                found[i] = below.filter_map(|&u| found[u]).next();
+                let mut below =
+                    nodes[i].output.iter().flat_map(|v| users.get(v.as_str()).into_iter().flatten());
+                found[i] = below.find_map(|&u| found[u]);
             }
         }
         for i in 0..nodes.len() {
             if found[i].is_none() {
-                let above = nodes[i].input.iter().filter_map(|v| makers.get(v.as_str()));
-                found[i] = above.filter_map(|&m| found[m]).next();
+                let mut above = nodes[i].input.iter().filter_map(|v| makers.get(v.as_str()));
+                found[i] = above.find_map(|&m| found[m]);
             }
         }
         let named = nodes.iter().zip(found).filter(|(n, _)| !n.name.is_empty());
@@ -150,7 +153,8 @@ mod tests {
         let scope = &graph.nodes()[id].place.scope;
         assert_eq!(graph.origin_of(&format!("{scope}/MatMul.{id}")).map(ValueId::index), Some(id));
         assert_eq!(graph.origin_of(&format!("grad/{scope}/MatMul.{id}/Fused")).map(ValueId::index), Some(id));
-        for wrong in [format!("{scope}x/MatMul.{id}"), format!("{scope}/MatMul.9999"), format!("MatMul_{id}")] {
+        for wrong in [format!("{scope}x/MatMul.{id}"), format!("{scope}/MatMul.9999"), format!("MatMul_{id}")]
+        {
             assert_eq!(graph.origin_of(&wrong), None, "{wrong}");
         }
     }

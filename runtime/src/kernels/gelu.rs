@@ -20,7 +20,7 @@ multiversion! {
 #[inline(always)]
 pub(crate) fn apply_grad(x: &[f32], sums: &mut [f32]) {
     for (&x, sum) in x.iter().zip(sums) {
-        *sum = slope(x) * *sum;
+        *sum *= slope(x);
     }
 }
 

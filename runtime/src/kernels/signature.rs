@@ -114,7 +114,7 @@ impl Attributes {
                 (a.heads, a.scale) = (size("heads")?, float("scale")?);
             }
             Op::LayerNormModulate | Op::LayerNormModulateGrad | Op::LayerNormGrad => {
-                a.epsilon = float("epsilon")?
+                a.epsilon = float("epsilon")?;
             }
             Op::Patchify | Op::Unpatchify => {
                 a.patch = size("patch")?;

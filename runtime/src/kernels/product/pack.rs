@@ -73,7 +73,7 @@ impl<'a> Operand<'a> {
         to: &mut [f32],
     ) {
         let (count, panel) = (lines.len().div_ceil(width), terms.len() * width);
-        if self.term == 1 || lines.len() % width != 0 || width % 4 != 0 {
+        if self.term == 1 || !lines.len().is_multiple_of(width) || !width.is_multiple_of(4) {
             for band in 0..count {
                 let first = lines.start + band * width;
                 let part = first..(first + width).min(lines.end);

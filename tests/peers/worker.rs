@@ -130,7 +130,9 @@ fn parameters(model: &DitConfig) -> Result<Arena> {
     let mut arena = Arena::zeros(parameter_layout(&graph)?)?;
     for (i, view) in arena.views_mut().into_iter().enumerate() {
         Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
-        view.iter_mut().for_each(|v| *v *= 0.02);
+        for value in view.iter_mut() {
+            *value *= 0.02;
+        }
     }
     Ok(arena)
 }

@@ -15,14 +15,15 @@ pub struct ActivationPeak {
 /// Memory of one or several values that share it.
 struct Block {
     bytes: u64,
+    birth: usize,
     last_use: usize,
 }
 
 impl Graph {
     /// The peak over the nodes in their order: a value is born at its node and dies after its last use.
     ///
-    /// A reshape shares its operand's memory; of several results each counts for itself; an elementwise answer takes over the memory of an operand of its size that
-    /// dies there. Inputs, parameters, constants and the program's outputs do not count: their memory is the caller's or
+    /// A reshape shares its operand's memory; of several results each counts for itself, from the node that makes them; an
+    /// elementwise answer takes over the memory of an operand of its size that dies there. Inputs, parameters, constants and the program's outputs do not count: their memory is the caller's or
     /// the model's.
     pub fn activation_peak(&self) -> ActivationPeak {
         let live = self.live();
@@ -55,7 +56,8 @@ impl Graph {
                 None
             };
             block_of[i] = shared.unwrap_or_else(|| {
-                blocks.push(Block { bytes, last_use: 0 });
+                let birth = if matches!(node.op, Op::Part(_)) { node.args[0].index() } else { i };
+                blocks.push(Block { bytes, birth, last_use: 0 });
                 Some(blocks.len() - 1)
             });
             if let Some(b) = block_of[i] {
@@ -64,18 +66,17 @@ impl Graph {
         }
 
         let (mut now, mut peak) = (0, ActivationPeak { bytes: 0, at: None });
-        let mut born = vec![false; blocks.len()];
-        let mut dying: Vec<Vec<usize>> = vec![Vec::new(); self.nodes.len()];
-        blocks.iter().enumerate().for_each(|(b, block)| dying[block.last_use].push(b));
+        let (mut born, mut dying) = (vec![0; self.nodes.len()], vec![0; self.nodes.len()]);
+        for block in &blocks {
+            born[block.birth] += block.bytes;
+            dying[block.last_use] += block.bytes;
+        }
         for i in 0..self.nodes.len() {
-            if let Some(b) = block_of[i].filter(|&b| !born[b]) {
-                born[b] = true;
-                now += blocks[b].bytes;
-                if now > peak.bytes {
-                    peak = ActivationPeak { bytes: now, at: Some(ValueId(i as u32)) };
-                }
+            now += born[i];
+            if now > peak.bytes {
+                peak = ActivationPeak { bytes: now, at: Some(ValueId(i as u32)) };
             }
-            now -= dying[i].iter().filter(|&&b| born[b]).map(|&b| blocks[b].bytes).sum::<u64>();
+            now -= dying[i];
         }
         peak
     }
@@ -163,6 +164,19 @@ mod tests {
         let e = y.exp(); // y dies, its memory does not
         b.output("out", e.reshape([100]) + view);
         assert_eq!(b.finish().unwrap().activation_peak().bytes, 2 * 400);
+    }
+
+    #[test]
+    fn several_results_count_one_by_one_from_the_node_that_makes_them() {
+        let b = Builder::new("several");
+        let x = b.input("x", Type::f32([2, 100]));
+        let [first, second] = x.transpose(&[1, 0]).chunk(0); // 400 bytes each
+        let late = second.exp() * 2.0;
+        b.output("sum", late + first);
+        b.output("early", first);
+        let peak = b.finish().unwrap().activation_peak();
+        // The operand (800 bytes) and the second piece; the first is an output.
+        assert_eq!(peak.bytes, 800 + 400);
     }
 
     #[test]

@@ -76,7 +76,9 @@ impl Graph {
             let index = number[..digits].parse::<usize>().ok()?;
             let node = self.nodes.get(index)?;
             let plain = op.chars().all(char::is_alphanumeric);
-            (plain && scope.ends_with(node.place.scope.as_str())).then_some(ValueId(index as u32))
+            let own = node.place.scope.as_str();
+            let fits = scope == own || !own.is_empty() && scope.ends_with(own);
+            (plain && fits).then_some(ValueId(index as u32))
         })
     }
 }

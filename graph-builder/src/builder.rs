@@ -1,4 +1,4 @@
-//! What a model author holds: [`Builder`], [`Scope`] and the copyable [`Value`](crate::Value).
+//! What a model author holds: [`Builder`], [`Scope`] and the copyable [`Value`].
 //!
 //! Operators cannot return `Result`, so the builder keeps the first error with the author's scope and source
 //! line; later ops go quiet and [`Builder::finish`] returns it.

@@ -5,13 +5,13 @@ use std::cell::RefCell;
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
 };
-use ort::value::{Shape, SymbolicDimensions, TensorElementType, ValueRef, ValueRefMut, ValueType};
+use ort::value::{DynValueTypeMarker, Shape, SymbolicDimensions, TensorElementType, ValueRef, ValueRefMut, ValueType};
 
 use super::attention::Attention;
 use super::linear::Layer;
 use super::modulation::Conditioned;
 use super::patch::Patches;
-use super::product::{Shared, Threads};
+use super::product::{Frozen, Shared, Threads};
 use super::signature::{Attributes, Op, Source};
 use super::{count, gelu, rows};
 
@@ -85,13 +85,19 @@ impl Operator for NativeOp {
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<NativeKernel> {
         let attributes = Attributes::read(self.0, context).map_err(ort::Error::new)?;
-        Ok(NativeKernel { op: self.0, attributes })
+        let frozen = self.0.weight().and_then(|index| {
+            let weight = context.constant_input::<DynValueTypeMarker>(index).ok()?;
+            weight.try_extract_tensor::<f32>().ok().map(|(_, values)| Frozen::new(values))
+        });
+        Ok(NativeKernel { op: self.0, attributes, _frozen: frozen })
     }
 }
 
 pub(super) struct NativeKernel {
     op: Op,
     attributes: Attributes,
+    /// Keeps the packed form of a weight that is an initializer; it lives as long as the session, and so does this.
+    _frozen: Option<Frozen>,
 }
 
 /// ONNX Runtime's own threads; a refusal of theirs is kept for the end of the call.

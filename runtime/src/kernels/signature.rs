@@ -147,6 +147,15 @@ impl Op {
         }
     }
 
+    /// Which input is a weight that a forward product packs.
+    pub(crate) fn weight(self) -> Option<usize> {
+        match self {
+            Self::Linear => Some(1),
+            Self::LinearGateResidual => Some(3),
+            _ => None,
+        }
+    }
+
     /// Number of outputs, all f32.
     pub(crate) fn outputs(self) -> usize {
         match self {

@@ -32,40 +32,67 @@ pub struct Roof {
 pub fn measure(runtime: &Arc<Runtime>, threads: usize, budget: Duration) -> anyhow::Result<Roof> {
     let (mut best, mut product) = (0.0, String::new());
     for side in SIDES {
-        let rate = product_rate(runtime, side, threads, budget / 4)?;
+        let mut tried = Product::new(runtime, side, threads)?;
+        let seconds = best_seconds(budget / 4, || tried.run())?;
+        let rate = tried.flops() / seconds / 1e9;
         if rate > best {
-            (best, product) = (rate, format!("ONNX Runtime MatMul {side} × {side} × {side}"));
+            (best, product) = (rate, tried.name());
         }
     }
-    let workers =
-        if threads > 0 { threads } else { std::thread::available_parallelism().map_or(1, std::num::NonZero::get) };
+    let workers = if threads > 0 {
+        threads
+    } else {
+        std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    };
     Ok(Roof { gflops_per_s: best, product, gb_per_s: memory_rate(workers, budget / 4), threads: workers })
 }
 
-/// Rate of a square product by ONNX Runtime, the best of several runs, in GFLOP/s.
-///
-/// # Errors
-/// A session that does not load or run.
-pub fn product_rate(
-    runtime: &Arc<Runtime>,
+/// A square f32 matrix product by the fastest means of this program: the yardstick.
+#[derive(Debug)]
+pub struct Product {
+    binding: Binding,
     side: usize,
-    threads: usize,
-    budget: Duration,
-) -> anyhow::Result<f64> {
-    let b = Builder::new("product");
-    let square = || Type::f32([side, side]);
-    let (left, right) = (b.input("left", square()), b.input("right", square()));
-    b.output("out", left.matmul(right));
-    let program = b.finish()?.emit(Weights::Inputs)?;
-    let options = SessionOptions { threads, ..SessionOptions::default() };
-    let session = Session::load(runtime, &program, &runtime::Weights::Inside, &options)?;
-    let mut binding = Binding::owned(&session)?;
-    for name in ["left", "right"] {
-        binding.input_f32(name)?.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 17) as f32 - 8.0);
+}
+
+impl Product {
+    /// Loads the product of two `side` × `side` matrices and runs it once; `threads` 0 is one a core.
+    ///
+    /// # Errors
+    /// A session that does not load or run.
+    pub fn new(runtime: &Arc<Runtime>, side: usize, threads: usize) -> anyhow::Result<Self> {
+        let b = Builder::new("product");
+        let square = || Type::f32([side, side]);
+        let (left, right) = (b.input("left", square()), b.input("right", square()));
+        b.output("out", left.matmul(right));
+        let program = b.finish()?.emit(Weights::Inputs)?;
+        let options = SessionOptions { threads, ..SessionOptions::default() };
+        let session = Session::load(runtime, &program, &runtime::Weights::Inside, &options)?;
+        let mut binding = Binding::owned(&session)?;
+        for name in ["left", "right"] {
+            binding.input_f32(name)?.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 17) as f32 - 8.0);
+        }
+        binding.run()?;
+        Ok(Self { binding, side })
     }
-    binding.run()?;
-    let best = best_seconds(budget, || binding.run())?;
-    Ok(2.0 * (side as f64).powi(3) / best / 1e9)
+
+    /// What it is, for people.
+    pub fn name(&self) -> String {
+        let side = self.side;
+        format!("ONNX Runtime MatMul {side} × {side} × {side}")
+    }
+
+    /// Floating-point operations of one run, two a multiply-add.
+    pub fn flops(&self) -> f64 {
+        2.0 * (self.side as f64).powi(3)
+    }
+
+    /// Runs it once.
+    ///
+    /// # Errors
+    /// A session that does not run.
+    pub fn run(&mut self) -> anyhow::Result<()> {
+        Ok(self.binding.run()?)
+    }
 }
 
 /// Rate of `a = b + s·c`, the best of several runs, in GB/s.

@@ -232,7 +232,9 @@ impl Graph {
     /// Work of one run, summed over the nodes that some output needs.
     pub fn cost(&self) -> Cost {
         let live = self.live();
-        (0..self.nodes.len()).filter(|&i| live[i]).fold(Cost::default(), |sum, i| sum + self.node_cost(ValueId(i as u32)))
+        (0..self.nodes.len())
+            .filter(|&i| live[i])
+            .fold(Cost::default(), |sum, i| sum + self.node_cost(ValueId(i as u32)))
     }
 
     /// Work of the nodes below each scope that `label` names, in order of first appearance.

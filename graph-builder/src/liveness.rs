@@ -88,7 +88,8 @@ impl Graph {
     /// Bytes of all constants that some output needs.
     pub fn constant_bytes(&self) -> u64 {
         let live = self.live();
-        let constants = self.nodes.iter().zip(live).filter(|(n, live)| *live && matches!(n.op, Op::Constant(_)));
+        let constants =
+            self.nodes.iter().zip(live).filter(|(n, live)| *live && matches!(n.op, Op::Constant(_)));
         constants.map(|(n, _)| n.ty.bytes() as u64).sum()
     }
 }

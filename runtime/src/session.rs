@@ -243,6 +243,8 @@ fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<Se
         .with_log_level(ort::logging::LogLevel::Fatal)?
         .with_optimization_level(level)?
         .with_intra_op_spinning(options.spinning)?
+        // A pattern is one more block for all values, beside those of the first run that found it: twice the memory.
+        .with_memory_pattern(false)?
         .with_deterministic_compute(options.deterministic)?;
     if options.threads > 0 {
         builder = builder.with_intra_threads(options.threads)?;
@@ -263,7 +265,8 @@ fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<Se
         builder = builder.with_optimized_model_path(path)?;
         // Beside the model, so that large parameters do not pass a message's limit of 2 GB.
         let data = path.with_extension("data").file_name().unwrap_or_default().to_string_lossy().into_owned();
-        builder = builder.with_config_entry("session.optimized_model_external_initializers_file_name", data)?;
+        builder =
+            builder.with_config_entry("session.optimized_model_external_initializers_file_name", data)?;
     }
     Ok(builder)
 }

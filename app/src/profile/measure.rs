@@ -168,7 +168,8 @@ impl Subject<'_> {
 
     /// Random values of the kind that each input takes.
     fn fill(&self, graph: &Graph, binding: &mut Binding) -> anyhow::Result<()> {
-        let owned: Vec<(String, DType)> = graph.inputs().map(|(name, ty)| (name.to_owned(), ty.dtype)).collect();
+        let owned: Vec<(String, DType)> =
+            graph.inputs().map(|(name, ty)| (name.to_owned(), ty.dtype)).collect();
         for (i, (name, dtype)) in owned.iter().enumerate() {
             let mut draw = Stream::new(0, Purpose::SampleInit, 0, i as u64);
             match (dtype, name.as_str()) {

@@ -92,7 +92,8 @@ impl Profile {
         chosen.truncate(runs.len().div_ceil(2));
         let count = chosen.len().max(1) as f64;
         let mut lines: IndexMap<&str, (Line, Option<ValueId>)> = IndexMap::new();
-        for (k, node) in chosen.iter().enumerate().flat_map(|(k, run)| run.nodes.iter().map(move |n| (k, n))) {
+        for (k, node) in chosen.iter().enumerate().flat_map(|(k, run)| run.nodes.iter().map(move |n| (k, n)))
+        {
             let (line, _) = lines.entry(&node.name).or_insert_with(|| {
                 let origin = origins.get(&node.name).copied().or_else(|| graph.origin_of(&node.name));
                 let scope = origin.map_or(UNJOINED.to_owned(), |id| graph.node(id).place.scope.to_string());

@@ -149,7 +149,8 @@ mod tests {
 
     #[test]
     fn a_view_moves_nothing() {
-        let shapes = serde_json::json!({"op_name": "Reshape", "input_type_shape": [{"float": [8]}, {"int64": [1]}]});
+        let shapes =
+            serde_json::json!({"op_name": "Reshape", "input_type_shape": [{"float": [8]}, {"int64": [1]}]});
         assert_eq!(executed("r", 1.0, &shapes).bytes, 0);
         let copy = serde_json::json!({"op_name": "Cast", "input_type_shape": [{"bool": [8]}], "output_type_shape": [{"int64": [8]}]});
         assert_eq!(executed("c", 1.0, &copy).bytes, 72);

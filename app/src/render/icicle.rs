@@ -167,6 +167,10 @@ fn fitting(label: &str, ms: f64, width: f64) -> Option<String> {
     if letters <= room {
         return Some(label.to_owned());
     }
+    // Of a path the end tells most: the number of a block, the name of a layer.
+    if let Some((_, last)) = label.rsplit_once('.').filter(|(_, last)| last.chars().count() <= room) {
+        return Some(last.to_owned());
+    }
     (room >= 3).then(|| label.chars().take(room - 1).chain(['…']).collect())
 }
 
@@ -205,7 +209,10 @@ mod tests {
     #[test]
     fn widths_are_shares_and_names_are_escaped() {
         let svg = frame().svg("A & B", "sub");
-        assert!(svg.contains("A &amp; B") && svg.contains("forward › blocks.0 › a&lt;b: 30.0 ms, 30.0 %"), "{svg}");
+        assert!(
+            svg.contains("A &amp; B") && svg.contains("forward › blocks.0 › a&lt;b: 30.0 ms, 30.0 %"),
+            "{svg}"
+        );
         assert!(!svg.contains("a<b") && !svg.contains("tiny"), "too narrow to be seen");
         let widths: Vec<f64> = svg
             .split("width=\"")
@@ -224,8 +231,9 @@ mod tests {
     fn labels_are_cut_to_their_room() {
         assert_eq!(fitting("blocks.0", 12.34, 200.0).unwrap(), "blocks.0  12.3 ms");
         assert_eq!(fitting("blocks.0", 12.34, 60.0).unwrap(), "blocks.0");
-        assert_eq!(fitting("blocks.0", 12.34, 30.0).unwrap(), "blo…");
-        assert_eq!(fitting("blocks.0", 12.34, 10.0), None);
+        assert_eq!(fitting("blocks.0", 12.34, 30.0).unwrap(), "0");
+        assert_eq!(fitting("backward", 12.34, 30.0).unwrap(), "bac…");
+        assert_eq!(fitting("backward", 12.34, 10.0), None);
     }
 
     #[test]

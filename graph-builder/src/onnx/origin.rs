@@ -38,7 +38,9 @@ impl Graph {
         };
         let mut found: Vec<Option<usize>> = nodes
             .iter()
-            .map(|n| self.origin_of(&n.name).map(ValueId::index).or_else(|| n.output.iter().find_map(by_value)))
+            .map(|n| {
+                self.origin_of(&n.name).map(ValueId::index).or_else(|| n.output.iter().find_map(by_value))
+            })
             .collect();
         // Nodes that a rewrite put in stand beside the one they serve: first look down the graph, then up.
         let mut users: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
@@ -72,8 +74,9 @@ impl Graph {
             let digits = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
             let index = number[..digits].parse::<usize>().ok()?;
             let node = self.nodes.get(index)?;
-            let plain = op.chars().all(char::is_alphanumeric);
-            (plain && scope.ends_with(node.place.scope.as_str())).then_some(ValueId(index as u32))
+            // A scope has dots and numbers, too, but is followed by a slash only at its end.
+            let whole = !number[digits..].starts_with('.') && op.chars().all(char::is_alphanumeric);
+            (whole && *scope == *node.place.scope).then_some(ValueId(index as u32))
         })
     }
 }
@@ -150,7 +153,10 @@ mod tests {
         let scope = &graph.nodes()[id].place.scope;
         assert_eq!(graph.origin_of(&format!("{scope}/MatMul.{id}")).map(ValueId::index), Some(id));
         assert_eq!(graph.origin_of(&format!("grad/{scope}/MatMul.{id}/Fused")).map(ValueId::index), Some(id));
-        for wrong in [format!("{scope}x/MatMul.{id}"), format!("{scope}/MatMul.9999"), format!("MatMul_{id}")] {
+        let inner = format!("grad/blocks.0.fc/MatMul.{id}");
+        assert_eq!(graph.origin_of(&inner).map(ValueId::index), Some(id), "not node 0, whose scope is empty");
+        for wrong in [format!("{scope}x/MatMul.{id}"), format!("{scope}/MatMul.9999"), format!("MatMul_{id}")]
+        {
             assert_eq!(graph.origin_of(&wrong), None, "{wrong}");
         }
     }

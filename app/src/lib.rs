@@ -7,6 +7,7 @@
 //! | [`profile`] | executed nodes joined with the graph: where the time goes |
 //! | [`roof`] | what this machine can do at best, measured |
 //! | [`render`] | pictures, plots, arrays, progress |
+//! | [`external`] | where the tensors lie that programs point to |
 //! | [`console`] | standard output and error, the only place that prints |
 //!
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
@@ -14,6 +15,7 @@
 
 pub mod commands;
 pub mod console;
+pub mod external;
 pub mod profile;
 pub mod render;
 pub mod roof;

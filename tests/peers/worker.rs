@@ -8,8 +8,9 @@ use std::io::{BufRead as _, Write as _, stdin, stdout};
 use std::sync::Arc;
 use std::time::Instant;
 
-use graph_builder::{DType, ExternalTensor, Type, Weights};
+use graph_builder::Weights;
 use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use mudit::external;
 use mudit::sampler::{NoiseSource, Sampler, Settings};
 use runtime::memory::peak_resident_bytes;
 use runtime::safetensors_file::SafetensorsReader;
@@ -145,13 +146,7 @@ fn forward(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) ->
     let arena = parameters(&dit)?;
     arena.write_safetensors(directory.path().join(FILE), &BTreeMap::new())?;
     let reader = SafetensorsReader::open(directory.path().join(FILE))?;
-    let mut tensors = BTreeMap::new();
-    for (name, entry) in arena.layout().entries() {
-        let range = reader.byte_range(name)?;
-        let ty = Type::new(DType::F32, entry.shape.clone());
-        let place = ExternalTensor { ty, offset: range.start, length: range.end - range.start };
-        tensors.insert(name.clone(), place);
-    }
+    let tensors = external::tensors(&reader, arena.layout())?;
     drop(arena);
     let graph = program(&dit, ProgramKind::Denoise, batch, Guidance::Off)?.optimised()?;
     let emitted = graph.emit(Weights::External { file: FILE, tensors: &tensors })?;

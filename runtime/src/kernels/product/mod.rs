@@ -101,7 +101,7 @@ impl LineSums {
 }
 
 /// Rows of a task.
-const TASK_ROWS: usize = 64;
+const TASK_ROWS: usize = 128;
 /// Fewest registers of columns in a task.
 const TASK_REGISTERS: usize = 12;
 /// Tasks that a product is cut into where its shape allows.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`commands`] | one module a command: resolve, call, report |
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
+//! | [`serve`] | the sampling server |
 //! | [`render`] | pictures, plots, arrays, progress |
 //! | [`console`] | standard output and error, the only place that prints |
 //!
@@ -14,6 +15,7 @@ pub mod commands;
 pub mod console;
 pub mod render;
 pub mod sampler;
+pub mod serve;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

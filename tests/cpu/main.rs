@@ -26,6 +26,7 @@ mod resume;
 mod runs;
 mod sampling;
 mod scene;
+mod serve;
 mod tiny;
 mod tiny_run;
 mod training;

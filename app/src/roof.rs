@@ -8,7 +8,7 @@ use runtime::{Binding, Runtime, Session, SessionOptions};
 use serde::Serialize;
 
 /// Sides of the square products that are tried.
-const SIDES: [usize; 3] = [1024, 1536, 2048];
+const SIDES: [usize; 2] = [768, 1024];
 /// Values of each of the three arrays of the memory probe: far more than any cache holds.
 const PROBE: usize = 32 << 20;
 

@@ -5,7 +5,9 @@ use std::cell::RefCell;
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
 };
-use ort::value::{DynValueTypeMarker, Shape, SymbolicDimensions, TensorElementType, ValueRef, ValueRefMut, ValueType};
+use ort::value::{
+    DynValueTypeMarker, Shape, SymbolicDimensions, TensorElementType, ValueRef, ValueRefMut, ValueType,
+};
 
 use super::attention::Attention;
 use super::linear::Layer;

@@ -92,11 +92,6 @@ impl Running {
         server.load(&onnx_runtime()).unwrap();
         Self { server: Some(server) }
     }
-
-    /// Ends it; whether all accepted requests were finished.
-    fn drain(mut self) -> bool {
-        self.server.take().unwrap().drain().complete
-    }
 }
 
 impl Deref for Running {

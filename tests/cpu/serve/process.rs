@@ -29,8 +29,8 @@ fn start(scene: &Scene, more: &str) -> (Running, SocketAddr) {
 #[test]
 fn sigterm_under_load_finishes_what_was_accepted() {
     let scene = Scene::new();
-    let (running, at) = start(&scene, "--drain-timeout 30");
-    let body = json!({"class_label": 3, "steps": 300, "n": 4, "sampler": "ddim"});
+    let (running, at) = start(&scene, "--drain-timeout 120");
+    let body = json!({"class_label": 3, "steps": 120, "n": 3, "sampler": "ddim"});
     let (codes, late) = thread::scope(|scope| {
         let all: Vec<_> = (0..12).map(|_| scope.spawn(|| post(at, IMAGES, &body).status)).collect();
         super::client::until("the requests", || counter(at, "mudit_orders") >= 12.0);

@@ -49,7 +49,7 @@ fn a_seed_is_the_same_image_in_thirty_mixes_and_after_a_restart() {
         let address = server.address();
         thread::scope(|scope| {
             for other in 0..4 + mix % 5 {
-                let steps = 1 + draws.below(40);
+                let steps = 2 + draws.below(40);
                 let model = ["tiny", "latents"][draws.below(2)];
                 let guidance = [1.0, 2.0, 7.5][draws.below(3)];
                 let n = 1 + draws.below(4);

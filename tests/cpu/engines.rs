@@ -136,7 +136,7 @@ fn a_triton_repository_holds_models_that_run() {
     let config = fs::read_to_string(repository.join("denoise-b3/config.pbtxt")).unwrap();
     assert!(config.contains("{ name: \"x\" data_type: TYPE_FP32 dims: [ 3, 4, 8, 8 ] }"), "{config}");
     // The weights are the checkpoint's own file, and the model finds them.
-    let outputs = within(std::time::Duration::from_secs(60), "two runs", move || {
+    let outputs = within(std::time::Duration::from_mins(1), "two runs", move || {
         let (runtime, options) = (onnx_runtime(), SessionOptions::default());
         let file = repository.join("denoise-b3/1/model.onnx");
         let sessions = [

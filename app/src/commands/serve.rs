@@ -54,24 +54,8 @@ pub struct ServeArgs {
     /// Serve other machines without API keys.
     #[arg(long)]
     insecure: bool,
-    /// Batches that are computed at the same time; 0 is one a core.
-    #[arg(long, default_value_t = 0, env = "MUDIT_LANES")]
-    lanes: usize,
-    /// Threads inside one op of a lane. More than one may give other bits in other batches; the probe tells.
-    #[arg(long, default_value_t = 1, env = "MUDIT_THREADS_PER_LANE")]
-    threads_per_lane: usize,
-    /// Use batch sizes that give other bits, too.
-    #[arg(long)]
-    no_deterministic: bool,
-    /// Most rows of a batch; the measured step times decide below that. A guided image takes two.
-    #[arg(long, default_value_t = 192, env = "MUDIT_MAX_ROWS")]
-    max_rows: usize,
-    /// Most accepted work in image-steps, a guided one counting two; default: 4 seconds of it.
-    #[arg(long, env = "MUDIT_MAX_QUEUE")]
-    max_queue: Option<u64>,
-    /// Measure the step times again even where the cache has them.
-    #[arg(long)]
-    remeasure: bool,
+    #[command(flatten)]
+    batches: Batches,
     /// Most images of a request.
     #[arg(long, default_value_t = 10, env = "MUDIT_MAX_IMAGES")]
     max_images: usize,
@@ -102,12 +86,28 @@ pub struct ServeArgs {
     /// After that, finish accepted requests for at most this many seconds.
     #[arg(long, default_value_t = 30.0, value_parser = seconds, env = "MUDIT_DRAIN_TIMEOUT")]
     drain_timeout: f64,
-    /// Fetch nothing; fail where something is missing.
-    #[arg(long)]
-    offline: bool,
+    #[command(flatten)]
+    machine: Machine,
     /// Tell what is served as JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// How steps are batched.
+#[derive(Debug, Args)]
+struct Batches {
+    /// Use batch sizes that give other bits, too.
+    #[arg(long)]
+    no_deterministic: bool,
+    /// Most rows of a batch; the measured step times decide below that. A guided image takes two.
+    #[arg(long, default_value_t = 192, env = "MUDIT_MAX_ROWS")]
+    max_rows: usize,
+    /// Most accepted work in image-steps, a guided one counting two; default: 4 seconds of it.
+    #[arg(long, env = "MUDIT_MAX_QUEUE")]
+    max_queue: Option<u64>,
+    /// Measure the step times again even where the cache has them.
+    #[arg(long)]
+    remeasure: bool,
 }
 
 impl ServeArgs {
@@ -116,7 +116,7 @@ impl ServeArgs {
         let stop = StopSignal::install()?;
         let sources = self.sources()?;
         let names: Vec<String> = sources.iter().map(|s| s.name.clone()).collect();
-        let runtime = Machine { threads: 0, offline: self.offline }.runtime()?;
+        let runtime = self.machine.runtime()?;
         let server = Server::bind(sources, options)?;
         let url = format!("http://{}", server.address());
         console::note(&format!("serve: {url} is open; loading {}", names.join(", ")));
@@ -157,7 +157,6 @@ impl ServeArgs {
             ("--max-body", self.max_body),
             ("--max-connections", self.max_connections),
             ("--max-jobs", self.max_jobs),
-            ("--threads-per-lane", self.threads_per_lane),
         ] {
             if value == 0 {
                 return Err(Usage(format!("{name} must be 1 or more")).into());
@@ -172,16 +171,15 @@ impl ServeArgs {
             .into());
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let lanes = if self.lanes == 0 { (cores / self.threads_per_lane).max(1) } else { self.lanes };
+        let threads = if self.machine.threads == 0 { cores } else { self.machine.threads };
         Ok(ServeOptions {
             address: SocketAddr::new(self.host, self.port),
             engine: EngineOptions {
-                lanes,
-                threads: self.threads_per_lane,
-                deterministic: !self.no_deterministic,
-                max_rows: self.max_rows,
-                max_queue: self.max_queue,
-                remeasure: self.remeasure,
+                threads,
+                deterministic: !self.batches.no_deterministic,
+                max_rows: self.batches.max_rows,
+                max_queue: self.batches.max_queue,
+                remeasure: self.batches.remeasure,
                 cache: cache_directory(),
             },
             limits: Limits {

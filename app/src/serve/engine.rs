@@ -1,9 +1,9 @@
-//! Brings models to life: compiles a `step-rows` program for each batch size and lane, measures the step time, probes
-//! whether images depend on their neighbours, and opens the batcher.
+//! Brings models to life: compiles a `step-rows` program for each batch size, measures the step time, probes whether
+//! images depend on their neighbours, and opens the batcher.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -22,9 +22,7 @@ use super::model::Source;
 /// How the engine computes.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Threads that make steps at the same time, each on batches of its own.
-    pub lanes: usize,
-    /// Threads inside one op.
+    /// Threads of a step.
     pub threads: usize,
     /// Use only batch sizes that give the same bits.
     pub deterministic: bool,
@@ -76,7 +74,7 @@ pub fn start(
     sources: &[Source],
     options: &EngineOptions,
 ) -> anyhow::Result<Vec<ModelReport>> {
-    let mut lanes: Vec<LanePrograms> = (0..options.lanes).map(|_| LanePrograms::default()).collect();
+    let mut programs = Programs::default();
     let (mut reports, mut lots, mut recipes) = (Vec::new(), Vec::new(), Vec::new());
     for (index, source) in sources.iter().enumerate() {
         let recipe = Recipe {
@@ -86,28 +84,30 @@ pub fn start(
             guided: source.guided,
             threads: options.threads,
         };
+        let frozen = source.parameters.write().map(|mut p| p.freeze());
+        frozen.map_err(|_| anyhow::anyhow!("a thread panicked while it held the parameters"))?;
         let warming = || format!("model `{}` does not run", source.name);
-        let report = warm_up(index, source, &recipe, &mut lanes, options).with_context(warming)?;
+        let report = warm_up(index, source, &recipe, &mut programs, options).with_context(warming)?;
         let buckets: Vec<usize> = report.in_use.points.iter().map(|p| p.rows).collect();
-        let rate = options.lanes as f64 / report.in_use.row_seconds();
-        let limit = options.max_queue.unwrap_or((rate * QUEUE.as_secs_f64()).ceil() as u64);
+        let queue = report.in_use.rate() * QUEUE.as_secs_f64();
+        let limit = options.max_queue.unwrap_or(queue.ceil() as u64);
         lots.push(Lot { curve: report.in_use.clone(), limit });
         recipes.push((recipe, buckets));
         reports.push(report);
     }
-    batcher.open(&lots, options.lanes, &factory(lanes, recipes))?;
+    batcher.open(&lots, &factory(programs, recipes))?;
     Ok(reports)
 }
 
-/// Gives the lanes that are there; after a fault, compiles anew.
-fn factory(lanes: Vec<LanePrograms>, recipes: Vec<(Recipe, Vec<usize>)>) -> Factory {
-    let ready: Mutex<Vec<Option<LanePrograms>>> = Mutex::new(lanes.into_iter().map(Some).collect());
-    Arc::new(move |lane| {
-        let first = ready.lock().unwrap_or_else(PoisonError::into_inner).get_mut(lane).and_then(Option::take);
+/// Gives the programs that are there; after a fault, compiles anew.
+fn factory(programs: Programs, recipes: Vec<(Recipe, Vec<usize>)>) -> Factory {
+    let ready = Mutex::new(Some(programs));
+    Arc::new(move || {
+        let first = ready.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(programs) = first {
             return Ok(Box::new(programs) as Box<dyn Stepper>);
         }
-        let mut programs = LanePrograms::default();
+        let mut programs = Programs::default();
         for (recipe, buckets) in &recipes {
             let made = buckets.iter().map(|&rows| Ok((rows, RowProgram::new(recipe, rows)?)));
             programs.models.push(made.collect::<anyhow::Result<_>>()?);
@@ -116,13 +116,13 @@ fn factory(lanes: Vec<LanePrograms>, recipes: Vec<(Recipe, Vec<usize>)>) -> Fact
     })
 }
 
-/// The programs of one lane, by model and rows.
+/// Programs by model and rows.
 #[derive(Default)]
-struct LanePrograms {
+struct Programs {
     models: Vec<BTreeMap<usize, RowProgram>>,
 }
 
-impl Stepper for LanePrograms {
+impl Stepper for Programs {
     fn step(&mut self, model: usize, bucket: usize, slots: &mut [Slot]) -> anyhow::Result<()> {
         let program = self.models.get_mut(model).and_then(|m| m.get_mut(&bucket));
         program.with_context(|| format!("internal: no program for {bucket} rows"))?.step(slots)
@@ -133,16 +133,16 @@ fn warm_up(
     index: usize,
     source: &Source,
     recipe: &Recipe,
-    lanes: &mut [LanePrograms],
+    programs: &mut Programs,
     options: &EngineOptions,
 ) -> anyhow::Result<ModelReport> {
     let start = Instant::now();
-    let guided = if source.model.null_class().is_some() { recipe.guided } else { Guidance::Off };
+    let null = source.model.null_class().is_some();
+    let guided = if null { recipe.guided } else { Guidance::Off };
     let graph = program(&source.model, ProgramKind::StepRows, REFERENCE, guided)?.optimised()?;
     let program_sha256 = sha256_bytes(&graph.emit(Weights::Inputs)?.bytes);
     let key = format!(
-        "{program_sha256} {} lanes of {} threads, up to {} rows, ONNX Runtime {}, mudit {}, {}",
-        options.lanes,
+        "{program_sha256} {} threads, up to {} rows, ONNX Runtime {}, mudit {}, {}",
         options.threads,
         options.max_rows,
         recipe.runtime.library().version,
@@ -151,29 +151,23 @@ fn warm_up(
     );
     let file = CurveFile::new(options.cache.as_deref(), &key);
     let cached = file.read().filter(|_| !options.remeasure);
-    for lane in lanes.iter_mut() {
-        lane.models.push(BTreeMap::new());
-    }
     let from_cache = cached.is_some();
+    let mut made = BTreeMap::new();
     let measured = match cached {
         Some(curve) => curve,
-        None => measure(index, source, recipe, lanes, options.max_rows)?,
+        None => measure(recipe, &mut made, options.max_rows)?,
     };
     let kept = measured.kept();
     let mut buckets: Vec<usize> = kept.points.iter().map(|p| p.rows).collect();
-    for lane in lanes.iter_mut() {
-        let programs = &mut lane.models[index];
-        // Guided images, and the probe, need two rows.
-        programs.retain(|rows, _| buckets.contains(rows) || *rows == REFERENCE);
-        for rows in buckets.iter().chain([&REFERENCE]) {
-            if !programs.contains_key(rows) {
-                programs.insert(*rows, RowProgram::new(recipe, *rows)?);
-            }
+    // Guided images, and the probe, need two rows.
+    made.retain(|rows, _| buckets.contains(rows) || *rows == REFERENCE);
+    for rows in buckets.iter().chain([&REFERENCE]) {
+        if !made.contains_key(rows) {
+            made.insert(*rows, RowProgram::new(recipe, *rows)?);
         }
     }
-    let first = lanes.first_mut().context("internal: no lane")?;
-    let null = source.model.null_class().is_some();
-    let determinism = probe(first, index, &buckets, source.values(), null, options.deterministic)?;
+    programs.models.push(made);
+    let determinism = probe(programs, index, &buckets, source.values(), null, options.deterministic)?;
     buckets.retain(|b| determinism.buckets.contains(b));
     let in_use = kept.only(|rows| buckets.contains(&rows));
     anyhow::ensure!(
@@ -195,47 +189,32 @@ fn warm_up(
     })
 }
 
-/// Step times with every lane busy; the programs stay in the lanes.
+/// Step times by rows; `made` keeps the programs.
 fn measure(
-    index: usize,
-    source: &Source,
     recipe: &Recipe,
-    lanes: &mut [LanePrograms],
+    made: &mut BTreeMap<usize, RowProgram>,
     max_rows: usize,
 ) -> anyhow::Result<Curve> {
     let mut curve = Curve::default();
     for rows in CANDIDATES.into_iter().filter(|rows| *rows <= max_rows.max(REFERENCE)) {
-        for lane in lanes.iter_mut() {
-            lane.models[index].insert(rows, RowProgram::new(recipe, rows)?);
-        }
-        let barrier = Barrier::new(lanes.len());
-        let run = |lane: &mut LanePrograms| -> anyhow::Result<Vec<f64>> {
-            let mut slots = vec![Slot::still(source.model.num_classes as i64 - 1); rows];
-            let mut times = Vec::new();
-            // The first run allocates. A lane that fails must not leave the others waiting.
-            let first = lane.step(index, rows, &mut slots);
-            barrier.wait();
-            first?;
-            let start = Instant::now();
-            while times.len() < LEAST_RUNS || start.elapsed() < MEASURED {
-                slots.iter_mut().for_each(|slot| slot.done = 0);
-                let start = Instant::now();
-                lane.step(index, rows, &mut slots)?;
-                times.push(start.elapsed().as_secs_f64());
+        let mut program = RowProgram::new(recipe, rows)?;
+        let mut slots = vec![Slot::still(recipe.model.num_classes as i64 - 1); rows];
+        // The first run allocates.
+        program.step(&mut slots)?;
+        let mut times = Vec::new();
+        let start = Instant::now();
+        while times.len() < LEAST_RUNS || start.elapsed() < MEASURED {
+            for slot in &mut slots {
+                slot.done = 0;
             }
-            Ok(times)
-        };
-        let times = std::thread::scope(|scope| {
-            let run = &run;
-            let handles: Vec<_> = lanes.iter_mut().map(|lane| scope.spawn(move || run(lane))).collect();
-            let joined =
-                handles.into_iter().map(|h| h.join().map_err(|_| anyhow::anyhow!("a lane panicked"))?);
-            joined.collect::<anyhow::Result<Vec<_>>>()
-        })?;
-        let mut times: Vec<f64> = times.concat();
+            let start = Instant::now();
+            program.step(&mut slots)?;
+            times.push(start.elapsed().as_secs_f64());
+        }
         times.sort_by(f64::total_cmp);
         let seconds = times[times.len() / 2];
         curve.points.push(Point { rows, seconds });
+        made.insert(rows, program);
         if (seconds > LONGEST_STEP && rows >= REFERENCE) || !curve.goes_on() {
             break;
         }

@@ -98,7 +98,7 @@ impl Metrics {
         for (name, help, value) in [
             ("queue_image_steps", "image-steps that are accepted and not done", 0),
             ("queue_limit_image_steps", "most image-steps that are accepted", 1),
-            ("image_steps_per_second", "measured rate with all lanes busy", 2),
+            ("image_steps_per_second", "measured rate with full batches", 2),
             ("queue_fill", "share of the queue that is taken; what to scale by", 3),
         ] {
             page.family(name, "gauge", help);
@@ -109,7 +109,7 @@ impl Metrics {
             }
         }
         page.one("engine_faults_total", "counter", "steps that failed", stats.faults as f64);
-        page.one("engine_restarts_total", "counter", "lanes started anew", stats.restarts as f64);
+        page.one("engine_restarts_total", "counter", "starts after a fault", stats.restarts as f64);
         page.text()
     }
 }
@@ -182,7 +182,7 @@ mod tests {
     fn every_line_belongs_to_the_family_above_it() {
         let metrics = Metrics::default();
         metrics.request("/v1/images/generations", 200, Duration::from_millis(30));
-        metrics.request("/a\"b\\c", 404, Duration::from_secs(900));
+        metrics.request("/a\"b\\c", 404, Duration::from_mins(15));
         let text = metrics.text(&Batcher::new(), &["m".to_owned()], true);
         let mut family = "";
         for line in text.lines() {

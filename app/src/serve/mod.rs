@@ -2,7 +2,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`batching`] | orders, fairness, the bounded queue, the lanes that make steps; knows no HTTP |
+//! | [`batching`] | orders, fairness, the bounded queue, the thread that makes steps; knows no HTTP |
 //! | [`engine`] | from checkpoints to a running batcher: programs, measured step times, the probe |
 //! | [`model`] | a model that is served |
 //! | [`http`] | who may ask what, and how the answer is written; knows no batches |
@@ -88,7 +88,6 @@ impl Server {
             sources,
             reports: OnceLock::new(),
             limits: options.limits.clone(),
-            lanes: options.engine.lanes,
             threads: options.engine.threads,
             keys: options.keys.clone(),
             metrics: metrics::Metrics::default(),

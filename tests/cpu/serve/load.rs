@@ -131,7 +131,11 @@ fn slow_and_many_clients_do_not_hold_the_server() {
     let mut answers = Vec::new();
     let _ = deaf.read_to_end(&mut answers);
     let whole = 3000 * get(at, "/openapi.json").body.len();
-    assert!(answers.len() < whole, "{} of {whole} bytes were sent to a client that did not read", answers.len());
+    assert!(
+        answers.len() < whole,
+        "{} of {whole} bytes were sent to a client that did not read",
+        answers.len()
+    );
     // More connections than places: the later ones wait, none is lost.
     let codes = thread::scope(|scope| {
         let ask = || post(at, IMAGES, &json!({"class_label": 1, "steps": 3})).status;

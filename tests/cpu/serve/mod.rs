@@ -61,8 +61,7 @@ fn options() -> ServeOptions {
     ServeOptions {
         address: SocketAddr::from(([127, 0, 0, 1], 0)),
         engine: EngineOptions {
-            lanes: 2,
-            threads: 1,
+            threads: 2,
             deterministic: true,
             max_rows: 8,
             max_queue: Some(1_000_000),

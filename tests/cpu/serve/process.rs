@@ -11,7 +11,7 @@ use crate::process::Running;
 use crate::scene::Scene;
 
 const SERVE: &str =
-    "serve --offline --checkpoint checkpoint --port 0 --lanes 2 --max-rows 8 --max-queue 1000000 --json";
+    "serve --offline --checkpoint checkpoint --port 0 --max-rows 8 --max-queue 1000000 --json";
 
 /// Starts the command and waits until it is ready.
 fn start(scene: &Scene, more: &str) -> (Running, SocketAddr) {

@@ -74,9 +74,9 @@ fn a_seed_is_the_same_image_in_thirty_mixes_and_after_a_restart() {
         });
     }
     drop(server);
-    // Another start, with other batches.
+    // Another start, with other batches and threads.
     let mut narrow = options();
-    (narrow.engine.max_rows, narrow.engine.lanes) = (2, 1);
+    (narrow.engine.max_rows, narrow.engine.threads) = (2, 1);
     let server = Running::of(vec![ddpm(), flow()], narrow);
     for (subject, alone) in subjects.iter().zip(&alone) {
         assert!(image_of(&server, subject) == *alone, "after a restart: {subject}");
@@ -89,9 +89,8 @@ fn the_server_gives_what_the_command_gives() {
     checkpoint(folder.path(), DDPM);
     let server = Running::of(vec![ddpm()], options());
     for (sampler, cfg) in [("ddim", "1"), ("ddpm", "3.5"), ("dpm++2m", "2")] {
-        // A batch of two: one row alone takes another path through the matrix products.
         let line = format!(
-            "sample --offline --checkpoint . --sampler {sampler} --steps 6 --cfg {cfg} --classes 4 --count 2 --seed 9 \
+            "sample --offline --checkpoint . --sampler {sampler} --steps 6 --cfg {cfg} --classes 4 --count 1 --seed 9 \
              --out s.safetensors --json"
         );
         mudit(line.split_whitespace()).within(folder.path()).succeeds();

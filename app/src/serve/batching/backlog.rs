@@ -11,16 +11,16 @@ const NEWER: f64 = 0.4;
 /// No client is told to come back sooner.
 const SOONEST: Duration = Duration::from_millis(50);
 /// No client is told to stay away longer.
-const LATEST: Duration = Duration::from_secs(3600);
+const LATEST: Duration = Duration::from_hours(1);
 
 /// Accepted work of one model.
 #[derive(Debug)]
 pub(super) struct Backlog {
     limit: u64,
     waiting: u64,
-    /// Image-steps a second while there is work for all lanes.
+    /// Image-steps a second while there is work for full batches.
     rate: f64,
-    /// From how much waiting work on all lanes are busy.
+    /// From how much waiting work on batches are full.
     saturated: u64,
     window: Option<(Instant, u64)>,
 }

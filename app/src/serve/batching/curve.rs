@@ -16,7 +16,7 @@ const PLATEAU: f64 = 1.05;
 pub struct Point {
     /// Rows of the batch.
     pub rows: usize,
-    /// Median seconds of a step while every lane runs one.
+    /// Median seconds of a step.
     pub seconds: f64,
 }
 
@@ -71,10 +71,14 @@ impl Curve {
         self.points.last().map_or(f64::INFINITY, |p| a_row(*p))
     }
 
-    /// How many of `ready` rows to take: those that make the time a useful row least. `lanes` of them could run now,
-    /// so each takes its part.
-    pub fn target(&self, ready: usize, lanes: usize) -> usize {
-        let most = ready.div_ceil(lanes.max(1)).clamp(1, self.largest().max(1));
+    /// Rows a second in the largest batch.
+    pub fn rate(&self) -> f64 {
+        self.row_seconds().recip()
+    }
+
+    /// How many of `ready` rows to take: those that make the time a useful row least.
+    pub fn target(&self, ready: usize) -> usize {
+        let most = ready.clamp(1, self.largest().max(1));
         let time = |rows: usize| {
             let bucket = self.points.iter().find(|p| p.rows >= rows).or(self.points.last());
             bucket.map_or(f64::INFINITY, |p| p.seconds) / rows as f64
@@ -168,17 +172,15 @@ mod tests {
     }
 
     #[test]
-    fn the_target_is_the_cheapest_fill_and_leaves_other_lanes_their_part() {
+    fn the_target_is_the_cheapest_fill() {
         let c = curve(&[(2, 1.8), (4, 3.4), (8, 6.0)]);
-        assert_eq!(c.target(100, 1), 8);
-        assert_eq!(c.target(8, 2), 4);
-        assert_eq!(c.target(1, 2), 1);
+        assert_eq!((c.target(100), c.target(1)), (8, 1));
         // Three rows would run in a batch of four, at 1.13 a row; two run at 0.9.
-        assert_eq!(c.target(3, 1), 2);
+        assert_eq!(c.target(3), 2);
         // Seven at 0.857 beat four at 0.85 … not quite.
-        assert_eq!(c.target(7, 1), 4);
+        assert_eq!(c.target(7), 4);
         let overhead = curve(&[(2, 10.0), (4, 10.5), (8, 11.0)]);
-        assert_eq!((overhead.target(3, 1), overhead.target(5, 1)), (3, 5));
+        assert_eq!((overhead.target(3), overhead.target(5)), (3, 5));
         assert_eq!((c.bucket(3), c.bucket(4), c.bucket(5), c.bucket(99)), (4, 4, 8, 8));
     }
 

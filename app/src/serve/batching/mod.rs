@@ -8,14 +8,13 @@
 //! | [`curve`] | the measured step time over the batch size |
 //! | [`stepper`] | the state of an image, and one step of a batch |
 //! | [`probe`] | whether an image depends on its neighbours |
-//! | `lane` | the threads that make steps |
+//! | `worker` | the thread that makes steps |
 //! | [`stats`] | counters |
 //!
 //! It knows no HTTP: orders come by [`Batcher::submit`], events go to a function.
 
 mod backlog;
 pub mod curve;
-mod lane;
 pub mod order;
 pub mod probe;
 mod schedule;
@@ -23,6 +22,7 @@ pub mod stats;
 pub mod stepper;
 #[cfg(test)]
 mod tests;
+mod worker;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -36,8 +36,8 @@ use schedule::{OrderId, Pick, Schedule};
 use stats::{Load, Stats};
 use stepper::{Slot, Stepper};
 
-/// Makes the stepper of a lane; called again after a fault.
-pub type Factory = Arc<dyn Fn(usize) -> anyhow::Result<Box<dyn Stepper>> + Send + Sync>;
+/// Makes the stepper; called again after a fault.
+pub type Factory = Arc<dyn Fn() -> anyhow::Result<Box<dyn Stepper>> + Send + Sync>;
 
 /// One model as the batcher sees it.
 #[derive(Clone, Debug)]
@@ -86,15 +86,15 @@ struct State {
     schedule: Schedule,
     live: HashMap<OrderId, Live>,
     models: Vec<(Curve, Backlog)>,
-    lanes: Vec<LaneState>,
-    threads: Vec<JoinHandle<()>>,
+    activity: Activity,
+    worker: Option<JoinHandle<()>>,
     next: OrderId,
     stats: Stats,
 }
 
-/// What a lane does, and since when.
+/// What the worker does, and since when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LaneState {
+enum Activity {
     Waiting,
     Stepping(Instant),
     Restarting,
@@ -123,8 +123,8 @@ impl Batcher {
             schedule: Schedule::default(),
             live: HashMap::new(),
             models: Vec::new(),
-            lanes: Vec::new(),
-            threads: Vec::new(),
+            activity: Activity::Waiting,
+            worker: None,
             next: 0,
             stats: Stats::default(),
         };
@@ -132,27 +132,23 @@ impl Batcher {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Starts `lanes` threads that make steps of these models, and takes orders from now on.
+    /// Starts the thread that makes steps of these models, and takes orders from now on.
     ///
     /// # Errors
-    /// A stepper cannot be made, or a thread cannot be started.
-    pub fn open(&self, models: &[Lot], lanes: usize, factory: &Factory) -> anyhow::Result<()> {
-        let steppers = (0..lanes).map(|lane| factory(lane)).collect::<anyhow::Result<Vec<_>>>()?;
+    /// The stepper cannot be made, or the thread cannot be started.
+    pub fn open(&self, models: &[Lot], factory: &Factory) -> anyhow::Result<()> {
+        let stepper = factory()?;
         let mut state = self.shared.lock();
         state.models = models
             .iter()
             .map(|lot| {
-                let rate = lanes as f64 / lot.curve.row_seconds();
-                let saturated = (lanes * lot.curve.largest()) as u64;
-                (lot.curve.clone(), Backlog::new(lot.limit, rate, saturated))
+                let backlog = Backlog::new(lot.limit, lot.curve.rate(), lot.curve.largest() as u64);
+                (lot.curve.clone(), backlog)
             })
             .collect();
-        state.lanes = vec![LaneState::Waiting; lanes];
-        for (lane, stepper) in steppers.into_iter().enumerate() {
-            let (shared, factory) = (self.shared.clone(), factory.clone());
-            let run = move || lane::run(&shared, lane, stepper, &factory);
-            state.threads.push(std::thread::Builder::new().name(format!("lane-{lane}")).spawn(run)?);
-        }
+        let (shared, factory) = (self.shared.clone(), factory.clone());
+        let run = move || worker::run(&shared, stepper, &factory);
+        state.worker = Some(std::thread::Builder::new().name("steps".into()).spawn(run)?);
         if state.phase == Phase::Loading {
             state.phase = Phase::Serving;
         }
@@ -230,7 +226,7 @@ impl Batcher {
         true
     }
 
-    /// Fails what is left and ends the lanes.
+    /// Fails what is left and ends the worker.
     pub fn stop(&self) {
         let mut state = self.shared.lock();
         state.phase = Phase::Stopped;
@@ -238,13 +234,13 @@ impl Batcher {
         for id in all {
             state.fail(id, Failure::Stopped);
         }
-        let threads = std::mem::take(&mut state.threads);
+        let worker = state.worker.take();
         drop(state);
         self.shared.wake.notify_all();
         self.shared.ended.notify_all();
-        for thread in threads {
-            // A lane catches panics itself; one that died anyway has nothing left to end.
-            let _ = thread.join();
+        if let Some(worker) = worker {
+            // It catches panics itself; one that died anyway has nothing left to end.
+            let _ = worker.join();
         }
     }
 
@@ -266,14 +262,14 @@ impl Batcher {
         self.shared.lock().live.len()
     }
 
-    /// Whether steps are being made: there are lanes, and none is stuck in a step for `limit`.
+    /// Whether steps are being made: the worker is not stuck in one for `limit`.
     pub fn is_alive(&self, limit: Duration) -> bool {
         let state = self.shared.lock();
-        let stuck = |l: &LaneState| matches!(l, LaneState::Stepping(since) if since.elapsed() > limit);
+        let stuck = matches!(state.activity, Activity::Stepping(since) if since.elapsed() > limit);
         match state.phase {
             Phase::Loading => true,
             Phase::Stopped => false,
-            Phase::Serving | Phase::Draining => !state.lanes.iter().any(stuck),
+            Phase::Serving | Phase::Draining => !stuck,
         }
     }
 }
@@ -321,7 +317,7 @@ impl State {
             Phase::Draining | Phase::Stopped => return Err(Refusal::Draining),
             Phase::Serving => {}
         }
-        if self.lanes.iter().all(|lane| *lane == LaneState::Restarting) {
+        if self.activity == Activity::Restarting {
             return Err(Refusal::Loading);
         }
         self.models[order.model].1.accept(order.work())
@@ -336,7 +332,7 @@ impl State {
         (live.sink)(Event::Failed(failure));
     }
 
-    /// The next batch of a lane, its images taken out of their orders.
+    /// The next batch, its images taken out of their orders.
     fn take(&mut self) -> Option<(Pick, usize, Vec<Slot>)> {
         let now = Instant::now();
         let late = |live: &Live| live.order.deadline.is_some_and(|deadline| deadline <= now);
@@ -344,10 +340,8 @@ impl State {
         for id in late {
             self.fail(id, Failure::Deadline);
         }
-        // The lane that asks is one of those that wait.
-        let lanes = self.lanes.iter().filter(|l| **l == LaneState::Waiting).count();
         let (schedule, models) = (&mut self.schedule, &self.models);
-        let pick = schedule.pick(|model, ready| models[model].0.target(ready, lanes))?;
+        let pick = schedule.pick(|model, ready| models[model].0.target(ready))?;
         let mut slots = Vec::with_capacity(pick.images.len());
         for (id, image) in &pick.images {
             let live = self.live.get_mut(id)?;

@@ -58,7 +58,7 @@ pub struct Stats {
     pub refused: BTreeMap<&'static str, u64>,
     /// Faults of the engine.
     pub faults: u64,
-    /// Lanes that were started anew after a fault.
+    /// How often the engine was started anew after a fault.
     pub restarts: u64,
     /// Time between an order's acceptance and its first step.
     pub queued: Histogram,
@@ -73,6 +73,6 @@ pub struct Load {
     pub waiting: u64,
     /// Most image-steps that are accepted.
     pub limit: u64,
-    /// Measured image-steps a second with all lanes busy.
+    /// Measured image-steps a second with full batches.
     pub rate: f64,
 }

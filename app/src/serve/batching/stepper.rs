@@ -66,7 +66,7 @@ impl Slot {
     }
 }
 
-/// Computes steps. Each lane has its own.
+/// Computes steps.
 pub trait Stepper: Send {
     /// Makes one step of all `slots`, in a batch of `bucket` rows.
     ///
@@ -96,7 +96,7 @@ pub struct Recipe {
     pub parameters: SharedArena,
     /// Channels that guidance changes.
     pub guided: Guidance,
-    /// Threads inside one op.
+    /// Threads of a step.
     pub threads: usize,
 }
 
@@ -110,7 +110,7 @@ impl RowProgram {
         let null_class = model.null_class().map(|n| n as i64);
         let guided = if null_class.is_some() { recipe.guided } else { Guidance::Off };
         let graph = program(model, ProgramKind::StepRows, rows, guided)?.optimised()?;
-        // One lane is one thread of work: what spins while it waits takes the core from another lane.
+        // Requests, decoding and PNG want the cores between the ops: threads that spin there slow the server down.
         let options =
             SessionOptions { threads: recipe.threads, spinning: false, ..SessionOptions::default() };
         let inside = runtime::Weights::Inside;

@@ -47,16 +47,16 @@ impl Stepper for Fake {
     }
 }
 
-fn batcher(behaviour: &Arc<Behaviour>, lanes: usize, limit: u64) -> Batcher {
+fn batcher(behaviour: &Arc<Behaviour>, limit: u64) -> Batcher {
     let batcher = Batcher::new();
     let made = behaviour.clone();
-    let factory: Factory = Arc::new(move |_| {
+    let factory: Factory = Arc::new(move || {
         anyhow::ensure!(!made.broken.load(Ordering::Relaxed), "no memory");
         made.made.fetch_add(1, Ordering::Relaxed);
         Ok(Box::new(Fake(made.clone())) as Box<dyn Stepper>)
     });
     let points = [1, 2, 4, 8].map(|rows| Point { rows, seconds: 1e-3 * rows as f64 }).to_vec();
-    batcher.open(&[Lot { curve: Curve { points }, limit }], lanes, &factory).unwrap();
+    batcher.open(&[Lot { curve: Curve { points }, limit }], &factory).unwrap();
     batcher
 }
 
@@ -121,10 +121,10 @@ fn expected(steps: usize, seed: u64) -> Vec<f32> {
 #[test]
 fn many_orders_at_once_get_their_own_images() {
     let behaviour = Arc::new(Behaviour { pause: Duration::from_micros(200), ..Behaviour::default() });
-    let batcher = batcher(&behaviour, 2, 1_000_000);
+    let batcher = batcher(&behaviour, 1_000_000);
     let mixes = (0..40).map(|i| {
         let (steps, guidance) = (1 + i % 7 * 4, if i % 2 == 0 { 1.0 } else { 2.0 });
-        let seeds: Vec<u64> = (0..1 + i as u64 % 3).map(|k| 10 * i as u64 + k).collect();
+        let seeds: Vec<u64> = (0..=i as u64 % 3).map(|k| 10 * i as u64 + k).collect();
         (steps, submit(&batcher, order(steps, guidance, &seeds)).unwrap().1, seeds)
     });
     for (steps, receiver, seeds) in mixes.collect::<Vec<_>>() {
@@ -142,7 +142,7 @@ fn many_orders_at_once_get_their_own_images() {
 #[test]
 fn events_of_an_image_come_in_order_with_the_previews_asked_for() {
     let behaviour = Arc::default();
-    let batcher = batcher(&behaviour, 1, 1000);
+    let batcher = batcher(&behaviour, 1000);
     let wanted = Order { previews: 3, ..order(8, 1.0, &[5]) };
     let all = events(&submit(&batcher, wanted).unwrap().1);
     let steps: Vec<usize> = all
@@ -161,7 +161,7 @@ fn events_of_an_image_come_in_order_with_the_previews_asked_for() {
 #[test]
 fn a_full_queue_refuses_and_takes_again() {
     let behaviour = Arc::new(Behaviour { pause: Duration::from_millis(2), ..Behaviour::default() });
-    let batcher = batcher(&behaviour, 1, 100);
+    let batcher = batcher(&behaviour, 100);
     let (_, first) = submit(&batcher, order(90, 1.0, &[1])).unwrap();
     let refused = submit(&batcher, order(20, 1.0, &[1])).unwrap_err();
     assert!(matches!(refused, Refusal::Full { limit: 100, work: 20, .. }), "{refused}");
@@ -174,7 +174,7 @@ fn a_full_queue_refuses_and_takes_again() {
 #[test]
 fn a_cancelled_order_frees_its_place_at_once() {
     let behaviour = Arc::new(Behaviour { pause: Duration::from_millis(5), ..Behaviour::default() });
-    let batcher = batcher(&behaviour, 1, 100_000);
+    let batcher = batcher(&behaviour, 100_000);
     let (id, receiver) = submit(&batcher, order(1000, 2.0, &[1, 2, 3])).unwrap();
     assert!(matches!(receiver.recv_timeout(LONG), Ok(Event::Step { .. })));
     batcher.cancel(id);
@@ -190,7 +190,7 @@ fn a_cancelled_order_frees_its_place_at_once() {
 #[test]
 fn a_deadline_ends_an_order_between_steps() {
     let behaviour = Arc::new(Behaviour { pause: Duration::from_millis(5), ..Behaviour::default() });
-    let batcher = batcher(&behaviour, 1, 100_000);
+    let batcher = batcher(&behaviour, 100_000);
     let deadline = Some(Instant::now() + Duration::from_millis(40));
     let (_, receiver) = submit(&batcher, Order { deadline, ..order(1000, 1.0, &[1]) }).unwrap();
     assert_eq!(failure(&receiver), Failure::Deadline);
@@ -198,16 +198,16 @@ fn a_deadline_ends_an_order_between_steps() {
 }
 
 #[test]
-fn a_fault_fails_its_batch_alone_and_the_lane_starts_anew() {
+fn a_fault_fails_its_batch_alone_and_the_engine_starts_anew() {
     let behaviour = Arc::new(Behaviour { pause: Duration::from_millis(1), ..Behaviour::default() });
-    let batcher = batcher(&behaviour, 1, 100_000);
+    let batcher = batcher(&behaviour, 100_000);
     for (flag, word) in [(&behaviour.fail_next, "out of order"), (&behaviour.panic_next, "the step panicked")]
     {
         flag.store(true, Ordering::Relaxed);
         let (_, receiver) = submit(&batcher, order(50, 1.0, &[1])).unwrap();
         let Failure::Engine(text) = failure(&receiver) else { panic!("not an engine failure") };
         assert!(text.contains(word), "{text}");
-        // The lane may still be restarting.
+        // The engine may still be restarting.
         let (_, next) = until_accepted(&batcher, || order(5, 1.0, &[9]));
         assert_eq!(images(&next), [expected(5, 9)]);
     }
@@ -227,9 +227,9 @@ fn until_accepted(batcher: &Batcher, order: impl Fn() -> Order) -> (OrderId, Rec
 }
 
 #[test]
-fn while_no_lane_can_be_made_orders_are_refused() {
+fn while_the_engine_cannot_be_made_orders_are_refused() {
     let behaviour = Arc::<Behaviour>::default();
-    let batcher = batcher(&behaviour, 1, 100_000);
+    let batcher = batcher(&behaviour, 100_000);
     behaviour.broken.store(true, Ordering::Relaxed);
     behaviour.fail_next.store(true, Ordering::Relaxed);
     assert!(matches!(failure(&submit(&batcher, order(5, 1.0, &[1])).unwrap().1), Failure::Engine(_)));
@@ -242,7 +242,7 @@ fn while_no_lane_can_be_made_orders_are_refused() {
 #[test]
 fn an_image_that_is_not_finite_fails_its_order_alone() {
     let behaviour = Arc::default();
-    let batcher = batcher(&behaviour, 1, 100_000);
+    let batcher = batcher(&behaviour, 100_000);
     let (_, bad) = submit(&batcher, order(5, 1.0, &[1, 666])).unwrap();
     let (_, good) = submit(&batcher, order(5, 1.0, &[1])).unwrap();
     assert_eq!(failure(&bad), Failure::NotFinite(1));
@@ -252,7 +252,7 @@ fn an_image_that_is_not_finite_fails_its_order_alone() {
 #[test]
 fn draining_finishes_what_was_accepted_and_stopping_fails_the_rest() {
     let behaviour = Arc::new(Behaviour { pause: Duration::from_millis(1), ..Behaviour::default() });
-    let draining = batcher(&behaviour, 2, 100_000);
+    let draining = batcher(&behaviour, 100_000);
     let (_, receiver) = submit(&draining, order(30, 1.0, &[1])).unwrap();
     draining.close();
     assert_eq!(submit(&draining, order(5, 1.0, &[1])).unwrap_err(), Refusal::Draining);
@@ -261,7 +261,7 @@ fn draining_finishes_what_was_accepted_and_stopping_fails_the_rest() {
     draining.stop();
     assert_eq!(draining.phase(), Phase::Stopped);
 
-    let stopping = batcher(&behaviour, 2, 1_000_000);
+    let stopping = batcher(&behaviour, 1_000_000);
     let (_, receiver) = submit(&stopping, order(1000, 1.0, &[1])).unwrap();
     stopping.close();
     assert!(!stopping.drained(Duration::from_millis(20)));

@@ -1,6 +1,6 @@
 //! API keys: from a file or the environment, compared in constant time, never shown.
 
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
@@ -50,7 +50,7 @@ impl Keys {
         if self.is_empty() {
             return Ok(None);
         }
-        let given = headers.get(header::AUTHORIZATION).map(|v| v.as_bytes()).unwrap_or_default();
+        let given = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
         let (scheme, key) = given.split_at(given.len().min(7));
         let bearer = scheme.eq_ignore_ascii_case(b"bearer ");
         let key: [u8; 32] = Sha256::digest(key).into();

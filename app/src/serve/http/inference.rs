@@ -146,9 +146,8 @@ fn read(app: &App, model: &str, headers: &HeaderMap, body: &Body) -> ApiResult<I
     let (head, mut rest) = split(headers, &body.0)?;
     let mut fields = Fields::parse(head)?;
     let id = fields.text(&["id"])?;
-    let inputs = match fields.take(&["inputs"])? {
-        Some((_, Value::Array(inputs))) => inputs,
-        _ => return Err(ApiError::field("inputs", "expected an array of tensors")),
+    let Some((_, Value::Array(inputs))) = fields.take(&["inputs"])? else {
+        return Err(ApiError::field("inputs", "expected an array of tensors"));
     };
     let (mut parameters, binary_outputs) = parameters(fields.take(&["parameters"])?)?;
     let outputs = outputs(fields.take(&["outputs"])?, binary_outputs)?;

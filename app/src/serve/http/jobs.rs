@@ -17,7 +17,7 @@ use super::request::random;
 use super::{App, Body, Caller};
 
 /// A finished job is kept so long.
-const KEPT: Duration = Duration::from_secs(3600);
+const KEPT: Duration = Duration::from_hours(1);
 
 /// Jobs by their numbers, oldest first.
 #[derive(Debug)]

@@ -43,12 +43,9 @@ pub(in crate::serve) async fn listen(
             _ = ended.wait_for(|e| *e) => break,
         };
         let Some((place, accepted)) = next else { break };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(_) => {
-                tokio::time::sleep(PAUSE).await;
-                continue;
-            }
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(PAUSE).await;
+            continue;
         };
         // Small answers must not wait for each other.
         let _ = stream.set_nodelay(true);

@@ -97,7 +97,6 @@ pub(crate) struct App {
     /// Set once the models are loaded.
     pub(crate) reports: OnceLock<Vec<ModelReport>>,
     pub(crate) limits: Limits,
-    pub(crate) lanes: usize,
     pub(crate) threads: usize,
     pub(crate) keys: Keys,
     pub(crate) metrics: Metrics,

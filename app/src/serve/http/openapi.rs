@@ -10,8 +10,10 @@ use serde_json::{Map, Value, json};
 use super::App;
 use super::request::{DEFAULT_GUIDANCE, FIELDS, MOST_GUIDANCE, MOST_PREVIEWS};
 
-/// Every operation: method, path, tag, summary, body's schema, statuses.
-const OPERATIONS: [(&str, &str, &str, &str, &str, &[u16]); 21] = [
+/// Method, path, tag, summary, body's schema, statuses.
+type Operation = (&'static str, &'static str, &'static str, &'static str, &'static str, &'static [u16]);
+
+const OPERATIONS: [Operation; 21] = [
     (
         "post",
         "/v1/images/generations",

@@ -137,13 +137,10 @@ fn labels(fields: &mut Fields, source: &Source) -> ApiResult<Vec<i64>> {
         })?),
     };
     let labels = match fields.take(&["class_label"])? {
-        None => match from_prompt {
-            Some(label) => return Ok(vec![label]),
-            None => {
-                let expected = format!("give a class: {}", source.classes());
-                return Err(ApiError::field("class_label", expected));
-            }
-        },
+        None => {
+            let expected = || ApiError::field("class_label", format!("give a class: {}", source.classes()));
+            return Ok(vec![from_prompt.ok_or_else(expected)?]);
+        }
         Some((_, Value::Array(all))) if all.is_empty() => {
             return Err(ApiError::field("class_label", "expected at least one class, got []"));
         }

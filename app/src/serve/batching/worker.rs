@@ -1,4 +1,4 @@
-//! A lane: one thread that makes steps, each of a batch that it takes at the border of the last.
+//! The worker: the thread that makes steps, each of a batch that it takes at the border of the last.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::PoisonError;
@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 use super::order::Failure;
 use super::schedule::Pick;
 use super::stepper::{Slot, Stepper};
-use super::{Factory, LaneState, Phase, Shared};
+use super::{Activity, Factory, Phase, Shared};
 
-/// A waiting lane looks for deadlines this often.
+/// While it waits, it looks for deadlines this often.
 const TICK: Duration = Duration::from_millis(100);
 /// First and longest pause between attempts to restart.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
 /// Makes steps until the batcher stops.
-pub(super) fn run(shared: &Shared, lane: usize, mut stepper: Box<dyn Stepper>, factory: &Factory) {
-    while let Some((pick, bucket, mut slots)) = next(shared, lane) {
+pub(super) fn run(shared: &Shared, mut stepper: Box<dyn Stepper>, factory: &Factory) {
+    while let Some((pick, bucket, mut slots)) = next(shared) {
         let start = Instant::now();
         let step = || stepper.step(pick.model, bucket, &mut slots);
         let outcome = catch_unwind(AssertUnwindSafe(step));
@@ -28,13 +28,13 @@ pub(super) fn run(shared: &Shared, lane: usize, mut stepper: Box<dyn Stepper>, f
         let Some(fault) = fault else {
             let mut state = shared.lock();
             state.settle(&pick, bucket, slots, start.elapsed());
-            state.lanes[lane] = LaneState::Waiting;
+            state.activity = Activity::Waiting;
             drop(state);
             shared.ended.notify_all();
             continue;
         };
-        fail(shared, lane, &pick, &fault);
-        match restart(shared, lane, factory) {
+        fail(shared, &pick, &fault);
+        match restart(shared, factory) {
             Some(new) => stepper = new,
             None => return,
         }
@@ -42,17 +42,14 @@ pub(super) fn run(shared: &Shared, lane: usize, mut stepper: Box<dyn Stepper>, f
 }
 
 /// Waits for the next batch; `None` when the batcher stops.
-fn next(shared: &Shared, lane: usize) -> Option<(Pick, usize, Vec<Slot>)> {
+fn next(shared: &Shared) -> Option<(Pick, usize, Vec<Slot>)> {
     let mut state = shared.lock();
     loop {
         if state.phase == Phase::Stopped {
             return None;
         }
         if let Some(batch) = state.take() {
-            state.lanes[lane] = LaneState::Stepping(Instant::now());
-            if state.schedule.ready() > 0 {
-                shared.wake.notify_one();
-            }
+            state.activity = Activity::Stepping(Instant::now());
             return Some(batch);
         }
         // A deadline may have ended an order.
@@ -62,10 +59,10 @@ fn next(shared: &Shared, lane: usize) -> Option<(Pick, usize, Vec<Slot>)> {
 }
 
 /// Ends every order that had an image in the batch.
-fn fail(shared: &Shared, lane: usize, pick: &Pick, fault: &str) {
+fn fail(shared: &Shared, pick: &Pick, fault: &str) {
     let mut state = shared.lock();
     state.stats.faults += 1;
-    state.lanes[lane] = LaneState::Restarting;
+    state.activity = Activity::Restarting;
     for (id, _) in &pick.images {
         state.fail(*id, Failure::Engine(fault.to_owned()));
     }
@@ -74,16 +71,16 @@ fn fail(shared: &Shared, lane: usize, pick: &Pick, fault: &str) {
 }
 
 /// A new stepper, tried for until there is one; `None` when the batcher stops.
-fn restart(shared: &Shared, lane: usize, factory: &Factory) -> Option<Box<dyn Stepper>> {
+fn restart(shared: &Shared, factory: &Factory) -> Option<Box<dyn Stepper>> {
     let mut pause = PAUSES.0;
     loop {
-        let made = catch_unwind(AssertUnwindSafe(|| factory(lane)));
+        let made = catch_unwind(AssertUnwindSafe(|| factory()));
         let mut state = shared.lock();
         if state.phase == Phase::Stopped {
             return None;
         }
         if let Ok(Ok(stepper)) = made {
-            state.lanes[lane] = LaneState::Waiting;
+            state.activity = Activity::Waiting;
             state.stats.restarts += 1;
             return Some(stepper);
         }

@@ -62,6 +62,42 @@ pub(crate) struct Product<'a, E> {
     /// One value a column, that the sums begin with.
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) epilogue: E,
+    /// What the sums over the terms of an operand's lines are added to, when they are asked for.
+    pub(crate) line_sums: Option<LineSums>,
+}
+
+/// Sums of the lines of one operand as they lie in the panels: they cost no reading of their own.
+#[derive(Clone, Copy)]
+pub(crate) enum LineSums {
+    /// One for each row of the answer.
+    Left(Shared<f32>),
+    /// One for each column of the answer.
+    Right(Shared<f32>),
+}
+
+impl LineSums {
+    /// Adds a panel of `width` lines to the `sums` of `lines`, `SIDE` lines side by side, terms in ascending order.
+    ///
+    /// # Safety
+    /// `sums` has `lines.end` elements, of which no other thread touches `lines`.
+    #[inline(always)]
+    unsafe fn add<const SIDE: usize>(sums: Shared<f32>, lines: Range<usize>, width: usize, panel: &[f32]) {
+        for group in (0..lines.len()).step_by(SIDE) {
+            let present = SIDE.min(lines.len() - group);
+            // SAFETY: inside `lines`.
+            let sums = unsafe { std::slice::from_raw_parts_mut(sums.at().add(lines.start + group), present) };
+            let mut total = [0.0_f32; SIDE];
+            total[..present].copy_from_slice(sums);
+            for term in panel.chunks_exact(width) {
+                if let Some(term) = term[group..].first_chunk::<SIDE>() {
+                    total.iter_mut().zip(term).for_each(|(total, x)| *total += x);
+                } else {
+                    total.iter_mut().zip(&term[group..]).for_each(|(total, x)| *total += x);
+                }
+            }
+            sums.copy_from_slice(&total[..present]);
+        }
+    }
 }
 
 /// Rows of a task.
@@ -139,7 +175,10 @@ impl<E: Epilogue> Vectorised for Run<'_, '_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let Run(product, threads, answer) = self;
-        if product.rows <= FEW_ROWS && product.right.activation == Activation::None {
+        if product.rows <= FEW_ROWS
+            && product.right.activation == Activation::None
+            && product.line_sums.is_none()
+        {
             product.run_few::<I>(threads, answer);
         } else {
             product.run_many::<I>(threads, answer);
@@ -254,7 +293,11 @@ impl<E: Epilogue> Vectorised for Pack<'_, '_, E> {
         // SAFETY: the panels lie one after the other in the scratch; each is packed by one task.
         let to =
             unsafe { std::slice::from_raw_parts_mut(self.packed.at().add(start * count), width * count) };
-        self.product.right.pack::<I>(lines, self.terms, width, to);
+        self.product.right.pack::<I>(lines.clone(), self.terms, width, to);
+        if let Some(LineSums::Right(sums)) = self.product.line_sums {
+            // SAFETY: a panel's lines are its own.
+            unsafe { LineSums::add::<{ isa::MAX_LANES * isa::MAX_VECTORS }>(sums, lines, width, to) };
+        }
     }
 }
 
@@ -285,6 +328,21 @@ impl<E: Epilogue> Vectorised for Task<'_, '_, E> {
             let size = if rest == 0 { 0 } else { rest.div_ceil(rest.div_ceil(BLOCK_TERMS)) };
             let last = block + size == product.terms;
             product.left.pack_bands::<I>(rows.clone(), block..block + size, I::ROWS, &mut left);
+            if let (Some(LineSums::Left(sums)), 0) = (product.line_sums, piece.start) {
+                for (first, panel) in
+                    rows.clone().step_by(I::ROWS).zip(left.chunks_exact((I::ROWS * size).max(1)))
+                {
+                    // SAFETY: the rows of a task are its own but for other pieces, of which only the first comes here.
+                    unsafe {
+                        LineSums::add::<{ isa::MAX_ROWS }>(
+                            sums,
+                            first..(first + I::ROWS).min(rows.end),
+                            I::ROWS,
+                            panel,
+                        );
+                    }
+                }
+            }
             let group = (BLOCK_ELEMENTS / (size.max(1) * 3 * I::LANES)).max(1);
             for start in piece.clone().step_by(group) {
                 for band in 0..bands {

@@ -79,6 +79,7 @@ fn without_fused_multiply_adds_the_sums_are_as_good() {
             right,
             bias: None,
             epilogue: Bare,
+            line_sums: None,
         };
         let mut answer = vec![f32::NAN; rows * columns];
         let name = if isa::tests::available().contains(&"plain") { "plain" } else { isa::name() };
@@ -95,7 +96,8 @@ fn sums_are_in_order() {
         for left in [Operand::lines(&a, terms), Operand::columns(&a, rows)] {
             for right in [Operand::lines(&b, terms), Operand::columns(&b, columns)] {
                 for bias in [None, Some(&bias[..])] {
-                    let product = Product { rows, columns, terms, left, right, bias, epilogue: Bare };
+                    let product =
+                        Product { rows, columns, terms, left, right, bias, epilogue: Bare, line_sums: None };
                     let (mut alone, mut crowd) =
                         (vec![f32::NAN; rows * columns], vec![f32::NAN; rows * columns]);
                     product.run(&Alone, &mut alone);
@@ -124,7 +126,8 @@ fn an_activation_is_applied_on_the_way_into_either_operand() {
     crate::kernels::gelu::apply(&mut gelu_b);
     let run = |left: Operand<'_>, right: Operand<'_>| {
         let mut answer = vec![0.0; rows * columns];
-        Product { rows, columns, terms, left, right, bias: None, epilogue: Bare }.run(&Alone, &mut answer);
+        Product { rows, columns, terms, left, right, bias: None, epilogue: Bare, line_sums: None }
+            .run(&Alone, &mut answer);
         answer
     };
     let (lines, across) = (Operand::lines(&b, terms), Operand::columns(&b, columns));
@@ -158,8 +161,9 @@ fn the_epilogue_sees_every_sum_once_with_its_place() {
         for right in [Operand::lines(&b, terms), Operand::columns(&b, columns)] {
             let left = Operand::lines(&a, terms);
             let (mut bare, mut numbered) = (vec![0.0; rows * columns], vec![0.0; rows * columns]);
-            Product { rows, columns, terms, left, right, bias: None, epilogue: Bare }.run(&Alone, &mut bare);
-            Product { rows, columns, terms, left, right, bias: None, epilogue: Numbered }
+            Product { rows, columns, terms, left, right, bias: None, epilogue: Bare, line_sums: None }
+                .run(&Alone, &mut bare);
+            Product { rows, columns, terms, left, right, bias: None, epilogue: Numbered, line_sums: None }
                 .run(&Alone, &mut numbered);
             for (i, (bare, numbered)) in bare.iter().zip(&numbered).enumerate() {
                 let factor = ((i / columns + 1) * (i % columns + 1)) as f32;
@@ -176,8 +180,17 @@ fn no_terms_leave_the_bias() {
         let (left, right) = (Operand::lines(&[], 0), Operand::lines(&[], 0));
         let mut answer = vec![f32::NAN; rows * 5];
         let left = Operand { term: 1, ..left };
-        Product { rows, columns: 5, terms: 0, left, right, bias: Some(&bias), epilogue: Bare }
-            .run(&Alone, &mut answer);
+        Product {
+            rows,
+            columns: 5,
+            terms: 0,
+            left,
+            right,
+            bias: Some(&bias),
+            epilogue: Bare,
+            line_sums: None,
+        }
+        .run(&Alone, &mut answer);
         assert!(answer.chunks(5).all(|row| row == bias));
     }
 }

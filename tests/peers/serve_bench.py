@@ -4,8 +4,8 @@
     python serve_bench.py throughput|load|overload|cancel MUDIT CHECKPOINT OUT.jsonl [PEER_PYTHON]
     python serve_bench.py report OUT.jsonl
 
-Each part takes 30 to 90 s, starts its own servers and appends its figures to OUT.jsonl; `load` comes after `throughput`
-and `overload` after both. PEER_PYTHON runs serve_torch.py (see there for what it needs).
+Each part takes 30 to 90 s, starts its own servers and appends its figures to OUT.jsonl. `throughput` and the measurement of
+what saturation is lift the limit of the queue, all else runs with the defaults. PEER_PYTHON runs serve_torch.py (see there for what it needs).
 """
 import json
 import os
@@ -13,12 +13,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROUNDS, MIX = 5, ["--steps", "10,20,30,50", "--cfg", "1,3"]
+UNLIMITED = ["--max-queue", "1000000"]
 
 
 def free_port():
@@ -86,7 +88,7 @@ def read(out):
 def throughput(binary, checkpoint, out, python):
     port = free_port()
     peer_line = [python, str(HERE / "serve_torch.py"), checkpoint, str(port)]
-    with mudit(binary, checkpoint) as ours, Server(peer_line, port) as peer:
+    with mudit(binary, checkpoint, *UNLIMITED) as ours, Server(peer_line, port) as peer:
         for server in (ours, peer):
             bench(binary, server, "--requests", 8, "--concurrency", 8)
         rounds = []
@@ -105,26 +107,38 @@ def throughput(binary, checkpoint, out, python):
         "slot_use": statistics.median(r[1]["slot_use"] for r in rounds),
         "mean_rows": statistics.median(r[1]["mean_rows"] for r in rounds),
         "alone_p50_ms": statistics.median(r[0]["p50_ms"] for r in rounds),
-        "lanes": info["lanes"], "curve": info["models"][0]["engine"]["measured"]["points"],
+        "threads": info["threads"], "curve": info["models"][0]["engine"]["measured"]["points"],
         "in_use": [p["rows"] for p in info["models"][0]["engine"]["in_use"]["points"]],
         "exact": info["models"][0]["engine"]["determinism"]["exact"],
     })
 
 
-def load(binary, checkpoint, out, python):
-    rate = 0.8 * read(out)["throughput"]["requests_per_s"]
-    with mudit(binary, checkpoint) as server:
-        run = bench(binary, server, "--rate", rate, "--duration", 60)[0]
-    note(out, "load", {"rate": rate, **run})
+def saturation(binary, checkpoint):
+    """What the engine can do, just before it is put under another load."""
+    with mudit(binary, checkpoint, *UNLIMITED) as server:
+        return bench(binary, server, "--requests", 512, "--concurrency", 64)[0]
 
 
-def overload(binary, checkpoint, out, python):
-    rate = 3 * read(out)["throughput"]["requests_per_s"]
-    with mudit(binary, checkpoint) as server:
-        # What the engine can do with the same clients, just before.
-        full = bench(binary, server, "--requests", 256, "--concurrency", 64)[0]
-        run = bench(binary, server, "--rate", rate, "--duration", 60)[0]
-    note(out, "overload", {"rate": rate, "saturated_steps_per_s": full["image_steps_per_s"], **run})
+def arrivals(part, share):
+    def run(binary, checkpoint, out, python):
+        full = saturation(binary, checkpoint)
+        rate = share * full["requests_per_s"]
+        with mudit(binary, checkpoint) as server:
+            memory, ended = [], threading.Event()
+
+            def watch():
+                while not ended.wait(5):
+                    memory.append(server.counter("mudit_resident_memory_bytes") / 1e6)
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            run = bench(binary, server, "--rate", rate, "--duration", 60)[0]
+            ended.set()
+            watcher.join()
+        note(out, part, {"rate": rate, "memory_each_5_s": memory, "saturated_steps_per_s": full["image_steps_per_s"], **run})
+    return run
+
+
+load, overload = arrivals("load", 0.8), arrivals("overload", 3)
 
 
 def cancel(binary, checkpoint, out, python):
@@ -153,6 +167,7 @@ def cancel(binary, checkpoint, out, python):
 def report(out):
     r = read(out)
     t, l, o, c = (r[k] for k in ("throughput", "load", "overload", "cancel"))
+    memory = lambda f: ", ".join(f"{f['memory_each_5_s'][i]:.0f}" for i in (0, 5, -1))
     print(f"""| | image-steps/s | |
 |---|---:|---|
 | 64 mixed requests at once | {t['full_steps_per_s']:.0f} | slot use {t['slot_use']:.1%}, {t['mean_rows']:.1f} rows a batch |
@@ -166,7 +181,7 @@ def report(out):
 | p50, p90, p99 of done, ms | {l['p50_ms']:.0f}, {l['p90_ms']:.0f}, {l['p99_ms']:.0f} | {o['p50_ms']:.0f}, {o['p90_ms']:.0f}, {o['p99_ms']:.0f} |
 | goodput, image-steps/s | {l['image_steps_per_s']:.0f} | {o['image_steps_per_s']:.0f}, {o['image_steps_per_s'] / o['saturated_steps_per_s']:.0%} of saturation |
 | slot use | {l['slot_use']:.1%} | {o['slot_use']:.1%} |
-| memory before and after, MB | {l['memory_mb'][0]:.0f}, {l['memory_mb'][1]:.0f} | {o['memory_mb'][0]:.0f}, {o['memory_mb'][1]:.0f} |
+| memory after 5, 30, 60 s, MB | {memory(l)} | {memory(o)} |
 
 p99 at overload / at 80 % load: {o['p99_ms'] / l['p99_ms']:.2f}. A client that goes away: noticed after {c['median_ms']:.1f} ms
 (worst of {c['clients']}: {c['worst_ms']:.1f} ms), a step of the largest batch takes {c['step_ms']:.1f} ms; {c['rows_after_that']:.0f} rows were computed after that.""")

@@ -32,6 +32,9 @@ with sync_playwright() as p:
     page.goto(url)
     page.wait_for_function("document.getElementById('label').options.length > 1")
 
+    for row in ("#model-row", "#key-row"):
+        assert not page.locator(row).is_visible(), f"{row}: there is one model, and no key is needed"
+
     # By mouse: one picture, watched while it forms.
     page.select_option("#label", index=1)
     page.fill("#seed", "7")

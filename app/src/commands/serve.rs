@@ -102,7 +102,8 @@ struct Batches {
     /// Most rows of a batch; the measured step times decide below that. A guided image takes two.
     #[arg(long, default_value_t = 192, env = "MUDIT_MAX_ROWS")]
     max_rows: usize,
-    /// Most accepted work in image-steps, a guided one counting two; default: 4 seconds of it.
+    /// Most work that is accepted beyond what fits into the largest batch, in image-steps, a guided one counting two;
+    /// default: a quarter of a second of it.
     #[arg(long, env = "MUDIT_MAX_QUEUE")]
     max_queue: Option<u64>,
     /// Measure the step times again even where the cache has them.

@@ -28,7 +28,7 @@ pub struct EngineOptions {
     pub deterministic: bool,
     /// Most rows of a batch; the measured curve decides below that.
     pub max_rows: usize,
-    /// Most accepted work, in image-steps; else what the machine does in [`QUEUE`].
+    /// Most accepted work beyond what fits into a batch, in image-steps; else what the machine does in [`QUEUE`].
     pub max_queue: Option<u64>,
     /// Measure again even where the cache has the curve.
     pub remeasure: bool,
@@ -36,8 +36,9 @@ pub struct EngineOptions {
     pub cache: Option<PathBuf>,
 }
 
-/// The queue holds the work of this long, where its limit is not given.
-const QUEUE: Duration = Duration::from_secs(4);
+/// The queue holds the work of this long, where its limit is not given: bursts wait, an overload is refused before it
+/// makes everybody wait.
+const QUEUE: Duration = Duration::from_millis(250);
 /// A batch size is measured for about so long, and at least [`LEAST_RUNS`] times.
 const MEASURED: Duration = Duration::from_millis(120);
 const LEAST_RUNS: usize = 3;

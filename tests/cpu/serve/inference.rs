@@ -118,4 +118,10 @@ fn wrong_tensors_are_refused() {
     let headers = "content-type: application/octet-stream\r\ninference-header-content-length: 99999\r\n";
     assert!(send(server.address(), "POST", INFER, headers, b"{}").expect(400)["error"].is_string());
     post(server.address(), "/v2/models/none/infer", &json!({"inputs": [label]})).expect(404);
+    // Triton's own client names no type; a browser's page of another origin may not leave it out.
+    let body = json!({"inputs": [label], "parameters": {"steps": 1}}).to_string();
+    assert_eq!(send(server.address(), "POST", INFER, "", body.as_bytes()).status, 200);
+    let foreign = "origin: http://elsewhere.example\r\n";
+    let refused = send(server.address(), "POST", INFER, foreign, body.as_bytes()).expect(415);
+    assert!(refused["error"].as_str().unwrap().contains("application/json"), "{refused}");
 }

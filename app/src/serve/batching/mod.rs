@@ -44,7 +44,7 @@ pub type Factory = Arc<dyn Fn() -> anyhow::Result<Box<dyn Stepper>> + Send + Syn
 pub struct Lot {
     /// Step times of the batch sizes that there are programs for.
     pub curve: Curve,
-    /// Most image-steps that are accepted.
+    /// Most image-steps that are accepted beyond what fits into the largest batch.
     pub limit: u64,
 }
 
@@ -320,14 +320,15 @@ impl State {
         if self.activity == Activity::Restarting {
             return Err(Refusal::Loading);
         }
-        self.models[order.model].1.accept(order.work())
+        self.models[order.model].1.accept(order.work(), order.all_rows())
     }
 
     /// Ends an order with a failure and frees what it holds.
     fn fail(&mut self, id: OrderId, failure: Failure) {
         let Some(live) = self.live.remove(&id) else { return };
         self.schedule.remove(id);
-        self.models[live.order.model].1.release(live.work);
+        let rows = (live.left * live.order.rows()) as u64;
+        self.models[live.order.model].1.release(live.work, rows);
         *self.stats.failed.entry(failure.reason()).or_default() += 1;
         (live.sink)(Event::Failed(failure));
     }
@@ -391,6 +392,7 @@ impl State {
             self.fail(id, Failure::NotFinite(image));
             return;
         }
+        self.models[live.order.model].1.release(0, work);
         (live.sink)(Event::Image { sample: image, values: slot.x });
         live.left -= 1;
         self.stats.images += 1;

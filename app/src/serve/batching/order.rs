@@ -44,6 +44,11 @@ impl Order {
         (self.samples.len() * self.plan.steps.len() * self.rows()) as u64
     }
 
+    /// Rows of a batch that all images together take.
+    pub(super) fn all_rows(&self) -> u64 {
+        (self.samples.len() * self.rows()) as u64
+    }
+
     /// Whether an image is shown after its `done`-th step; the last one is no preview.
     pub(super) fn previews_at(&self, done: usize) -> Option<usize> {
         let (steps, count) = (self.plan.steps.len(), self.previews);

@@ -1,7 +1,8 @@
 //! Who makes the next step: start-time fair queueing over orders, at the grain of one step of one image.
 //!
 //! Every order has a virtual time that grows by the compute it gets. The order that got least goes first, so a long
-//! order neither starves short ones nor is starved by them; a new one starts at the time of those that run.
+//! order neither starves short ones nor is starved by them; a new one starts at the time of those that run, and none is
+//! ahead of them by more than what its last batch gave it.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -68,12 +69,18 @@ impl Schedule {
         let mut pick = Pick { model, images: Vec::new(), rows: 0 };
         for (_, id) in order {
             let Some(entry) = self.entries.get_mut(&id) else { continue };
+            let mut got = 0.0;
             while pick.rows + entry.rows <= limit
                 && let Some(image) = entry.ready.pop_front()
             {
                 pick.images.push((id, image));
                 pick.rows += entry.rows;
-                entry.time += entry.cost * entry.rows as f64;
+                got += entry.cost * entry.rows as f64;
+            }
+            // From the clock, not from its own time: rows that were free for it are no debt, or newcomers, who start
+            // at the clock, would all pass before it.
+            if got > 0.0 {
+                entry.time = self.clock + got;
             }
             if pick.rows == limit {
                 break;
@@ -136,6 +143,16 @@ mod tests {
         orders.extend((0..200).map(|i| (i * 5, 1, 4, 10)));
         let done = finish(&orders, 8);
         assert!(done[0] <= 1200, "{}", done[0]);
+    }
+
+    #[test]
+    fn what_was_free_is_no_debt_when_newcomers_fill_the_batches() {
+        // Alone at first, the guided order gets two rows of every batch. From step 40 on, unguided ones of the same
+        // length come as fast as they can be served: it still gets its part and ends among the first of them.
+        let mut orders = vec![(0, 2, 1, 100), (0, 1, 1, 100)];
+        orders.extend((0..400).map(|i| (40 + i * 5, 1, 2, 20)));
+        let done = finish(&orders, 8);
+        assert!(done[0] <= 150, "{}", done[0]);
     }
 
     #[test]

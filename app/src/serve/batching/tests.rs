@@ -162,10 +162,13 @@ fn events_of_an_image_come_in_order_with_the_previews_asked_for() {
 fn a_full_queue_refuses_and_takes_again() {
     let behaviour = Arc::new(Behaviour { pause: Duration::from_millis(2), ..Behaviour::default() });
     let batcher = batcher(&behaviour, 100);
-    let (_, first) = submit(&batcher, order(90, 1.0, &[1])).unwrap();
+    let (_, first) = submit(&batcher, order(12, 1.0, &[1, 2, 3, 4, 5, 6, 7])).unwrap();
+    // The batch has eight rows: it finds one free.
+    let (_, second) = submit(&batcher, order(40, 1.0, &[1])).unwrap();
     let refused = submit(&batcher, order(20, 1.0, &[1])).unwrap_err();
     assert!(matches!(refused, Refusal::Full { limit: 100, work: 20, .. }), "{refused}");
     images(&first);
+    images(&second);
     assert!(batcher.drained(LONG));
     images(&submit(&batcher, order(20, 1.0, &[1])).unwrap().1);
     assert_eq!(batcher.stats().refused["full"], 1);

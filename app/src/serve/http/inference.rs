@@ -123,10 +123,10 @@ pub(crate) async fn infer(
     State(app): State<Arc<App>>,
     Path(path): Path<Vec<String>>,
     headers: HeaderMap,
-    body: Body,
+    body: ApiResult<Body>,
 ) -> Answer<Response> {
     let (index, source) = find(&app, &path)?;
-    let inference = read(&app, &source.name, &headers, &body)?;
+    let inference = read(&app, &source.name, &headers, &body?)?;
     let mut waiting = Waiting::submit(&app.batcher, inference.request.order.clone())?;
     let samples = &inference.request.order.samples;
     let mut values: Vec<Vec<f32>> = vec![Vec::new(); samples.len()];

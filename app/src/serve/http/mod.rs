@@ -147,12 +147,16 @@ impl FromRequest<Arc<App>> for Body {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> ApiResult<Self> {
-        let kind =
-            request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let headers = request.headers();
+        let kind = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        // A page of another origin cannot send JSON without asking first.
-        let binary = request.headers().contains_key(inference::HEADER_LENGTH);
-        if kind != "application/json" && !(binary && kind == "application/octet-stream") {
+        // A page of another origin cannot send JSON without asking first; a browser always tells the origin. Triton's
+        // client is none, and names no type at all.
+        let tensors =
+            request.extensions().get::<MatchedPath>().is_some_and(|p| p.as_str().ends_with("/infer"));
+        let bare = kind.is_empty() && !headers.contains_key(header::ORIGIN);
+        let binary = headers.contains_key(inference::HEADER_LENGTH) && kind == "application/octet-stream";
+        if kind != "application/json" && !(tensors && (bare || binary)) {
             let text = "send `Content-Type: application/json`";
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", text));
         }

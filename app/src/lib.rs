@@ -8,6 +8,7 @@
 //! | [`roof`] | what this machine can do at best, measured |
 //! | [`serve`] | the sampling server |
 //! | [`render`] | pictures, plots, arrays, progress |
+//! | [`external`] | where the tensors lie that programs point to |
 //! | [`console`] | standard output and error, the only place that prints |
 //!
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
@@ -15,6 +16,7 @@
 
 pub mod commands;
 pub mod console;
+pub mod external;
 pub mod profile;
 pub mod render;
 pub mod roof;

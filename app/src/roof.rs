@@ -31,10 +31,12 @@ pub struct Roof {
 /// A session that does not load or run.
 pub fn measure(runtime: &Arc<Runtime>, threads: usize, budget: Duration) -> anyhow::Result<Roof> {
     let (mut best, mut product) = (0.0, String::new());
-    for (side, product_of) in SIDES.into_iter().flat_map(|side| Product::ALL.map(|p| (side, p))) {
-        let rate = product_rate(runtime, product_of, side, threads, budget / 8)?;
+    for (side, means) in SIDES.into_iter().flat_map(|side| Means::ALL.map(|means| (side, means))) {
+        let mut tried = Product::new(runtime, means, side, threads)?;
+        let seconds = best_seconds(budget / 8, || tried.run())?;
+        let rate = tried.flops() / seconds / 1e9;
         if rate > best {
-            (best, product) = (rate, format!("{} {side} × {side} × {side}", product_of.name()));
+            (best, product) = (rate, tried.name());
         }
     }
     let workers = if threads > 0 {
@@ -47,50 +49,73 @@ pub fn measure(runtime: &Arc<Runtime>, threads: usize, budget: Duration) -> anyh
 
 /// The matrix products that a program can be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Product {
+pub enum Means {
     /// ONNX Runtime's own.
     MatMul,
     /// The native kernel of linear layers.
     Linear,
 }
 
-impl Product {
-    const ALL: [Self; 2] = [Self::MatMul, Self::Linear];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::MatMul => "ONNX Runtime's MatMul",
-            Self::Linear => "mudit's Linear",
-        }
-    }
+impl Means {
+    /// Every means.
+    pub const ALL: [Self; 2] = [Self::MatMul, Self::Linear];
 }
 
-/// Rate of a square product, the best of several runs, in GFLOP/s.
-fn product_rate(
-    runtime: &Arc<Runtime>,
-    product: Product,
+/// A square f32 matrix product: the yardstick.
+#[derive(Debug)]
+pub struct Product {
+    binding: Binding,
+    means: Means,
     side: usize,
-    threads: usize,
-    budget: Duration,
-) -> anyhow::Result<f64> {
-    let b = Builder::new("product");
-    let square = || Type::f32([side, side]);
-    let (left, right) = (b.input("left", square()), b.input("right", square()));
-    let out = match product {
-        Product::MatMul => left.matmul(right),
-        Product::Linear => left.linear(right, b.constant(DType::F32, [side], vec![0.0])),
-    };
-    b.output("out", out);
-    let program = b.finish()?.emit(Weights::Inputs)?;
-    let options = SessionOptions { threads, ..SessionOptions::default() };
-    let session = Session::load(runtime, &program, &runtime::Weights::Inside, &options)?;
-    let mut binding = Binding::owned(&session)?;
-    for name in ["left", "right"] {
-        binding.input_f32(name)?.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 17) as f32 - 8.0);
+}
+
+impl Product {
+    /// Loads the product of two `side` × `side` matrices and runs it once; `threads` 0 is one a core.
+    ///
+    /// # Errors
+    /// A session that does not load or run.
+    pub fn new(runtime: &Arc<Runtime>, means: Means, side: usize, threads: usize) -> anyhow::Result<Self> {
+        let b = Builder::new("product");
+        let square = || Type::f32([side, side]);
+        let (left, right) = (b.input("left", square()), b.input("right", square()));
+        let out = match means {
+            Means::MatMul => left.matmul(right),
+            Means::Linear => left.linear(right, b.constant(DType::F32, [side], vec![0.0])),
+        };
+        b.output("out", out);
+        let program = b.finish()?.emit(Weights::Inputs)?;
+        let options = SessionOptions { threads, ..SessionOptions::default() };
+        let session = Session::load(runtime, &program, &runtime::Weights::Inside, &options)?;
+        let mut binding = Binding::owned(&session)?;
+        for name in ["left", "right"] {
+            binding.input_f32(name)?.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 17) as f32 - 8.0);
+        }
+        binding.run()?;
+        Ok(Self { binding, means, side })
     }
-    binding.run()?;
-    let best = best_seconds(budget, || binding.run())?;
-    Ok(2.0 * (side as f64).powi(3) / best / 1e9)
+
+    /// What it is, for people.
+    pub fn name(&self) -> String {
+        let side = self.side;
+        let means = match self.means {
+            Means::MatMul => "ONNX Runtime's MatMul",
+            Means::Linear => "mudit's Linear",
+        };
+        format!("{means} {side} × {side} × {side}")
+    }
+
+    /// Floating-point operations of one run, two a multiply-add.
+    pub fn flops(&self) -> f64 {
+        2.0 * (self.side as f64).powi(3)
+    }
+
+    /// Runs it once.
+    ///
+    /// # Errors
+    /// A session that does not run.
+    pub fn run(&mut self) -> anyhow::Result<()> {
+        Ok(self.binding.run()?)
+    }
 }
 
 /// Rate of `a = b + s·c`, the best of several runs, in GB/s.

@@ -97,6 +97,7 @@ pub(crate) fn losses(run: &Path) -> Vec<(u64, serde_json::Map<String, serde_json
     let mut rows = train_engine::metrics::read(&run.join("metrics.jsonl")).unwrap_or_else(|e| panic!("{e}"));
     for (_, row) in &mut rows {
         assert!(row.shift_remove("images_per_s").is_some());
+        assert!(row.shift_remove("peak_memory_mb").is_some_and(|mb| mb.as_f64() > Some(1.0)));
     }
     rows
 }

@@ -32,11 +32,18 @@ ROWS = {
     "forward-B2-b1": ("forward", "DiT-B/2", 1, 2),
     "forward-B2-b4": ("forward", "DiT-B/2", 4, 1),
     "sample-S2-25": ("sample", "DiT-S/2", 25, 1),
+    # Products of the layers: rows x inputs x outputs.
+    "product-S2-fc1": ("product", "forward:2048x384x1536", "", 20),
+    "product-S2-fc1-grad-input": ("product", "grad-input:2048x384x1536", "", 20),
+    "product-S2-fc1-grad-weight": ("product", "grad-weight:2048x384x1536", "", 20),
+    "product-S2-b1-fc2": ("product", "forward:256x1536x384", "", 100),
+    "product-B2-qkv": ("product", "forward:1024x768x2304", "", 20),
 }
 WORDS = {
     "train": "training step {model}, batch {size}",
     "forward": "forward {model}, batch {size}",
     "sample": "sampling {model}, {size} steps, guided, 1 image",
+    "product": "product {model}",
 }
 # The fresh processes: from the start of the process to the end of its first step, and the peak of its memory after three.
 FRESH = ("train", "DiT-S/2", 8)
@@ -124,6 +131,8 @@ def wait_quiet(patience):
 
 def contenders(args, kind, model, size):
     torch = [args.python, os.path.join(HERE, "speed_torch.py")]
+    if kind == "product":
+        return products(args, torch, model)
     work = [kind, model, str(size), str(args.threads)]
     # Threads pinned one to a core, and short spins: what makes PyTorch fastest with two threads.
     env = {"GOMP_SPINCOUNT": "30000", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "OMP_NUM_THREADS": str(args.threads),
@@ -141,6 +150,24 @@ def contenders(args, kind, model, size):
     if args.only:
         found = [c for c in found if any(o in c[0] for o in args.only)]
     return found
+
+
+def products(args, torch, what):
+    """The means that a product could be made by; beside the whole steps these are the reason for kernels of our own."""
+    env = {"OMP_NUM_THREADS": str(args.threads), "OPENBLAS_NUM_THREADS": str(args.threads), "OMP_PROC_BIND": "true",
+           "OMP_PLACES": "cores", "GOMP_SPINCOUNT": "30000", "PYTHONDONTWRITEBYTECODE": "1"}
+    shim = mkl_shim(args)
+    found = [("mudit", [args.worker, "product", what, "mudit", str(args.threads)], {}),
+             ("ONNX Runtime (MLAS)", [args.worker, "product", what, "onnxruntime", str(args.threads)], {}),
+             ("gemm crate", [args.worker, "product", what, "gemm", str(args.threads)], {"RAYON_NUM_THREADS": str(args.threads)})]
+    for mode, name in (("numpy", "OpenBLAS (NumPy)"), ("mkl", "MKL (PyTorch)"), ("onednn", "oneDNN, weight packed before (PyTorch)")):
+        if mode == "onednn" and not what.startswith("forward"):
+            continue
+        command = torch + [mode, "product", what, "", str(args.threads)]
+        found.append((name, command, env))
+        if mode == "mkl" and shim:
+            found.append((f"{name}, AVX-512", command, env | {"LD_PRELOAD": shim}))
+    return [c for c in found if not args.only or any(o in c[0] for o in args.only)]
 
 
 def mkl_shim(args):
@@ -279,6 +306,22 @@ def peers(row, installed_only=False):
     return min(names, key=lambda n: row["contenders"][n]["median_ms"], default=None)
 
 
+def products_table(rows):
+    """GFLOP/s of the products by each means."""
+    if not rows:
+        return []
+    names = sorted({n for row in rows for n in row["contenders"]}, key=lambda n: (n != "mudit", n))
+    lines = ["", "## Products of the layers alone", "",
+             "Median GFLOP/s; rows × inputs × outputs of a linear layer. Weights are inputs (packed anew in each run, as in training), but "
+             "for oneDNN's. mudit's and ONNX Runtime's add the bias, or sum its gradient; the others do not.", "",
+             "| product | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        rates = [row["contenders"].get(n, {}).get("gflops_per_s") for n in names]
+        lines.append(f"| {row['work'].removeprefix('product ').replace(':', ' ').replace('x', '×')} | "
+                     + " | ".join(f"{r:.0f}" if r else "–" for r in rates) + " |")
+    return lines
+
+
 def report(data):
     m = data["machine"]
     lines = [
@@ -290,7 +333,8 @@ def report(data):
         "*as installed* is over those without it.", "",
         f"Machine: {m['cpu']}, {m['cores']} cores, {' '.join(m['features'])}, {m['memory_gib']} GiB, {m['system']}, {m['rustc']}.", "",
     ]
-    rows = [data["rows"][name] for name in ROWS if name in data["rows"]]
+    measured = [data["rows"][name] for name in ROWS if name in data["rows"]]
+    rows = [row for row in measured if row["kind"] != "product"]
     lines += ["| work | mudit | GFLOP/s | fastest PyTorch | ratio | as installed | ratio |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         own, best, plain = row["contenders"].get("mudit"), peers(row), peers(row, True)
@@ -307,6 +351,7 @@ def report(data):
                          f"| {c['disturbed_rounds']} |")
         for name, why in row["failed"].items():
             lines.append(f"| {row['work']} | {name} | failed: {why} | | | | |")
+    lines += products_table([row for row in measured if row["kind"] == "product"])
     new = data["rows"].get("fresh")
     if new:
         lines += ["", "## A new process", "", f"{new['work'].split(', ', 1)[1].capitalize()}: from the start of the process to the end of its "

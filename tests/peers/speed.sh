@@ -10,7 +10,7 @@ if [ -z "${PYTHON:-}" ]; then
   "$PYTHON" -m pip install -q --disable-pip-version-check torch==2.15.0 diffusers==0.42.1 onnx==1.23.2 onnxscript==0.7.2 \
     onnxruntime==1.31.1 numpy==2.4.6
 fi
-cargo build --locked --release -q -p mudit-tests --bin mudit-speed-worker
+cargo build --locked --release -q -p mudit-tests --features peers --bin mudit-speed-worker
 worker=${CARGO_TARGET_DIR:-target}/release/mudit-speed-worker
 "$PYTHON" -B tests/peers/speed.py --python "$PYTHON" --worker "$(realpath "$worker")" --prepare
 exec "$PYTHON" -B tests/peers/speed.py --python "$PYTHON" --worker "$(realpath "$worker")" "$@"

@@ -1,6 +1,7 @@
 """The peers' side of the speed comparison: one process, one piece of work, timed on request; started by speed.py.
 
     python speed_torch.py eager|compile|onnxruntime train|forward|sample MODEL BATCH|STEPS THREADS [--export DIR]
+    python speed_torch.py numpy|mkl|onednn product FORM:ROWSxINPUTSxOUTPUTS "" THREADS
 
 MODEL is DiT-S/2, DiT-B/2 or quickstart. Sets up, runs once, prints a line that says so, then for each line of standard
 input (a number of runs) answers with their milliseconds. `sample` is diffusers' DiTTransformer2DModel in the loop of its
@@ -141,21 +142,40 @@ def sampling(mode, name, steps):
     return loop
 
 
+def product(mode, what):
+    """One product of a linear layer: y = x Wᵀ, dx = ct W or dW = ctᵀ x."""
+    form, sizes = what.split(":")
+    rows, inputs, outputs = map(int, sizes.split("x"))
+    x, weight, ct = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+    left, right = {"forward": (x, weight.t()), "grad-input": (ct, weight), "grad-weight": (ct.t(), x)}[form]
+    if mode == "numpy":
+        left, right = left.numpy(), right.numpy()
+        return lambda: left @ right
+    if mode == "onednn":
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return lambda: left @ right
+
+
 def main():
     mode, kind, name, size, threads = sys.argv[1:6]
     export = sys.argv[7] if len(sys.argv) > 7 else "."
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
-    size = int(size)
+    size = int(size or 0)
     work = {"train": lambda: training(mode, name, size), "forward": lambda: forward(mode, name, size, export),
-            "sample": lambda: sampling(mode, name, size)}[kind]()
+            "sample": lambda: sampling(mode, name, size), "product": lambda: product(mode, name)}[kind]()
     start = time.perf_counter()
-    work()
+    with torch.inference_mode(kind == "product"):
+        work()
     first = time.perf_counter() - start
     version = f"torch {torch.__version__}"
     if mode == "onnxruntime":
         import onnxruntime
         version = f"onnxruntime {onnxruntime.__version__} on an export of {version}"
+    if mode == "numpy":
+        import numpy
+        version = f"numpy {numpy.__version__}"
     if kind == "sample":
         import diffusers
         version = f"diffusers {diffusers.__version__}, {version}"

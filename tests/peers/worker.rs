@@ -1,15 +1,19 @@
-//! One side of the speed comparison: `mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS`.
+//! One side of the speed comparison: `mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS`, or
+//! `mudit-speed-worker product FORM:ROWSxINPUTSxOUTPUTS mudit|onnxruntime|gemm THREADS`.
 //!
 //! Sets up as `mudit train`, an engine or `mudit sample` does, runs once, says so, then runs whenever standard input
 //! has a line with a number of runs, and answers with their milliseconds. Idle, it blocks on that read and uses no core.
+
+mod product;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, Write as _, stdin, stdout};
 use std::sync::Arc;
 use std::time::Instant;
 
-use graph_builder::{DType, ExternalTensor, Type, Weights};
+use graph_builder::Weights;
 use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use mudit::external;
 use mudit::sampler::{NoiseSource, Sampler, Settings};
 use runtime::memory::peak_resident_bytes;
 use runtime::safetensors_file::SafetensorsReader;
@@ -32,15 +36,23 @@ const GUIDANCE: f64 = 4.0;
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [kind, model, size, threads] = arguments.as_slice() else {
-        return Err("usage: mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS".into());
+        return Err("usage: mudit-speed-worker train|forward|sample|product WHAT SIZE THREADS".into());
     };
-    let (size, threads) = (size.parse()?, threads.parse()?);
+    let threads = threads.parse()?;
     let runtime = Runtime::start(&RuntimeOptions { offline: true, ..RuntimeOptions::default() })?;
     let (mut work, flops) = match kind.as_str() {
-        "train" => training(&runtime, model, size, threads)?,
-        "forward" => forward(&runtime, model, size, threads)?,
-        "sample" => sampling(&runtime, model, size, threads)?,
-        other => return Err(format!("`{other}` is none of train, forward, sample").into()),
+        "train" => training(&runtime, model, size.parse()?, threads)?,
+        "forward" => forward(&runtime, model, size.parse()?, threads)?,
+        "sample" => sampling(&runtime, model, size.parse()?, threads)?,
+        "product" => {
+            let product = product::Product::parse(model)?;
+            let work = match size.as_str() {
+                "gemm" => product.by_gemm(threads),
+                means => product.in_graph(&runtime, means == "mudit", threads)?,
+            };
+            (work, product.flops())
+        }
+        other => return Err(format!("`{other}` is none of train, forward, sample, product").into()),
     };
     work()?;
     let version = &runtime.library().version;
@@ -145,13 +157,7 @@ fn forward(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) ->
     let arena = parameters(&dit)?;
     arena.write_safetensors(directory.path().join(FILE), &BTreeMap::new())?;
     let reader = SafetensorsReader::open(directory.path().join(FILE))?;
-    let mut tensors = BTreeMap::new();
-    for (name, entry) in arena.layout().entries() {
-        let range = reader.byte_range(name)?;
-        let ty = Type::new(DType::F32, entry.shape.clone());
-        let place = ExternalTensor { ty, offset: range.start, length: range.end - range.start };
-        tensors.insert(name.clone(), place);
-    }
+    let tensors = external::tensors(&reader, arena.layout())?;
     drop(arena);
     let graph = program(&dit, ProgramKind::Denoise, batch, Guidance::Off)?.optimised()?;
     let emitted = graph.emit(Weights::External { file: FILE, tensors: &tensors })?;

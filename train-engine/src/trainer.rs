@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use models::{DitConfig, Objective, TRAINING_STEPS};
+use runtime::memory::peak_resident_bytes;
 use runtime::update::{UpdateState, UpdateStep};
 use runtime::{AdamW, Arena, Runtime, SessionOptions, SharedArena, UpdateReport};
 
@@ -352,6 +353,7 @@ pub fn run(
                 values.push(("loss.vb", mean(&report.loss.vb)));
             }
             values.extend([("grad_norm", grad_norm), ("lr", lr), ("images_per_s", rate)]);
+            values.extend(peak_resident_bytes().map(|bytes| ("peak_memory_mb", bytes as f64 / 1e6)));
             metrics.append(done, &values)?;
             if let Some(events) = &mut events {
                 events.scalars(done, &values)?;

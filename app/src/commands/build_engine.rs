@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use graph_builder::{DType, ExternalTensor, OnnxProgram, Type, Weights};
+use graph_builder::{ExternalTensor, OnnxProgram, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::engine::{EngineNotes, model_file_name, write_engine};
 use runtime::provider::{CudaOptions, TensorRtOptions};
@@ -19,6 +19,7 @@ use train_engine::step::parameter_layout;
 use super::{Machine, guided_channels, triton, weights};
 use crate::Usage;
 use crate::console;
+use crate::external::tensors;
 
 /// Who the engine is built for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -262,16 +263,4 @@ impl Parameters {
         let tensors = tensors(&SafetensorsReader::open(&path)?, &layout)?;
         Ok(Self { file: path, name: CONVERTED.into(), tensors, _converted: Some(directory) })
     }
-}
-
-fn tensors(
-    reader: &SafetensorsReader,
-    layout: &runtime::ArenaLayout,
-) -> anyhow::Result<BTreeMap<String, ExternalTensor>> {
-    let entry = |(name, e): (&String, &runtime::ArenaEntry)| {
-        let range = reader.byte_range(name)?;
-        let ty = Type::new(DType::F32, e.shape.clone());
-        Ok((name.clone(), ExternalTensor { ty, offset: range.start, length: range.end - range.start }))
-    };
-    layout.entries().iter().map(entry).collect()
 }

@@ -13,6 +13,7 @@ use crate::console;
 use crate::profile::measure::{Measured, Subject};
 use crate::profile::memory::{Prediction, megabytes};
 use crate::profile::{Spent, UNJOINED};
+use crate::render::icicle;
 use crate::roof::{self, Roof};
 
 /// Time that measuring the machine itself may take.
@@ -62,7 +63,12 @@ impl ProfileArgs {
         let report = Report { model: &self.model, kind, batch, measured: &measured, roof: &roof };
         if let Some(path) = &self.svg {
             let after: Vec<(&str, f64)> = measured.update.iter().map(|u| (UPDATE, u.ms)).collect();
-            measured.profile.frame(kind.name(), &after).save(&report.title(), &report.summary(), path)?;
+            icicle::save(
+                &report.title(),
+                &report.summary(),
+                &measured.profile.frames(kind.name(), &after),
+                path,
+            )?;
         }
         match &self.json {
             Some(None) => return console::json(&report.json()),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use runtime::memory::peak_resident_bytes;
 use serde_json::json;
 use train_engine::config::TrainConfig;
 use train_engine::metrics::{self, MetricsLog};
@@ -15,6 +16,7 @@ use super::Machine;
 use super::observer::Console;
 use crate::Usage;
 use crate::console;
+use crate::profile::memory::megabytes;
 use crate::render::plot::LinePlot;
 use crate::render::progress::duration;
 
@@ -57,6 +59,7 @@ impl TrainArgs {
         let pace = shown.finish();
         let outcome = result?;
         draw_loss(&self.out)?;
+        let peak = peak_resident_bytes();
         if self.json {
             let (word, step) = match outcome {
                 Outcome::Finished => ("finished", config.train.steps),
@@ -66,14 +69,17 @@ impl TrainArgs {
             return console::json(&json!({
                 "outcome": word, "step": step, "run": self.out,
                 "images_per_s": pace.map(|p| p.images_per_s), "gflops_per_s": pace.map(|p| p.gflops_per_s),
+                "peak_memory_bytes": peak,
             }));
         }
         let run = self.out.display();
         match outcome {
             Outcome::Finished => {
                 let seconds = pace.map_or(0.0, |p| p.seconds);
+                let memory =
+                    peak.map_or(String::new(), |b| format!(", {} MB of memory at most", megabytes(b)));
                 console::out(&format!(
-                    "trained {} steps in {}: {run}",
+                    "trained {} steps in {}{memory}: {run}",
                     config.train.steps,
                     duration(seconds)
                 ))?;

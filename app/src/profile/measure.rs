@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use graph_builder::{Cost, DType, ExternalTensor, Graph, OnnxProgram, Type, Weights};
+use graph_builder::{Cost, DType, Graph, OnnxProgram, Weights};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::memory::peak_resident_bytes;
 use runtime::safetensors_file::SafetensorsReader;
@@ -16,6 +16,7 @@ use train_engine::random::{Purpose, Stream};
 use train_engine::step::{parameter_layout, read_lock, write_lock};
 
 use super::{Profile, Spent, trace};
+use crate::external;
 
 /// File of the parameters that a program's initializers point into.
 const WEIGHTS: &str = "weights.safetensors";
@@ -134,13 +135,7 @@ impl Subject<'_> {
         let path = directory.join(WEIGHTS);
         parameters.write_safetensors(&path, &BTreeMap::new())?;
         let reader = SafetensorsReader::open(&path)?;
-        let mut tensors = BTreeMap::new();
-        for (name, entry) in parameters.layout().entries() {
-            let range = reader.byte_range(name)?;
-            let ty = Type::new(DType::F32, entry.shape.clone());
-            let length = range.end - range.start;
-            tensors.insert(name.clone(), ExternalTensor { ty, offset: range.start, length });
-        }
+        let tensors = external::tensors(&reader, parameters.layout())?;
         Ok(graph.emit(Weights::External { file: WEIGHTS, tensors: &tensors })?)
     }
 

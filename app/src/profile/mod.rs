@@ -65,7 +65,9 @@ pub struct Line {
     pub op: String,
     /// Scope of the graph node that it comes from, or [`UNJOINED`].
     pub scope: String,
-    /// Whether autodiff made that node.
+    /// Number of that node in the graph.
+    pub node: Option<usize>,
+    /// Whether autodiff made it.
     pub backward: bool,
     /// What it took.
     pub spent: Spent,
@@ -99,7 +101,8 @@ impl Profile {
                 let scope = origin.map_or(UNJOINED.to_owned(), |id| graph.node(id).place.scope.clone());
                 let backward = origin.is_some_and(|id| graph.node(id).backward);
                 let (name, op, spent) = (node.name.clone(), node.op.clone(), Spent::default());
-                (Line { name, op, scope, backward, spent }, origin)
+                let node = origin.map(ValueId::index);
+                (Line { name, op, scope, node, backward, spent }, origin)
             });
             line.spent.ms += node.ms / count;
             if k == 0 {
@@ -146,23 +149,34 @@ impl Profile {
         layers
     }
 
-    /// The nested picture: pass, block, part, operator. `after` are passes that are no part of the program.
-    pub fn frame(&self, name: &str, after: &[(&str, f64)]) -> Frame {
-        let mut root = Frame::new(name, 0.0);
-        for line in &self.lines {
+    /// What a picture shows, in the order of the graph: pass, block, part, operator; and the same with all blocks
+    /// together. `after` are passes that are no part of the program.
+    pub fn frames(&self, name: &str, after: &[(&str, f64)]) -> [Frame; 2] {
+        let mut ordered: Vec<&Line> = self.lines.iter().collect();
+        ordered.sort_by_key(|line| line.node.unwrap_or(usize::MAX));
+        let mut frames = [
+            Frame::new(format!("{name}, block by block"), 0.0),
+            Frame::new(format!("{name}, blocks together"), 0.0),
+        ];
+        for line in ordered {
             let pass = match (line.scope.as_str(), line.backward) {
                 (UNJOINED, _) => UNJOINED,
                 (_, true) => "backward",
                 (_, false) => "forward",
             };
             let (block, part) = block(&line.scope);
-            root.add([pass, block, part, &line.op], line.spent.ms);
+            frames[0].add([pass, block, part, &line.op], line.spent.ms);
+            let layer = layer(&line.scope);
+            let inner = part.split_once('.').map_or(part, |(_, inner)| inner);
+            frames[1].add([pass, &layer, inner, &line.op], line.spent.ms);
         }
-        root.add(["session overhead"], self.overhead_ms.max(0.0));
-        for (name, ms) in after {
-            root.add([*name], *ms);
+        for frame in &mut frames {
+            frame.add(["session overhead"], self.overhead_ms.max(0.0));
+            for (name, ms) in after {
+                frame.add([*name], *ms);
+            }
         }
-        root
+        frames
     }
 }
 
@@ -239,11 +253,13 @@ mod tests {
         assert_eq!((back.calls, back.ms, back.flops), (1, 3.0, product));
         assert_eq!(layers[UNJOINED][0].ms, 1.0, "what cannot be joined is not dropped");
         assert_eq!(profile.activation_peak_bytes, 300, "over all runs");
-        let frame = profile.frame("test", &[("update", 2.0)]);
+        let [frame, together] = profile.frames("test", &[("update", 2.0)]);
         assert_eq!(frame.ms, 10.0);
         let names: Vec<&str> = frame.children.iter().map(|c| c.label.as_str()).collect();
         assert_eq!(names, ["forward", "backward", UNJOINED, "session overhead", "update"]);
         assert_eq!(frame.children[0].children[0].label, "blocks.0");
+        assert_eq!(together.children[0].children[0].label, "blocks.*.fc");
+        assert_eq!((together.ms, together.children[0].ms), (frame.ms, frame.children[0].ms));
         assert_eq!(frame.children[0].children[0].children[0].children.len(), 2);
     }
 

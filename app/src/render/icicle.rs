@@ -24,6 +24,8 @@ const TOP: f64 = 64.0;
 const ROW: f64 = 26.0;
 /// Mean width of a letter of the labels, as no font is at hand to ask.
 const LETTER: f64 = 6.3;
+/// Milliseconds below which nothing is told apart from nothing.
+const SHORTEST: f64 = 1e-9;
 /// Narrower parts are not drawn: they are part of what is above them.
 const NARROWEST: f64 = 0.25;
 
@@ -61,46 +63,53 @@ impl Frame {
     fn depth(&self) -> usize {
         1 + self.children.iter().map(Self::depth).max().unwrap_or(0)
     }
+}
 
-    /// The picture as an SVG document 1200 user units wide; each part tells its time and share when pointed at.
-    pub fn svg(&self, title: &str, subtitle: &str) -> String {
-        let height = TOP + ROW * self.depth() as f64 + MARGIN;
-        let mut svg = String::new();
-        // Writing to a `String` cannot fail.
-        let _ = self.write(title, subtitle, height, &mut svg);
-        svg
-    }
+/// The picture of several wholes, one below another, as an SVG document 1200 user units wide; each part tells its time
+/// and share when pointed at.
+pub fn svg(title: &str, subtitle: &str, wholes: &[Frame]) -> String {
+    let mut svg = String::new();
+    // Writing to a `String` cannot fail.
+    let _ = write(title, subtitle, wholes, &mut svg);
+    svg
+}
 
-    /// Replaces the file at `path` by the picture.
-    ///
-    /// # Errors
-    /// The folder cannot be made or written, or the disk is full.
-    pub fn save(&self, title: &str, subtitle: &str, path: &Path) -> anyhow::Result<()> {
-        Ok(write_atomically(path, |out| out.write_all(self.svg(title, subtitle).as_bytes()))?)
-    }
+/// Replaces the file at `path` by the picture; see [`svg`].
+///
+/// # Errors
+/// The folder cannot be made or written, or the disk is full.
+pub fn save(title: &str, subtitle: &str, wholes: &[Frame], path: &Path) -> anyhow::Result<()> {
+    Ok(write_atomically(path, |out| out.write_all(svg(title, subtitle, wholes).as_bytes()))?)
+}
 
-    fn write(&self, title: &str, subtitle: &str, height: f64, svg: &mut String) -> std::fmt::Result {
-        writeln!(
-            svg,
-            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" font-family="'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif" font-size="11.5" fill="{INK}">"#
-        )?;
-        writeln!(svg, r##"<rect width="100%" height="100%" fill="#ffffff"/>"##)?;
-        let (title, subtitle) = (escaped(title), escaped(subtitle));
-        writeln!(svg, r#"<text x="{MARGIN}" y="28" font-size="16" font-weight="600">{title}</text>"#)?;
-        writeln!(svg, r#"<text x="{MARGIN}" y="48" font-size="12" fill="{FAINT_INK}">{subtitle}</text>"#)?;
-        let scale = if self.ms > 0.0 { (WIDTH - 2.0 * MARGIN) / self.ms } else { 0.0 };
-        let painter = Painter { scale, whole: self.ms };
-        painter.write(self, MARGIN, 0, WHOLE, "", svg)?;
+fn write(title: &str, subtitle: &str, wholes: &[Frame], svg: &mut String) -> std::fmt::Result {
+    let heights = wholes.iter().map(|whole| ROW * whole.depth() as f64 + MARGIN);
+    let height = TOP + heights.sum::<f64>();
+    writeln!(
+        svg,
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" font-family="'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif" font-size="11.5" fill="{INK}">"#
+    )?;
+    writeln!(svg, r##"<rect width="100%" height="100%" fill="#ffffff"/>"##)?;
+    let (title, subtitle) = (escaped(title), escaped(subtitle));
+    writeln!(svg, r#"<text x="{MARGIN}" y="28" font-size="16" font-weight="600">{title}</text>"#)?;
+    writeln!(svg, r#"<text x="{MARGIN}" y="48" font-size="12" fill="{FAINT_INK}">{subtitle}</text>"#)?;
+    let mut top = TOP;
+    for whole in wholes {
+        let scale = (WIDTH - 2.0 * MARGIN) / whole.ms.max(SHORTEST);
+        let painter = Painter { top, scale, whole: whole.ms };
+        painter.write(whole, MARGIN, 0, WHOLE, "", svg)?;
         let mut left = MARGIN;
-        for (i, part) in self.children.iter().enumerate() {
+        for (i, part) in whole.children.iter().enumerate() {
             painter.below(part, left, 1, COLOURS[i.min(COLOURS.len() - 1)], 0, &part.label, svg)?;
             left += part.ms * scale;
         }
-        writeln!(svg, "</svg>")
+        top += ROW * whole.depth() as f64 + MARGIN;
     }
+    writeln!(svg, "</svg>")
 }
 
 struct Painter {
+    top: f64,
     scale: f64,
     whole: f64,
 }
@@ -139,8 +148,8 @@ impl Painter {
         path: &str,
         svg: &mut String,
     ) -> std::fmt::Result {
-        let (width, top) = (frame.ms * self.scale, TOP + ROW * depth as f64);
-        let share = 100.0 * frame.ms / self.whole.max(f64::MIN_POSITIVE);
+        let (width, top) = (frame.ms * self.scale, self.top + ROW * depth as f64);
+        let share = 100.0 * frame.ms / self.whole.max(SHORTEST);
         let name = escaped(if path.is_empty() { &frame.label } else { path });
         write!(
             svg,
@@ -166,6 +175,10 @@ fn fitting(label: &str, ms: f64, width: f64) -> Option<String> {
     }
     if letters <= room {
         return Some(label.to_owned());
+    }
+    // Of a path the end tells most: the number of a block, the name of a layer.
+    if let Some((_, last)) = label.rsplit_once('.').filter(|(_, last)| last.chars().count() <= room) {
+        return Some(last.to_owned());
     }
     (room >= 3).then(|| label.chars().take(room - 1).chain(['…']).collect())
 }
@@ -204,7 +217,7 @@ mod tests {
 
     #[test]
     fn widths_are_shares_and_names_are_escaped() {
-        let svg = frame().svg("A & B", "sub");
+        let svg = svg("A & B", "sub", &[frame()]);
         assert!(
             svg.contains("A &amp; B") && svg.contains("forward › blocks.0 › a&lt;b: 30.0 ms, 30.0 %"),
             "{svg}"
@@ -221,19 +234,26 @@ mod tests {
         assert!(widths.iter().any(|w| (w - 0.4 * whole).abs() < 0.1), "{widths:?}");
         assert_eq!(svg.matches("<g>").count(), svg.matches("</g>").count());
         assert_eq!(svg.matches("<title>").count(), 8, "all but the tiny one");
+        let two = super::svg("A", "b", &[frame(), Frame::new("other", 5.0)]);
+        assert_eq!(two.matches("<title>").count(), 9);
+        assert!(
+            two.contains(&format!(r#"y="{}""#, TOP + 4.0 * ROW + MARGIN)),
+            "the second stands below the first"
+        );
     }
 
     #[test]
     fn labels_are_cut_to_their_room() {
         assert_eq!(fitting("blocks.0", 12.34, 200.0).unwrap(), "blocks.0  12.3 ms");
         assert_eq!(fitting("blocks.0", 12.34, 60.0).unwrap(), "blocks.0");
-        assert_eq!(fitting("blocks.0", 12.34, 30.0).unwrap(), "blo…");
-        assert_eq!(fitting("blocks.0", 12.34, 10.0), None);
+        assert_eq!(fitting("blocks.0", 12.34, 30.0).unwrap(), "0");
+        assert_eq!(fitting("backward", 12.34, 30.0).unwrap(), "bac…");
+        assert_eq!(fitting("backward", 12.34, 10.0), None);
     }
 
     #[test]
     fn nothing_is_drawn_of_nothing() {
-        let svg = Frame::new("empty", 0.0).svg("t", "s");
+        let svg = svg("t", "s", &[Frame::new("empty", 0.0)]);
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
     }
 }

@@ -65,7 +65,11 @@ except openai.InternalServerError as error:
 print("openai: errors arrive as the library's own")
 
 # --- Open Inference Protocol ---
-headers = {"authorization": f"Bearer {key}"}
+def headers():
+    """Anew for each call: the client notes the length of its JSON in the dictionary that it is given."""
+    return {"authorization": f"Bearer {key}"}
+
+
 v2 = triton.InferenceServerClient(url.removeprefix("http://"), concurrency=2)
 assert v2.is_server_live() and v2.is_server_ready() and v2.is_model_ready(model) and v2.is_model_ready(model, "1")
 metadata = v2.get_model_metadata(model)
@@ -78,7 +82,7 @@ for binary in (True, False):
     inputs[1].set_data_from_numpy(seeds, binary_data=binary)
     outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("image", "latent", "seed")]
     parameters = {"steps": 6, "guidance_scale": 2.0}
-    result = v2.infer(model, inputs, outputs=outputs, parameters=parameters, headers=headers, request_id="a")
+    result = v2.infer(model, inputs, outputs=outputs, parameters=parameters, headers=headers(), request_id="a")
     images = result.as_numpy("image")
     assert images.dtype == numpy.uint8 and result.get_response()["id"] == "a"
     # The same images as the other interface made.
@@ -87,9 +91,9 @@ for binary in (True, False):
     assert result.as_numpy("latent").dtype == numpy.float32
 inputs = [triton.InferInput("class_label", [1], "INT64")]
 inputs[0].set_data_from_numpy(labels[:1])
-assert v2.infer(model, inputs, headers=headers).as_numpy("image").shape[0] == 1
+assert v2.infer(model, inputs, headers=headers()).as_numpy("image").shape[0] == 1
 try:
-    v2.infer("none", inputs, headers=headers)
+    v2.infer("none", inputs, headers=headers())
     raise SystemExit("an unknown model was taken")
 except triton.InferenceServerException as error:
     assert "there is no model" in str(error)

@@ -6,6 +6,7 @@
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
 //! | [`profile`] | executed nodes joined with the graph: where the time goes |
 //! | [`roof`] | what this machine can do at best, measured |
+//! | [`serve`] | the sampling server |
 //! | [`render`] | pictures, plots, arrays, progress |
 //! | [`external`] | where the tensors lie that programs point to |
 //! | [`console`] | standard output and error, the only place that prints |
@@ -20,6 +21,7 @@ pub mod profile;
 pub mod render;
 pub mod roof;
 pub mod sampler;
+pub mod serve;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

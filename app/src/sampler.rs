@@ -6,9 +6,32 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use graph_builder::Weights;
-use models::{COEFFICIENTS, DitConfig, Guidance, ProgramKind, Solver, SolverPlan, program};
+use models::{
+    COEFFICIENTS, DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, SolverPlan, program,
+};
 use runtime::{Binding, Runtime, Session, SessionOptions, SharedArena};
 use train_engine::random::{Purpose, Stream};
+
+/// The solver where none is asked for.
+pub fn default_sampler(objective: Objective) -> SolverKind {
+    match objective {
+        Objective::Ddpm => SolverKind::Ddpm,
+        Objective::Flow => SolverKind::Euler,
+    }
+}
+
+/// The steps of a solver where none are asked for.
+pub fn default_steps(sampler: SolverKind) -> usize {
+    if sampler == SolverKind::Ddpm { 250 } else { 50 }
+}
+
+/// The channels that guidance changes where none are asked for: 3 for DDPM models as in the reference, else all.
+pub fn default_guided(objective: Objective) -> Guidance {
+    match objective {
+        Objective::Ddpm => Guidance::First(3),
+        Objective::Flow => Guidance::All,
+    }
+}
 
 /// How images are made.
 #[derive(Clone, Debug)]

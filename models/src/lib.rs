@@ -8,7 +8,7 @@
 //! | [`solver`] | [`Solver`]: coefficient tables that make one `step` program serve every sampler |
 //! | [`dit`] | the transformer, block by block as in the paper |
 //! | `objective` | the DDPM and flow-matching losses |
-//! | [`programs`] | the five programs: `denoise`, `denoise-cfg`, `step`, `loss`, `train-step` |
+//! | [`programs`] | the six programs: `denoise`, `denoise-cfg`, `step`, `step-rows`, `loss`, `train-step` |
 //! | [`error`] | [`ModelError`], the one error of this crate |
 //!
 //! This room knows graphs and numbers. It knows no device, no session and no training loop.

@@ -1,4 +1,4 @@
-//! The five programs of a model: the contract between the compiler and everything that runs its output.
+//! The six programs of a model: the contract between the compiler and everything that runs its output.
 
 use std::fmt;
 use std::str::FromStr;
@@ -22,6 +22,8 @@ pub enum ProgramKind {
     DenoiseCfg,
     /// One solver step.
     Step,
+    /// One solver step of a batch of rows, in which a guided sample has two and any other one.
+    StepRows,
     /// The training loss.
     Loss,
     /// The training loss and all gradients.
@@ -30,7 +32,8 @@ pub enum ProgramKind {
 
 impl ProgramKind {
     /// All programs.
-    pub const ALL: [Self; 5] = [Self::Denoise, Self::DenoiseCfg, Self::Step, Self::Loss, Self::TrainStep];
+    pub const ALL: [Self; 6] =
+        [Self::Denoise, Self::DenoiseCfg, Self::Step, Self::StepRows, Self::Loss, Self::TrainStep];
 
     /// The name users write; also the program's file name.
     pub const fn name(self) -> &'static str {
@@ -38,6 +41,7 @@ impl ProgramKind {
             Self::Denoise => "denoise",
             Self::DenoiseCfg => "denoise-cfg",
             Self::Step => "step",
+            Self::StepRows => "step-rows",
             Self::Loss => "loss",
             Self::TrainStep => "train-step",
         }
@@ -130,7 +134,14 @@ pub fn program(
             let out = Sampling::inputs(&b, cfg, n).guided(cfg, guidance)?;
             b.output("out", out);
         }
-        ProgramKind::Step => step(&b, cfg, n, guidance)?,
+        ProgramKind::Step => {
+            let sampling = Sampling::inputs(&b, cfg, n);
+            step(&sampling, cfg, sampling.guided(cfg, guidance)?);
+        }
+        ProgramKind::StepRows => {
+            let sampling = Sampling::inputs(&b, cfg, n);
+            step(&sampling, cfg, sampling.paired(cfg, guidance));
+        }
         ProgramKind::Loss => {
             let _ = loss(&b, cfg, n)?;
         }
@@ -198,12 +209,36 @@ impl<'g> Sampling<'g> {
         }
         Ok(mixed.concat(&[cond.slice(1, guided, cfg.out_channels())], 1)) // (N, Cout, H, W)
     }
+
+    /// `u + g (c − u)` on the guided channels, where `u` is the answer of the row that `pair` names.
+    ///
+    /// A guided sample takes two rows with the same `x` and `t`, one with its class and one with the null class; a
+    /// sample without guidance is its own pair, which leaves its answer as it is. So one batch holds both kinds and
+    /// computes no row for nothing.
+    fn paired(&self, cfg: &DitConfig, channels: Guidance) -> Value<'g> {
+        let out = self.denoise(cfg); // (N, Cout, H, W)
+        let guided = match channels {
+            Guidance::Off => return out,
+            Guidance::First(n) => n.min(cfg.in_channels),
+            Guidance::All => cfg.in_channels,
+        };
+        let n = self.x.dim(0);
+        let pair = self.b.input("pair", Type::new(DType::I64, [n]));
+        let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
+        let c = out.slice(1, 0, guided);
+        let u = c.gather(pair); // (N, guided, H, W)
+        let mixed = u + guidance * (c - u);
+        if guided == cfg.out_channels() {
+            return mixed;
+        }
+        mixed.concat(&[out.slice(1, guided, cfg.out_channels())], 1) // (N, Cout, H, W)
+    }
 }
 
-/// One step of any solver, from a row of coefficients a sample (see [`crate::solver`]).
-fn step(b: &Builder, cfg: &DitConfig, n: usize, guidance: Guidance) -> Result<(), ModelError> {
-    let sampling = Sampling::inputs(b, cfg, n);
-    let out = sampling.guided(cfg, guidance)?; // (N, Cout, H, W)
+/// One step of any solver from the model's answer `out` (N, Cout, H, W) and a row of coefficients a sample (see
+/// [`crate::solver`]).
+fn step<'g>(sampling: &Sampling<'g>, cfg: &DitConfig, out: Value<'g>) {
+    let (b, n) = (sampling.b, sampling.x.dim(0));
     let coef = b.input("coef", Type::f32([n, COEFFICIENTS]));
     let noise = b.input("noise", image(cfg, n));
     let history = b.input("history", image(cfg, n));
@@ -225,7 +260,6 @@ fn step(b: &Builder, cfg: &DitConfig, n: usize, guidance: Guidance) -> Result<()
     b.output("x_next", x_next);
     b.output("x0_hat", x0_hat);
     b.output("history_next", history_next);
-    Ok(())
 }
 
 /// The loss; returns the scalar.

@@ -18,7 +18,7 @@ const FIXTURE: &str = "dit-d48-h4-p2";
 fn the_same_command_gives_the_same_bytes() {
     let scene = Scene::new();
     let build = |out: &str| {
-        let programs = "denoise,denoise-cfg,step,loss,train-step --buckets 1,3";
+        let programs = "denoise,denoise-cfg,step,step-rows,loss,train-step --buckets 1,3";
         let line = format!(
             "build-engine --model checkpoint --weights checkpoint/model.safetensors --program {programs}"
         );
@@ -27,7 +27,7 @@ fn the_same_command_gives_the_same_bytes() {
         named.map(|(p, b)| (p.strip_prefix(scene.path(out)).unwrap().to_owned(), b)).collect::<Vec<_>>()
     };
     let first = build("first");
-    assert_eq!(first.len(), 10 + 2, "five programs of two sizes, the manifest and the weights");
+    assert_eq!(first.len(), 12 + 2, "six programs of two sizes, the manifest and the weights");
     assert!(first == build("second"));
     // A directory that is there is replaced as a whole.
     assert!(first == build("first"));
@@ -122,4 +122,40 @@ fn weights_of_half_precision_are_converted() {
     assert!(answer(&scene, "engine-of-half", 4) == answer(&scene, "engine-of-whole", 4));
     let kept = tensors(&scene.path("half/model.safetensors"));
     assert!(kept.values().all(|t| matches!(t.data(), HostData::F16(_))), "the file itself is as it was");
+}
+
+#[test]
+fn a_triton_repository_holds_models_that_run() {
+    let scene = Scene::new();
+    let line = "build-engine --model checkpoint --weights checkpoint/model.safetensors --program denoise --buckets 1,3";
+    let report = scene.mudit(&format!("{line} --export triton --out repository --json")).succeeds();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["models"].as_array().unwrap().len(), 2);
+    scene.mudit(&format!("{line} --out engine --provider none")).succeeds();
+    let (repository, engine) = (scene.path("repository"), Engine::open(scene.path("engine")).unwrap());
+    let config = fs::read_to_string(repository.join("denoise-b3/config.pbtxt")).unwrap();
+    assert!(config.contains("{ name: \"x\" data_type: TYPE_FP32 dims: [ 3, 4, 8, 8 ] }"), "{config}");
+    // The weights are the checkpoint's own file, and the model finds them.
+    let outputs = within(std::time::Duration::from_mins(1), "two runs", move || {
+        let (runtime, options) = (onnx_runtime(), SessionOptions::default());
+        let file = repository.join("denoise-b3/1/model.onnx");
+        let sessions = [
+            runtime::Session::load_file(&runtime, file, None, &options),
+            engine.session(&runtime, "denoise", 3, &options),
+        ];
+        sessions.map(|session| {
+            let mut binding = Binding::owned(&session.unwrap()).unwrap();
+            binding.input_f32("x").unwrap().fill(0.5);
+            binding.set_input("y", &[1_i64, 2, 3]).unwrap();
+            binding.run().unwrap();
+            binding.output_f32("out").unwrap().to_vec()
+        })
+    });
+    assert!(outputs[0] == outputs[1] && outputs[0].iter().any(|v| *v != 0.0));
+    scene.refuses(&format!("{line} --export triton --out repository"), 1, &["repository", "exists"]);
+    scene.refuses(
+        "build-engine --model checkpoint --program loss --export triton --out other",
+        2,
+        &["loss", "sampling programs"],
+    );
 }

@@ -27,6 +27,7 @@ mod resume;
 mod runs;
 mod sampling;
 mod scene;
+mod serve;
 mod speed;
 mod tiny;
 mod tiny_run;

@@ -134,6 +134,11 @@ impl Running {
         self.child.id()
     }
 
+    /// What it wrote to standard output so far.
+    pub(crate) fn said(&self) -> String {
+        fs::read_to_string(self.texts.path().join("out")).unwrap_or_default()
+    }
+
     /// Whether it runs still.
     pub(crate) fn is_alive(&self) -> bool {
         // A child that ended and is not waited for is a zombie.

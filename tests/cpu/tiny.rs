@@ -57,6 +57,8 @@ pub(crate) fn feeds(graph: &Graph, variant: &str) -> Feeds {
                 let mut first = true;
                 draws.array(shape, |d| if std::mem::take(&mut first) { 0.0 } else { d.below(1000) as f64 })
             }
+            // Each row has another one's answer for its pair, and the last its own.
+            ("pair", _) => ndarray::ArrayD::from_shape_fn(shape, |i| (i[0] + 1).min(BATCH - 1) as f64),
             (_, DType::I64) => draws.array(shape, |d| d.below(cfg.label_rows()) as f64),
             ("hp.output_multiplier", _) => {
                 draws.array(shape, |_| cfg.mup.map_or(1.0, |m| m.output_multiplier))

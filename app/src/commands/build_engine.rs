@@ -16,7 +16,7 @@ use serde_json::json;
 use train_engine::mup::MupTable;
 use train_engine::step::parameter_layout;
 
-use super::{Machine, guided_channels, weights};
+use super::{Machine, guided_channels, triton, weights};
 use crate::Usage;
 use crate::console;
 use crate::external::tensors;
@@ -45,13 +45,20 @@ enum Precision {
     F16,
 }
 
+/// Another program's layout of the directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Export {
+    /// A model repository of NVIDIA's Triton server.
+    Triton,
+}
+
 /// Arguments of `mudit build-engine`.
 #[derive(Debug, Args)]
 pub struct BuildEngineArgs {
     /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, or a checkpoint directory.
     #[arg(long)]
     model: String,
-    /// Programs to build: denoise, denoise-cfg, step, loss, train-step.
+    /// Programs to build: denoise, denoise-cfg, step, step-rows, loss, train-step.
     #[arg(long = "program", required = true, value_delimiter = ',')]
     programs: Vec<ProgramKind>,
     /// Parameters (safetensors) for the programs that carry them.
@@ -72,7 +79,10 @@ pub struct BuildEngineArgs {
     /// Who the engine is built for.
     #[arg(long, value_enum, default_value = "cpu")]
     provider: ProviderName,
-    /// The engine's directory.
+    /// Write a model repository for another server instead of an engine: a model for each program and batch size.
+    #[arg(long, value_enum)]
+    export: Option<Export>,
+    /// The engine's directory, or the repository.
     #[arg(long)]
     out: PathBuf,
     /// Print the manifest as JSON.
@@ -88,6 +98,11 @@ const CONVERTED: &str = "weights.safetensors";
 impl BuildEngineArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         self.check_provider()?;
+        if let (Some(_), Some(kind)) = (self.export, self.programs.iter().find(|p| p.feeds_parameters())) {
+            let text =
+                format!("{kind} takes the parameters as inputs; a model repository is for sampling programs");
+            return Err(Usage(text).into());
+        }
         let model = DitConfig::resolve(&self.model)?;
         let carries = self.programs.iter().any(|p| !p.feeds_parameters());
         let weights = match (&self.weights, carries) {
@@ -118,6 +133,13 @@ impl BuildEngineArgs {
         let seconds = start.elapsed().as_secs_f64();
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = weights.as_ref().filter(|_| carries).map(|w| w.file.as_path());
+        if let Some(Export::Triton) = self.export {
+            let models = triton::write_repository(&self.out, &programs, file)?;
+            if self.json {
+                return console::json(&json!({"repository": self.out, "models": models}));
+            }
+            return models.iter().try_for_each(|m| console::out(&m.display().to_string()));
+        }
         let manifest = write_engine(&self.out, &programs, file, self.notes(&model)?)?;
         let report = if self.provider == ProviderName::Cpu { self.first_runs()? } else { Vec::new() };
         if self.json {

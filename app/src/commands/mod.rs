@@ -1,5 +1,6 @@
 //! The commands. Each is *resolve, call, report*; what is computed lives in the libraries.
 
+mod bench_serve;
 mod build_engine;
 mod data;
 mod doctor;
@@ -9,7 +10,9 @@ mod profile;
 mod quickstart;
 mod replay;
 mod sample;
+mod serve;
 mod train;
+mod triton;
 mod weights;
 
 use std::sync::Arc;
@@ -39,6 +42,10 @@ pub enum Command {
     Replay(replay::ReplayArgs),
     /// Make images from a checkpoint.
     Sample(sample::SampleArgs),
+    /// Serve images over HTTP, with a page to try it.
+    Serve(serve::ServeArgs),
+    /// Put load on a server and measure it.
+    BenchServe(bench_serve::BenchServeArgs),
     /// Fetch, check and look at data sets.
     Data(data::DataArgs),
 }
@@ -58,6 +65,8 @@ impl Command {
             Self::Train(args) => args.run(),
             Self::Replay(args) => args.run(),
             Self::Sample(args) => args.run(),
+            Self::Serve(args) => args.run(),
+            Self::BenchServe(args) => args.run(),
             Self::Data(args) => args.run(),
         }
     }

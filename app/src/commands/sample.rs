@@ -8,7 +8,7 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
-use models::{DitConfig, Guidance, Objective, Solver, SolverKind, Spacing};
+use models::{DitConfig, Guidance, Solver, SolverKind, Spacing};
 use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
 use serde_json::json;
 
@@ -20,7 +20,7 @@ use crate::render::arrays::SampleArchive;
 use crate::render::grid::{Caption, Column, grid, save_png};
 use crate::render::pixels;
 use crate::render::progress::{Job, Progress};
-use crate::sampler::{NoiseSource, Sampler, Settings};
+use crate::sampler::{NoiseSource, Sampler, Settings, default_guided, default_sampler, default_steps};
 
 /// Arguments of `mudit sample`.
 #[derive(Debug, Args)]
@@ -122,10 +122,7 @@ impl SampleArgs {
                 Usage("the model has no null class, so it cannot be guided: use --cfg 1".into()).into()
             );
         }
-        let guided = self.cfg_channels.unwrap_or(match model.objective {
-            Objective::Ddpm => Guidance::First(3),
-            Objective::Flow => Guidance::All,
-        });
+        let guided = self.cfg_channels.unwrap_or(default_guided(model.objective));
         let runtime = self.machine.runtime()?;
         let settings = Settings {
             solver: solver.clone(),
@@ -173,12 +170,8 @@ impl SampleArgs {
     }
 
     fn solver(&self, model: &DitConfig) -> Solver {
-        let kind = self.sampler.unwrap_or(match model.objective {
-            Objective::Ddpm => SolverKind::Ddpm,
-            Objective::Flow => SolverKind::Euler,
-        });
-        let steps =
-            self.steps.clone().unwrap_or(Spacing::even(if kind == SolverKind::Ddpm { 250 } else { 50 }));
+        let kind = self.sampler.unwrap_or(default_sampler(model.objective));
+        let steps = self.steps.clone().unwrap_or(Spacing::even(default_steps(kind)));
         Solver { eta: self.eta, shift: self.shift, ..Solver::new(kind, steps) }
     }
 

@@ -1,0 +1,80 @@
+//! A model that is served: what it is called, what may be asked of it, and how that becomes an order.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use models::{DitConfig, Guidance, SolverPlan};
+use runtime::SharedArena;
+
+/// A model with its parameters and its name.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// What clients call it.
+    pub name: String,
+    /// What it is.
+    pub model: DitConfig,
+    /// Its parameters.
+    pub parameters: SharedArena,
+    /// Channels that guidance changes.
+    pub guided: Guidance,
+    /// Where the parameters were read; told to nobody but the operator.
+    pub file: PathBuf,
+    /// SHA-256 of that file.
+    pub sha256: String,
+}
+
+impl Source {
+    /// Axis sizes of an image: (C, H, W).
+    pub fn shape(&self) -> [usize; 3] {
+        [self.model.in_channels, self.model.input_size, self.model.input_size]
+    }
+
+    /// Values of an image.
+    pub fn values(&self) -> usize {
+        self.shape().iter().product()
+    }
+
+    /// The size of a picture as clients write it.
+    pub fn size(&self) -> String {
+        format!("{0}x{0}", self.model.input_size)
+    }
+
+    /// The class that a number or a name means.
+    pub fn class(&self, text: &str) -> Option<i64> {
+        if let Ok(number) = text.trim().parse::<usize>() {
+            return (number < self.model.num_classes).then_some(number as i64);
+        }
+        let names = self.model.class_names.as_deref().unwrap_or_default();
+        names.iter().position(|name| name.eq_ignore_ascii_case(text.trim())).map(|i| i as i64)
+    }
+
+    /// The name of a class; its number where it has none.
+    pub fn class_name(&self, label: i64) -> String {
+        let names = self.model.class_names.as_deref().unwrap_or_default();
+        match usize::try_from(label).ok() {
+            Some(i) if Some(i) == self.model.null_class() => "none".to_owned(),
+            Some(i) => names.get(i).cloned().unwrap_or_else(|| label.to_string()),
+            None => label.to_string(),
+        }
+    }
+
+    /// What may stand for a class, for messages.
+    pub fn classes(&self) -> String {
+        let numbers = format!("0 to {}", self.model.num_classes - 1);
+        match self.model.class_names.as_deref() {
+            Some(names) => {
+                let shown = names.iter().take(20).cloned().collect::<Vec<_>>().join(", ");
+                format!("{numbers}, or {shown}{}", if names.len() > 20 { ", …" } else { "" })
+            }
+            None => numbers,
+        }
+    }
+
+    /// The plan of a solver on this model.
+    ///
+    /// # Errors
+    /// The solver does not fit the model, or an option is out of range.
+    pub fn plan(&self, solver: &models::Solver) -> Result<Arc<SolverPlan>, models::ModelError> {
+        solver.plan(self.model.objective, self.model.learn_sigma).map(Arc::new)
+    }
+}

@@ -10,6 +10,7 @@ mod kernels;
 mod layering;
 mod machine_errors;
 mod models;
+mod mup;
 mod onnx_golden;
 mod op_constraints;
 mod op_cost;

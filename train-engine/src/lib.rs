@@ -9,6 +9,7 @@
 //! | [`data`] | data sets, the order of images, the thread that reads ahead |
 //! | [`random`] | draws that are pure functions of seed, purpose, step and sample |
 //! | [`mup`] | roles to rates and first values |
+//! | [`coordinates`] | the coordinate check: sizes of activations and updates over widths |
 //! | [`step`] | the compiled training step, bound to arenas |
 //! | [`trainer`] | the loop |
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
@@ -19,6 +20,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod coordinates;
 pub mod data;
 pub mod error;
 pub mod metrics;

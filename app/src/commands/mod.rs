@@ -1,9 +1,12 @@
 //! The commands. Each is *resolve, call, report*; what is computed lives in the libraries.
 
 mod build_engine;
+mod convert;
+mod coord_check;
 mod data;
 mod doctor;
 mod inspect;
+mod mup_table;
 mod observer;
 mod profile;
 mod quickstart;
@@ -39,6 +42,10 @@ pub enum Command {
     Replay(replay::ReplayArgs),
     /// Make images from a checkpoint.
     Sample(sample::SampleArgs),
+    /// Check that activations and their updates keep their size over widths; exit code 1 when they do not.
+    CoordCheck(coord_check::CoordCheckArgs),
+    /// Rewrite a checkpoint for other programs.
+    Convert(convert::ConvertArgs),
     /// Fetch, check and look at data sets.
     Data(data::DataArgs),
 }
@@ -58,6 +65,8 @@ impl Command {
             Self::Train(args) => args.run(),
             Self::Replay(args) => args.run(),
             Self::Sample(args) => args.run(),
+            Self::CoordCheck(args) => args.run(),
+            Self::Convert(args) => args.run(),
             Self::Data(args) => args.run(),
         }
     }

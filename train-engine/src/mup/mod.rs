@@ -2,15 +2,22 @@
 //!
 //! Roles are derived from the graph ([`graph_builder::Role`]); the rules are those of the muP paper's table 1 in the
 //! form relative to a base width: with m = width / base width, hidden weights learn m times slower, the output
-//! weight's product is divided by m (in the graph), all else is as at the base width.
+//! weight's product is divided by m (in the graph), all else is as at the base width. The clip of the gradient's norm,
+//! the warm-up in steps and the loss weights do not depend on the width (paper, appendix B.4). Where two conventions
+//! are in use, [`Conventions`] names the one in force.
 
-use graph_builder::{Graph, Init, Role};
+mod conventions;
+mod draw;
+mod stamp;
+
+use graph_builder::{Dim, Graph, Parameter, Role};
 use models::DitConfig;
-use runtime::{Arena, ArenaLayout};
+use runtime::ArenaLayout;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
-use crate::random::{Purpose, Stream};
+pub use conventions::{Conventions, DecayRule, EpsRule};
+pub use draw::draw_parameters;
+pub use stamp::{Stamp, check_stamp};
 
 /// What muP says of one parameter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,13 +30,26 @@ pub struct MupRow {
     pub role: Role,
     /// Standard deviation of the first value; `None` for fixed tables.
     pub init_std: Option<f64>,
+    /// The same at the base width.
+    #[serde(default)]
+    pub base_init_std: Option<f64>,
+    /// Factor on the parameter's product in the forward pass; 1 at the base width, α aside.
+    #[serde(default = "one")]
+    pub multiplier: f64,
     /// Factor on the base learning rate; 0 for what is never trained.
     pub lr: f64,
-    /// Factor on the weight decay: the product of rate and decay does not depend on the width.
+    /// Factor on the weight decay.
     pub weight_decay: f64,
+    /// Factor on Adam's epsilon.
+    #[serde(default = "one")]
+    pub eps: f64,
 }
 
-/// The parameterisation of a model, saved with every checkpoint.
+fn one() -> f64 {
+    1.0
+}
+
+/// The parameterisation of a model, saved with every checkpoint and engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MupTable {
     /// Whether muP's factors are in force; otherwise every factor is 1.
@@ -40,96 +60,89 @@ pub struct MupTable {
     pub base_width: usize,
     /// Factor α on the output layer, beside 1/m.
     pub output_multiplier: f64,
+    /// What was chosen where two conventions are in use.
+    #[serde(default)]
+    pub conventions: Conventions,
     /// One row a parameter, in order of declaration.
     pub parameters: Vec<MupRow>,
 }
 
 impl MupTable {
-    /// The table of a model's training graph.
+    /// The table of a model whose parameters `graph` declares, under the default [`Conventions`].
     pub fn new(graph: &Graph, model: &DitConfig) -> Self {
-        let m = model.width_multiplier();
-        let rows = graph.parameters().iter().enumerate().map(|(i, p)| {
-            let role = graph.role(i);
-            let hidden = role == Role::Hidden;
-            let shape = p.shape();
-            MupRow {
-                name: p.name.clone(),
-                role,
-                init_std: init_std(&p.init, shape.dims()),
-                lr: if !p.trainable {
-                    0.0
-                } else if hidden {
-                    1.0 / m
-                } else {
-                    1.0
-                },
-                weight_decay: if hidden { m } else { 1.0 },
-                shape: shape.0,
-            }
-        });
-        Self {
+        let base_width = model.mup.map_or(model.hidden_size, |mup| mup.base_width);
+        let rows = graph.parameters().iter().enumerate().map(|(i, p)| row(p, graph.role(i), model));
+        let table = Self {
             enabled: model.mup.is_some(),
             width: model.hidden_size,
-            base_width: model.mup.map_or(model.hidden_size, |mup| mup.base_width),
+            base_width,
             output_multiplier: model.mup.map_or(1.0, |mup| mup.output_multiplier),
+            conventions: Conventions::default(),
             parameters: rows.collect(),
+        };
+        table.with_conventions(Conventions::default())
+    }
+
+    /// The same table under other conventions.
+    #[must_use]
+    pub fn with_conventions(mut self, conventions: Conventions) -> Self {
+        let m = self.width_multiplier();
+        for row in &mut self.parameters {
+            row.weight_decay = conventions.weight_decay.factor(row.role, m);
+            row.eps = conventions.eps.factor(row.role, m);
         }
+        self.conventions = conventions;
+        self
+    }
+
+    /// m = width / base width; 1 under the standard parameterisation.
+    pub fn width_multiplier(&self) -> f64 {
+        self.width as f64 / self.base_width as f64
     }
 
     /// Learning rate and weight decay of each entry of `gradients`, in layout order.
     pub fn rates(&self, gradients: &ArenaLayout, lr: f64, weight_decay: f64) -> (Vec<f64>, Vec<f64>) {
+        (self.pick(gradients, |row| row.lr * lr), self.pick(gradients, |row| row.weight_decay * weight_decay))
+    }
+
+    /// Adam's epsilon of each entry of `gradients`, in layout order.
+    pub fn epsilons(&self, gradients: &ArenaLayout, eps: f64) -> Vec<f64> {
+        self.pick(gradients, |row| row.eps * eps)
+    }
+
+    fn pick(&self, gradients: &ArenaLayout, of: impl Fn(&MupRow) -> f64) -> Vec<f64> {
         let row = |name: &str| self.parameters.iter().find(|row| row.name == name);
-        let pick = |factor: fn(&MupRow) -> f64, base: f64| {
-            gradients.entries().keys().map(|name| row(name).map_or(0.0, factor) * base).collect()
-        };
-        (pick(|row| row.lr, lr), pick(|row| row.weight_decay, weight_decay))
+        gradients.entries().keys().map(|name| row(name).map_or(0.0, &of)).collect()
     }
 }
 
-/// Fan-in and fan-out of a weight (out, in, …).
-fn fans(shape: &[usize]) -> (usize, usize) {
-    (shape.iter().skip(1).product(), shape.first().copied().unwrap_or(1))
-}
-
-/// Standard deviation of the first value.
-fn init_std(init: &Init, shape: &[usize]) -> Option<f64> {
-    let (fan_in, fan_out) = fans(shape);
-    match init {
-        Init::Zeros => Some(0.0),
-        Init::Normal { std } => Some(*std),
-        Init::XavierUniform => Some((2.0 / (fan_in + fan_out) as f64).sqrt()),
-        Init::KaimingNormal => Some((1.0 / fan_in as f64).sqrt()),
-        Init::Values(_) => None,
+fn row(parameter: &Parameter, role: Role, model: &DitConfig) -> MupRow {
+    let m = model.width_multiplier();
+    let sizes: Vec<f64> = parameter.dims.iter().map(|d| d.size() as f64).collect();
+    let at_base = |d: &Dim| match d {
+        Dim::Fixed(n) => *n as f64,
+        Dim::Width(n) => *n as f64 / m,
+    };
+    let base_sizes: Vec<f64> = parameter.dims.iter().map(at_base).collect();
+    MupRow {
+        name: parameter.name.clone(),
+        shape: parameter.shape().0,
+        role,
+        init_std: draw::init_std(&parameter.init, &sizes),
+        base_init_std: draw::init_std(&parameter.init, &base_sizes),
+        multiplier: if role == Role::Output {
+            model.mup.map_or(1.0, |mup| mup.output_multiplier) / m
+        } else {
+            1.0
+        },
+        lr: match role {
+            _ if !parameter.trainable => 0.0,
+            Role::Hidden => 1.0 / m,
+            _ => 1.0,
+        },
+        weight_decay: 1.0,
+        eps: 1.0,
     }
-}
-
-/// Draws the first value of every parameter of `graph` into `parameters`; the same for any number of threads.
-///
-/// # Errors
-/// [`crate::TrainError::Runtime`] when the arena lacks a parameter.
-pub fn draw_parameters(graph: &Graph, seed: u64, parameters: &mut Arena) -> Result<()> {
-    for (i, parameter) in graph.parameters().iter().enumerate() {
-        let values = parameters.view_mut(&parameter.name)?;
-        let mut stream = Stream::new(seed, Purpose::Init, 0, i as u64);
-        let std = init_std(&parameter.init, parameter.shape().dims()).unwrap_or(0.0);
-        match &parameter.init {
-            Init::Zeros => values.fill(0.0),
-            Init::Normal { .. } | Init::KaimingNormal => {
-                stream.fill_normal(values);
-                for v in values {
-                    *v = (f64::from(*v) * std) as f32;
-                }
-            }
-            Init::XavierUniform => {
-                let bound = 3.0_f64.sqrt() * std; // a uniform's half width is √3 standard deviations
-                for v in values {
-                    *v = ((2.0 * stream.uniform_f64() - 1.0) * bound) as f32;
-                }
-            }
-            Init::Values(table) => values.copy_from_slice(table),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -137,6 +150,7 @@ mod tests {
     use std::sync::Arc;
 
     use models::{Guidance, MupConfig, ProgramKind, program};
+    use runtime::Arena;
 
     use super::*;
 
@@ -200,5 +214,29 @@ mod tests {
             let expected = row.init_std.unwrap();
             assert!((std - expected).abs() <= 0.12 * expected, "{}: {std} for {expected}", row.name);
         }
+    }
+
+    #[test]
+    fn the_base_width_has_the_spread_that_its_own_table_says() {
+        let (wide, base) = (rows(64), rows(16));
+        for (wide, base) in wide.parameters.iter().zip(&base.parameters) {
+            assert_eq!(wide.base_init_std, base.init_std, "{}", wide.name);
+            assert_eq!((base.multiplier, base.eps), (1.0, 1.0), "{}", base.name);
+        }
+        let factor = |t: &MupTable| t.parameters.iter().find(|r| r.role == Role::Output).unwrap().multiplier;
+        assert_eq!(factor(&wide), 0.25);
+    }
+
+    #[test]
+    fn conventions_change_decay_and_epsilon_only() {
+        let other = Conventions { weight_decay: DecayRule::Constant, eps: EpsRule::Scaled };
+        let (table, changed) = (rows(64), rows(64).with_conventions(other));
+        for (row, new) in table.parameters.iter().zip(&changed.parameters) {
+            assert_eq!((row.lr, row.multiplier), (new.lr, new.multiplier));
+            assert_eq!((new.weight_decay, row.eps), (1.0, 1.0));
+            assert_eq!(new.eps, if row.role == Role::Scalar { 1.0 } else { 0.25 }, "{}", row.name);
+        }
+        let text = serde_json::to_string(&changed).unwrap();
+        assert_eq!(serde_json::from_str::<MupTable>(&text).unwrap(), changed);
     }
 }

@@ -12,6 +12,7 @@
 //! | [`coordinates`] | the coordinate check: sizes of activations and updates over widths |
 //! | [`step`] | the compiled training step, bound to arenas |
 //! | [`trainer`] | the loop |
+//! | [`sweep`] | many runs over settings on few compiled steps; whether optima stay |
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
 //! | [`checkpoint`] | directories that appear whole or not at all, and the run's lock |
 //! | [`metrics`], [`tensorboard`] | what is logged |
@@ -29,6 +30,7 @@ pub mod random;
 pub mod schedule;
 pub mod signals;
 pub mod step;
+pub mod sweep;
 pub mod tensorboard;
 pub mod trainer;
 

@@ -38,6 +38,12 @@ impl StepShape {
     }
 }
 
+impl std::fmt::Display for StepShape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
 /// The model without what is no part of the program's shape.
 fn neutral(model: &DitConfig) -> DitConfig {
     let dropout = if model.class_dropout_prob > 0.0 { 0.5 } else { 0.0 }; // only whether there is a null class

@@ -259,7 +259,7 @@ fn picture(
         let lines = sizes.iter().enumerate().map(|(step, of_width)| {
             let mean = |seeds: &Vec<f64>| seeds.iter().sum::<f64>() / seeds.len() as f64;
             let points = measured.widths.iter().zip(of_width).map(|(w, s)| (*w as f64, mean(s))).collect();
-            Line { series: step, points, spread: Vec::new(), marked: None }
+            Line { series: step, points, spread: Vec::new(), marked: None, joined: true }
         });
         Panel { title: layer.layer.clone(), lines: lines.collect(), alarm: !verdict.passed }
     });

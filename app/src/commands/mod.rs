@@ -12,7 +12,9 @@ mod profile;
 mod quickstart;
 mod replay;
 mod sample;
+mod sweep;
 mod train;
+mod transfer;
 mod weights;
 
 use std::sync::Arc;
@@ -44,6 +46,10 @@ pub enum Command {
     Sample(sample::SampleArgs),
     /// Check that activations and their updates keep their size over widths; exit code 1 when they do not.
     CoordCheck(coord_check::CoordCheckArgs),
+    /// Run many trainings over settings and sizes on few compiled steps.
+    Sweep(sweep::SweepArgs),
+    /// Tell whether optima stay over widths, batches and steps; or tune a proxy and train the target with its settings.
+    Transfer(transfer::TransferArgs),
     /// Rewrite a checkpoint for other programs.
     Convert(convert::ConvertArgs),
     /// Fetch, check and look at data sets.
@@ -66,6 +72,8 @@ impl Command {
             Self::Replay(args) => args.run(),
             Self::Sample(args) => args.run(),
             Self::CoordCheck(args) => args.run(),
+            Self::Sweep(args) => args.run(),
+            Self::Transfer(args) => args.run(),
             Self::Convert(args) => args.run(),
             Self::Data(args) => args.run(),
         }

@@ -37,6 +37,8 @@ pub struct Line {
     pub spread: Vec<f64>,
     /// A point that is marked with a ring.
     pub marked: Option<usize>,
+    /// Whether a line goes through the points.
+    pub joined: bool,
 }
 
 /// One plot of the picture.
@@ -206,7 +208,7 @@ impl Panels {
                     }
                 }
             }
-            if !path.is_empty() {
+            if line.joined && !path.is_empty() {
                 writeln!(svg, r#"<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>"#)?;
             }
         }
@@ -274,7 +276,7 @@ mod tests {
     use super::*;
 
     fn picture(points: Vec<(f64, f64)>) -> String {
-        let line = Line { series: 0, points, spread: vec![0.0, 0.5], marked: Some(1) };
+        let line = Line { series: 0, points, spread: vec![0.0, 0.5], marked: Some(1), joined: true };
         let panel = Panel { title: "a < b".into(), lines: vec![line], alarm: true };
         Panels {
             title: "t".into(),

@@ -206,15 +206,24 @@ impl Trainer {
         Ok(self.optimizer.step(state, &step)?)
     }
 
-    /// Writes the four files of a checkpoint that hold the model and its optimizer.
-    fn write(&self, directory: &Path, state: &State) -> Result<()> {
+    /// Writes the three files of a checkpoint that hold the model, enough to sample from.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`], [`TrainError::Io`].
+    pub fn write_model(&self, directory: &Path) -> Result<()> {
         let meta = Stamp::of(&self.model).metadata()?;
         let text = self.model.to_json();
         runtime::file::write_atomically(directory.join(checkpoint::CONFIG_FILE), |out| {
             out.write_all(text.as_bytes())
         })?;
         read_lock(&self.step.parameters)?.write_safetensors(directory.join(checkpoint::MODEL_FILE), &meta)?;
-        read_lock(&self.ema)?.write_safetensors(directory.join(checkpoint::EMA_FILE), &meta)?;
+        Ok(read_lock(&self.ema)?.write_safetensors(directory.join(checkpoint::EMA_FILE), &meta)?)
+    }
+
+    /// Writes the files of a checkpoint: the model, its optimizer and where the run stands.
+    fn write(&self, directory: &Path, state: &State) -> Result<()> {
+        self.write_model(directory)?;
+        let meta = Stamp::of(&self.model).metadata()?;
         let moments: Vec<(&str, &Arena)> = MOMENTS.into_iter().zip(&self.moments).collect();
         Arena::write_all_safetensors(&moments, directory.join(checkpoint::OPTIMIZER_FILE), &meta)?;
         state.write(directory)

@@ -10,7 +10,7 @@ use crate::scene::Scene;
 use crate::tiny_run::idx;
 
 /// A run of each command that succeeds without any network.
-const RUNS: [&str; 11] = [
+const RUNS: [&str; 13] = [
     "quickstart --offline --out quick --minutes 0.01 --set data.path=fashion --set train.batch_size=8 \
      --set model.hidden_size=16 --set model.depth=1 --set model.num_heads=2 --set sample.steps=2 --set train.warmup_steps=1",
     "doctor --json",
@@ -24,6 +24,8 @@ const RUNS: [&str; 11] = [
     "coord-check --offline --model DiT-S/8@8x8x1:10 --set model.depth=1 --head-size 16 --widths 16,32 --seeds 1 --steps 1 \
      --out c --tolerance 9 --json",
     "convert --fold-output-multiplier --checkpoint r --out CONVERTED --json",
+    "sweep run --offline --config sweep.toml --out w --json",
+    "transfer --offline --config sweep.toml --out t --json",
     "data check --offline --kind idx --path data --grid g.png --json",
 ];
 
@@ -31,6 +33,8 @@ const RUNS: [&str; 11] = [
 fn every_command_runs() {
     let scene = Scene::new();
     fashion(&scene);
+    let rates = "[parameters]\n\"train.learning_rate\" = { octaves = [-9, -8] }\n";
+    scene.write("sweep.toml", format!("config = \"run.toml\"\n{rates}[target]\n\"train.seed\" = 1\n"));
     for line in RUNS {
         let text = scene.mudit(line).succeeds();
         assert!(!text.is_empty(), "{line}");

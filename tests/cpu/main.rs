@@ -27,6 +27,7 @@ mod resume;
 mod runs;
 mod sampling;
 mod scene;
+mod sweep;
 mod tiny;
 mod tiny_run;
 mod training;

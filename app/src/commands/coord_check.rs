@@ -1,5 +1,6 @@
 //! `mudit coord-check`: do activations and their updates keep their size over widths?
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -184,6 +185,7 @@ impl CoordCheckArgs {
             "parameterisation": if config.mup.enabled { "mup" } else { "sp" }, "init": config.mup.init.name(),
             "base_width": config.mup.base_width, "rate": self.rate, "batch": self.batch,
             "tolerance": self.tolerance, "passed": passed, "worst": worst, "seconds": seconds,
+            "roles": by_role(verdict).into_iter().map(|(r, _, t)| (r, t.slope)).collect::<BTreeMap<_, _>>(),
             "verdict": verdict, "sizes": measured,
         });
         let file = self.out.join("coord-check.json");
@@ -204,6 +206,9 @@ impl CoordCheckArgs {
                 slope(v.update),
                 if v.passed { "ok" } else { "FAILS" }
             ))?;
+        }
+        for (role, quantity, trend) in by_role(verdict) {
+            console::out(&format!("{role:9} worst {:10} width^{:+.2}", word(quantity), trend.slope))?;
         }
         console::out(&format!(
             "{}: {} of {} layers within width^±{} over widths {:?}, in {seconds:.0} s",
@@ -231,6 +236,20 @@ fn worst(verdict: &[LayerVerdict]) -> Option<(&LayerVerdict, Quantity, Trend)> {
     let steep = failed.filter_map(|v| v.steepest().map(|(quantity, trend)| (v, quantity, trend)));
     let size = |t: &Trend| if t.slope.is_nan() { f64::INFINITY } else { t.slope.abs() };
     steep.max_by(|a, b| size(&a.2).total_cmp(&size(&b.2)))
+}
+
+/// The steepest trend of each role's layers.
+fn by_role(verdict: &[LayerVerdict]) -> Vec<(String, Quantity, Trend)> {
+    let mut roles: BTreeMap<String, (Quantity, Trend)> = BTreeMap::new();
+    for v in verdict {
+        let (Some(role), Some((quantity, trend))) = (v.role, v.steepest()) else { continue };
+        let name = format!("{role:?}").to_lowercase();
+        let steeper = roles.get(&name).is_none_or(|(_, known)| trend.slope.abs() > known.slope.abs());
+        if steeper || trend.slope.is_nan() {
+            roles.insert(name, (quantity, trend));
+        }
+    }
+    roles.into_iter().map(|(role, (quantity, trend))| (role, quantity, trend)).collect()
 }
 
 fn word(quantity: Quantity) -> &'static str {

@@ -117,6 +117,8 @@ pub struct MupSection {
     /// `mup` (the muP experiments') or `dit` (the original).
     #[serde(with = "by_name")]
     pub init: InitScheme,
+    /// Factor σ on the random first values of all parameters.
+    pub init_scale: f64,
     /// `scaled` (hidden weights' decay · m, so that rate · decay stays; the published package's) or `constant`.
     pub weight_decay: DecayRule,
     /// `constant` (the published package's) or `scaled` (epsilon / m where gradients fall as 1 / m).
@@ -137,6 +139,7 @@ impl Default for MupSection {
             base_width: 96,
             output_multiplier: 1.0,
             init: InitScheme::Mup,
+            init_scale: 1.0,
             weight_decay: DecayRule::default(),
             eps: EpsRule::default(),
         }

@@ -19,16 +19,17 @@ pub(super) fn init_std(init: &Init, sizes: &[f64]) -> Option<f64> {
     }
 }
 
-/// Draws the first value of every parameter of `graph` into `parameters`; the same for any number of threads.
+/// Draws the first value of every parameter of `graph` into `parameters`, random ones times `scale` (muP's σ); the same
+/// for any number of threads.
 ///
 /// # Errors
 /// [`crate::TrainError::Runtime`] when the arena lacks a parameter.
-pub fn draw_parameters(graph: &Graph, seed: u64, parameters: &mut Arena) -> Result<()> {
+pub fn draw_parameters(graph: &Graph, seed: u64, scale: f64, parameters: &mut Arena) -> Result<()> {
     for (i, parameter) in graph.parameters().iter().enumerate() {
         let values = parameters.view_mut(&parameter.name)?;
         let mut stream = Stream::new(seed, Purpose::Init, 0, i as u64);
         let sizes: Vec<f64> = parameter.dims.iter().map(|d| d.size() as f64).collect();
-        let std = init_std(&parameter.init, &sizes).unwrap_or(0.0);
+        let std = init_std(&parameter.init, &sizes).unwrap_or(0.0) * scale;
         match &parameter.init {
             Init::Zeros => values.fill(0.0),
             Init::Normal { .. } | Init::KaimingNormal => {

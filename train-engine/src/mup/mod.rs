@@ -95,6 +95,16 @@ impl MupTable {
         self
     }
 
+    /// The same table with all random first values times `scale`, muP's σ.
+    #[must_use]
+    pub fn with_init_scale(mut self, scale: f64) -> Self {
+        for row in &mut self.parameters {
+            row.init_std = row.init_std.map(|std| std * scale);
+            row.base_init_std = row.base_init_std.map(|std| std * scale);
+        }
+        self
+    }
+
     /// m = width / base width; 1 under the standard parameterisation.
     pub fn width_multiplier(&self) -> f64 {
         self.width as f64 / self.base_width as f64
@@ -206,7 +216,7 @@ mod tests {
         let entries = graph.parameters().iter().map(|p| (p.name.clone(), p.shape()));
         let layout = Arc::new(ArenaLayout::new(entries).unwrap());
         let mut arena = Arena::zeros(layout).unwrap();
-        draw_parameters(&graph, 7, &mut arena).unwrap();
+        draw_parameters(&graph, 7, 1.0, &mut arena).unwrap();
         for row in rows(64).parameters.iter().filter(|r| r.name.ends_with("weight")) {
             let values = arena.view(&row.name).unwrap();
             let std =

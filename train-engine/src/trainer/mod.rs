@@ -102,7 +102,7 @@ impl Trainer {
         self.step.set_hyperparameter("hp.vb_weight", self.config.objective.vb_weight)?;
         let declared = declarations(&self.model)?;
         let mut parameters = write_lock(&self.step.parameters)?;
-        draw_parameters(&declared, self.config.train.seed, &mut parameters)?;
+        draw_parameters(&declared, self.config.train.seed, self.config.mup.init_scale, &mut parameters)?;
         write_lock(&self.ema)?.copy_from(&parameters)?;
         for moment in &mut self.moments {
             moment.fill(0.0);
@@ -274,7 +274,9 @@ fn parameterisation(
     step: &CompiledStep,
 ) -> Result<(MupTable, AdamW)> {
     let train = &config.train;
-    let mup = MupTable::new(&declarations(model)?, model).with_conventions(config.mup.conventions());
+    let mup = MupTable::new(&declarations(model)?, model)
+        .with_conventions(config.mup.conventions())
+        .with_init_scale(config.mup.init_scale);
     let gradients = read_lock(&step.gradients)?.layout().clone();
     let betas = (train.beta1, train.beta2, train.eps);
     let optimizer = AdamW::new(read_lock(&step.parameters)?.layout(), &gradients, betas, train.threads)?;

@@ -27,7 +27,8 @@ const SMALL: usize = 8 * BLOCK;
 pub struct AdamW {
     beta1: f64,
     beta2: f64,
-    epsilon: f64,
+    /// ε of each gradient entry.
+    epsilons: Vec<f64>,
     /// For each gradient entry its index in the parameter layout.
     targets: Vec<usize>,
     parameters: ArenaLayout,
@@ -110,7 +111,23 @@ impl AdamW {
             Some(builder.build().map_err(|e| RuntimeError::ort("start the update's threads", &e))?)
         };
         let (parameters, gradients) = (parameters.clone(), gradients.clone());
-        Ok(Self { beta1, beta2, epsilon, targets, parameters, gradients, pool })
+        let epsilons = vec![epsilon; targets.len()];
+        Ok(Self { beta1, beta2, epsilons, targets, parameters, gradients, pool })
+    }
+
+    /// The same update with an ε of its own for each gradient entry, in layout order.
+    ///
+    /// # Errors
+    /// [`RuntimeError::WrongLength`], [`RuntimeError::InvalidValue`] for one that is negative or not a number.
+    pub fn with_epsilons(self, epsilons: Vec<f64>) -> Result<Self> {
+        let (expected, got) = (self.targets.len(), epsilons.len());
+        if got != expected {
+            return Err(RuntimeError::WrongLength { what: "epsilon".to_owned(), expected, got });
+        }
+        for &value in &epsilons {
+            in_range("epsilon", value, "a number >= 0", value >= 0.0 && value.is_finite())?;
+        }
+        Ok(Self { epsilons, ..self })
     }
 
     /// Norm of all gradients together, in f64; the same bits for any number of threads.
@@ -175,7 +192,7 @@ impl AdamW {
                 beta2: self.beta2 as f32,
                 one_minus_beta2: (1.0 - self.beta2) as f32,
                 correction2: correction2 as f32,
-                epsilon: self.epsilon as f32,
+                epsilon: self.epsilons[i] as f32,
                 step: (lr / correction1) as f32,
                 ema: (decay as f32, (1.0 - decay) as f32),
             };

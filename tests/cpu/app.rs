@@ -10,7 +10,7 @@ use crate::scene::Scene;
 use crate::tiny_run::idx;
 
 /// A run of each command that succeeds without any network.
-const RUNS: [&str; 9] = [
+const RUNS: [&str; 13] = [
     "quickstart --offline --out quick --minutes 0.01 --set data.path=fashion --set train.batch_size=8 \
      --set model.hidden_size=16 --set model.depth=1 --set model.num_heads=2 --set sample.steps=2 --set train.warmup_steps=1",
     "doctor --json",
@@ -21,6 +21,11 @@ const RUNS: [&str; 9] = [
     "replay --offline --model checkpoint --weights checkpoint/model.safetensors --batches batches.safetensors \
      --out o.safetensors --json",
     "sample --offline --checkpoint checkpoint --steps 3 --count 2 --out x.png --json",
+    "coord-check --offline --model DiT-S/8@8x8x1:10 --set model.depth=1 --head-size 16 --widths 16,32 --seeds 1 --steps 1 \
+     --out c --tolerance 9 --json",
+    "convert --fold-output-multiplier --checkpoint r --out CONVERTED --json",
+    "sweep run --offline --config sweep.toml --out w --json",
+    "transfer --offline --config sweep.toml --out t --json",
     "data check --offline --kind idx --path data --grid g.png --json",
 ];
 
@@ -31,6 +36,8 @@ const SERVERS: [&str; 2] = ["serve", "bench-serve"];
 fn every_command_runs() {
     let scene = Scene::new();
     fashion(&scene);
+    let rates = "[parameters]\n\"train.learning_rate\" = { octaves = [-9, -8] }\n";
+    scene.write("sweep.toml", format!("config = \"run.toml\"\n{rates}[target]\n\"train.seed\" = 1\n"));
     for line in RUNS {
         let text = scene.mudit(line).succeeds();
         assert!(!text.is_empty(), "{line}");
@@ -39,7 +46,7 @@ fn every_command_runs() {
                 .unwrap_or_else(|e| panic!("{line}: {e}: {text}"));
         }
         // The same for people.
-        let plain = scene.mudit(line.trim_end_matches("--json")).succeeds();
+        let plain = scene.mudit(&line.trim_end_matches("--json").replace("CONVERTED", "again")).succeeds();
         assert!(!plain.is_empty(), "{line}");
     }
     let names = RUNS.iter().map(|line| line.split(' ').next().unwrap()).chain(SERVERS);

@@ -200,6 +200,27 @@ pub enum TrainError {
         data: usize,
     },
 
+    /// Weights of another parameterisation than the model computes with.
+    #[error(
+        "`{}` was trained under {saved}, the model's configuration says {wanted}: the output layer's product would be \
+         scaled by {wanted_scale} instead of {saved_scale}, and its rates are those of another width; use the \
+         `config.json` saved beside the weights, or make a plain checkpoint of them with `mudit convert \
+         --fold-output-multiplier`",
+        path.display()
+    )]
+    OtherParameterisation {
+        /// The weights file.
+        path: PathBuf,
+        /// What the file says.
+        saved: String,
+        /// What the configuration says.
+        wanted: String,
+        /// Factor on the output layer's product under which the weights were trained.
+        saved_scale: f64,
+        /// The factor that the configuration asks for.
+        wanted_scale: f64,
+    },
+
     /// A broken invariant of this crate.
     #[error("internal: {0}")]
     Internal(String),

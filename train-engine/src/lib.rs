@@ -9,8 +9,10 @@
 //! | [`data`] | data sets, the order of images, the thread that reads ahead |
 //! | [`random`] | draws that are pure functions of seed, purpose, step and sample |
 //! | [`mup`] | roles to rates and first values |
+//! | [`coordinates`] | the coordinate check: sizes of activations and updates over widths |
 //! | [`step`] | the compiled training step, bound to arenas |
 //! | [`trainer`] | the loop |
+//! | [`sweep`] | many runs over settings on few compiled steps; whether optima stay |
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
 //! | [`checkpoint`] | directories that appear whole or not at all, and the run's lock |
 //! | [`metrics`], [`tensorboard`] | what is logged |
@@ -19,6 +21,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod coordinates;
 pub mod data;
 pub mod error;
 pub mod metrics;
@@ -27,6 +30,7 @@ pub mod random;
 pub mod schedule;
 pub mod signals;
 pub mod step;
+pub mod sweep;
 pub mod tensorboard;
 pub mod trainer;
 

@@ -31,6 +31,8 @@ pub enum Purpose {
     SampleLabel = 10,
     /// Draws of validation passes.
     Validation = 11,
+    /// Settings of a random search; `step` is the draw, `sample` the setting.
+    Sweep = 12,
 }
 
 /// Philox4x32 with 10 rounds: four random words for a counter and a key.

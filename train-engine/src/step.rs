@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use graph_builder::{Cost, Graph, Weights};
-use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, Recompute, program};
+use models::{DitConfig, Guidance, HYPERPARAMETERS, InitScheme, ProgramKind, Recompute, program};
 use runtime::update::trainable_layout;
 use runtime::{Arena, ArenaLayout, Binding, Runtime, Session, SessionOptions, SharedArena};
 
+use crate::config::TrainConfig;
 use crate::error::{Result, TrainError};
 
 /// One batch as the `train-step` program takes it.
@@ -21,6 +22,38 @@ pub struct StepInputs<'a> {
     pub t: &'a [f32],
     /// Labels (N); the number of classes is the null class.
     pub y: &'a [i64],
+}
+
+/// What the program of a training step depends on. Settings that share it share one compiled step: rates, warm-up,
+/// clip, loss weights, first values, and muP or not, for the factor on the output layer is an input.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StepShape(String);
+
+impl StepShape {
+    /// The shape of a run's step.
+    pub fn of(config: &TrainConfig, model: &DitConfig) -> Self {
+        let train = &config.train;
+        let model = neutral(model).to_json().replace(['\n', ' '], "");
+        Self(format!("{model} batch {} recompute {:?}", train.batch_size / train.accumulate, train.recompute))
+    }
+}
+
+impl std::fmt::Display for StepShape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// The model without what is no part of the program's shape.
+fn neutral(model: &DitConfig) -> DitConfig {
+    let dropout = if model.class_dropout_prob > 0.0 { 0.5 } else { 0.0 }; // only whether there is a null class
+    DitConfig {
+        mup: None,
+        init: InitScheme::Dit,
+        class_names: None,
+        class_dropout_prob: dropout,
+        ..model.clone()
+    }
 }
 
 /// Per-sample terms of the last run.
@@ -49,6 +82,8 @@ pub struct CompiledStep {
     /// Time from the model's description to a session that can run.
     pub compile_time: Duration,
     graph: Graph,
+    /// m of the factor 1/m that the program holds as a constant.
+    width_multiplier: f64,
     has_vb: bool,
 }
 
@@ -91,14 +126,51 @@ impl CompiledStep {
         builder.bind_inputs_by_name(&parameters)?;
         builder.bind_outputs_by_name(&gradients, "grad.")?;
         let mut binding = builder.finish()?;
-        let alpha = model.mup.map_or(1.0, |mup| mup.output_multiplier);
         for (name, neutral) in HYPERPARAMETERS {
-            let value = if name == "hp.output_multiplier" { alpha as f32 } else { neutral };
-            binding.set_input(name, &[value])?;
+            binding.set_input(name, &[neutral])?;
         }
         let has_vb = emitted.outputs.iter().any(|o| o.name == "loss.vb");
         let compile_time = start.elapsed();
-        Ok(Self { binding, parameters, gradients, batch, cost, compile_time, graph, has_vb })
+        let width_multiplier = model.width_multiplier();
+        let mut step = Self {
+            binding,
+            parameters,
+            gradients,
+            batch,
+            cost,
+            compile_time,
+            graph,
+            width_multiplier,
+            has_vb,
+        };
+        step.parameterise(model)?;
+        Ok(step)
+    }
+
+    /// The training step that every run of one [`StepShape`] can use; see [`parameterise`](Self::parameterise).
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile).
+    pub fn compile_shared(
+        runtime: &Arc<Runtime>,
+        config: &TrainConfig,
+        model: &DitConfig,
+        options: &SessionOptions,
+    ) -> Result<Self> {
+        let train = &config.train;
+        let micro = train.batch_size / train.accumulate;
+        Self::compile(runtime, &neutral(model), micro, train.recompute, options)
+    }
+
+    /// Sets the factor on the output layer to that of `model`'s parameterisation: α/m in all.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`].
+    pub fn parameterise(&mut self, model: &DitConfig) -> Result<()> {
+        let alpha = model.mup.map_or(1.0, |mup| mup.output_multiplier) as f32;
+        // Rounded as the program would round its constant, so that a shared step gives the bits of an own one.
+        let rest = (self.width_multiplier / model.width_multiplier()) as f32;
+        Ok(self.binding.set_input("hp.output_multiplier", &[alpha * rest])?)
     }
 
     /// The graph as built, before the passes: declarations and roles.

@@ -13,7 +13,7 @@ use runtime::provider::{CudaOptions, TensorRtOptions};
 use runtime::safetensors_file::SafetensorsReader;
 use runtime::{Engine, Provider, SessionOptions};
 use serde_json::json;
-use train_engine::mup::MupTable;
+use train_engine::mup::{MupTable, check_stamp};
 use train_engine::step::parameter_layout;
 
 use super::{Machine, guided_channels, triton, weights};
@@ -248,6 +248,7 @@ impl Parameters {
     fn open(model: &DitConfig, file: &Path) -> anyhow::Result<Self> {
         let layout = parameter_layout(&program(model, ProgramKind::Denoise, 1, Guidance::Off)?)?;
         let reader = SafetensorsReader::open(file)?;
+        check_stamp(&reader.metadata(), model, file)?;
         layout
             .expect(&reader, false)
             .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))?;

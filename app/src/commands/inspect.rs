@@ -8,7 +8,7 @@ use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::{Engine, engine};
 use serde_json::json;
 
-use super::guided_channels;
+use super::{guided_channels, mup_table};
 use crate::console;
 use crate::profile::layer;
 use crate::profile::memory::Prediction;
@@ -30,6 +30,12 @@ pub struct InspectArgs {
     /// Print the program's graph instead: the text form after all passes.
     #[arg(long, requires = "program")]
     graph: bool,
+    /// Print the muP table: each parameter's role, first spread, factor and rate at this width and the base width.
+    #[arg(long, conflicts_with_all = ["program"])]
+    mup: bool,
+    /// With --mup: the base width, where the model names none.
+    #[arg(long, requires = "mup")]
+    base_width: Option<usize>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -37,6 +43,9 @@ pub struct InspectArgs {
 
 impl InspectArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        if self.mup {
+            return mup_table::show(&self.model, self.base_width, self.json);
+        }
         if Path::new(&self.model).join(engine::MANIFEST).is_file() {
             return self.engine();
         }

@@ -2,16 +2,21 @@
 
 mod bench_serve;
 mod build_engine;
+mod convert;
+mod coord_check;
 mod data;
 mod doctor;
 mod inspect;
+mod mup_table;
 mod observer;
 mod profile;
 mod quickstart;
 mod replay;
 mod sample;
 mod serve;
+mod sweep;
 mod train;
+mod transfer;
 mod triton;
 mod weights;
 
@@ -46,6 +51,14 @@ pub enum Command {
     Serve(serve::ServeArgs),
     /// Put load on a server and measure it.
     BenchServe(bench_serve::BenchServeArgs),
+    /// Check that activations and their updates keep their size over widths; exit code 1 when they do not.
+    CoordCheck(coord_check::CoordCheckArgs),
+    /// Run many trainings over settings and sizes on few compiled steps.
+    Sweep(sweep::SweepArgs),
+    /// Tell whether optima stay over widths, batches and steps; or tune a proxy and train the target with its settings.
+    Transfer(transfer::TransferArgs),
+    /// Rewrite a checkpoint for other programs.
+    Convert(convert::ConvertArgs),
     /// Fetch, check and look at data sets.
     Data(data::DataArgs),
 }
@@ -67,6 +80,10 @@ impl Command {
             Self::Sample(args) => args.run(),
             Self::Serve(args) => args.run(),
             Self::BenchServe(args) => args.run(),
+            Self::CoordCheck(args) => args.run(),
+            Self::Sweep(args) => args.run(),
+            Self::Transfer(args) => args.run(),
+            Self::Convert(args) => args.run(),
             Self::Data(args) => args.run(),
         }
     }

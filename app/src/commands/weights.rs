@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::ValueEnum;
 use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::safetensors_file::SafetensorsReader;
 use runtime::{Arena, SharedArena};
 use train_engine::checkpoint::{self, CONFIG_FILE, EMA_FILE, MODEL_FILE};
+use train_engine::mup::check_stamp;
 use train_engine::step::parameter_layout;
 
 use crate::Usage;
@@ -38,11 +40,7 @@ pub(super) fn open(path: &Path, which: Which) -> anyhow::Result<Loaded> {
         ))
         .into());
     }
-    let directory = if path.join(CONFIG_FILE).is_file() {
-        path.to_path_buf()
-    } else {
-        checkpoint::find(path, &console::note)?
-    };
+    let directory = directory(path)?;
     let model = DitConfig::resolve(&directory.join(CONFIG_FILE).display().to_string())?;
     let ema = directory.join(EMA_FILE);
     let file = if which == Which::Ema && ema.is_file() { ema } else { directory.join(MODEL_FILE) };
@@ -50,8 +48,17 @@ pub(super) fn open(path: &Path, which: Which) -> anyhow::Result<Loaded> {
     Ok(Loaded { model, parameters, file })
 }
 
-/// Reads the parameters of `model` from a safetensors file.
+/// The directory of a checkpoint given either itself or by its run's directory.
+pub(super) fn directory(path: &Path) -> anyhow::Result<PathBuf> {
+    if path.join(CONFIG_FILE).is_file() {
+        return Ok(path.to_path_buf());
+    }
+    Ok(checkpoint::find(path, &console::note)?)
+}
+
+/// Reads the parameters of `model` from a safetensors file; those of another parameterisation are refused.
 pub(super) fn read(model: &DitConfig, file: &Path) -> anyhow::Result<Arena> {
+    check_stamp(&SafetensorsReader::open(file)?.metadata(), model, file)?;
     let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
     Arena::read_safetensors(&parameter_layout(&graph)?, file, false)
         .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))

@@ -8,6 +8,7 @@
 //! | [`pixels`] | float images as bytes, rounded as the published FID sets are |
 //! | [`grid`] | a labelled PNG, one class a column |
 //! | [`plot`] | an SVG line plot, raw and smoothed |
+//! | [`panels`] | small SVG plots side by side |
 //! | [`icicle`] | an SVG of nested shares |
 //! | [`arrays`] | `.npz` of samples and labels, streamed |
 //! | [`progress`] | a bar on a terminal, a line every few seconds elsewhere |
@@ -17,6 +18,7 @@ mod axis;
 pub mod grid;
 pub mod icicle;
 mod lettering;
+pub mod panels;
 pub mod pixels;
 pub mod plot;
 pub mod progress;

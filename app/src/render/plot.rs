@@ -9,9 +9,9 @@ use super::axis::Axis;
 
 /// Colours that stay apart for colour-blind readers and on a printed page, in the order of use.
 const COLOURS: [&str; 6] = ["#1f6fb2", "#d1592b", "#2a9370", "#a3578f", "#b98a00", "#5b6b7a"];
-const INK: &str = "#222226";
-const FAINT_INK: &str = "#63636b";
-const RULE: &str = "#e4e4e0";
+pub(super) const INK: &str = "#222226";
+pub(super) const FAINT_INK: &str = "#63636b";
+pub(super) const RULE: &str = "#e4e4e0";
 
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 460.0;

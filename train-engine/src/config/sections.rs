@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::by_name;
+use crate::mup::{Conventions, DecayRule, EpsRule};
 
 /// `[model]`: a preset, a file, or the official constructor's keys; keys beside a preset or a file override it.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -116,11 +117,32 @@ pub struct MupSection {
     /// `mup` (the muP experiments') or `dit` (the original).
     #[serde(with = "by_name")]
     pub init: InitScheme,
+    /// Factor σ on the random first values of all parameters.
+    pub init_scale: f64,
+    /// `scaled` (hidden weights' decay · m, so that rate · decay stays; the published package's) or `constant`.
+    pub weight_decay: DecayRule,
+    /// `constant` (the published package's) or `scaled` (epsilon / m where gradients fall as 1 / m).
+    pub eps: EpsRule,
+}
+
+impl MupSection {
+    /// The choices on which implementations differ.
+    pub fn conventions(&self) -> Conventions {
+        Conventions { weight_decay: self.weight_decay, eps: self.eps }
+    }
 }
 
 impl Default for MupSection {
     fn default() -> Self {
-        Self { enabled: true, base_width: 96, output_multiplier: 1.0, init: InitScheme::Mup }
+        Self {
+            enabled: true,
+            base_width: 96,
+            output_multiplier: 1.0,
+            init: InitScheme::Mup,
+            init_scale: 1.0,
+            weight_decay: DecayRule::default(),
+            eps: EpsRule::default(),
+        }
     }
 }
 
@@ -212,7 +234,7 @@ pub struct TrainSection {
     pub schedule: Schedule,
     /// Learning rate at the end over the one after the warm-up.
     pub final_fraction: f64,
-    /// Steps over which the learning rate rises from 0.
+    /// Steps over which the learning rate rises from 0; under muP the same number at every width.
     pub warmup_steps: u64,
     /// AdamW's decoupled weight decay.
     pub weight_decay: f64,
@@ -222,7 +244,7 @@ pub struct TrainSection {
     pub beta2: f64,
     /// AdamW's epsilon.
     pub eps: f64,
-    /// Largest global L2 norm of the gradient; 0 is off.
+    /// Largest global L2 norm of the gradient; 0 is off. Under muP the same at every width.
     pub clip: f64,
     /// Decay of the parameters' moving average, per step.
     pub ema_decay: f64,

@@ -57,6 +57,7 @@ impl TrainConfig {
         }
         let mup = &self.mup;
         check("mup.base_width", mup.base_width, mup.base_width >= 1, "at least 1")?;
+        positive("mup.init_scale", mup.init_scale)?;
         positive("mup.output_multiplier", mup.output_multiplier)
     }
 

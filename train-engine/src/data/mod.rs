@@ -7,6 +7,7 @@ mod center_crop;
 mod deb;
 pub mod fashion_mnist;
 mod folder;
+mod gaussian;
 mod idx;
 mod latents;
 mod loader;
@@ -16,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use folder::ImageFolder;
+pub use gaussian::GaussianImages;
 pub use idx::IdxImages;
 pub use latents::Latents;
 pub use loader::{Batch, Loader};

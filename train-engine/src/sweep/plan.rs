@@ -1,0 +1,248 @@
+//! The trials of a sweep, grouped by the compiled step they share, and what they cost.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use models::{DitConfig, Guidance, ModelError, ProgramKind, program};
+use runtime::file::{sha256_bytes, write_atomically};
+use serde::{Deserialize, Serialize};
+
+use super::spec::{Overrides, SweepSpec};
+use crate::config::TrainConfig;
+use crate::data::Dataset;
+use crate::error::{Result, TrainError};
+use crate::step::StepShape;
+
+/// File of the trials in a sweep's folder.
+pub const TRIALS_FILE: &str = "trials.jsonl";
+/// The key that sets a trial's seed.
+pub const SEED_KEY: &str = "train.seed";
+
+/// One run of a sweep.
+#[derive(Debug, Clone)]
+pub struct Trial {
+    /// Its number in the plan.
+    pub index: usize,
+    /// What it computes, as a hash: a result belongs to whatever trial has its id, in this plan or a later one.
+    pub id: String,
+    /// Name of its variant; empty without variants.
+    pub variant: String,
+    /// What it changes of the run.
+    pub set: Overrides,
+    /// Its configuration.
+    pub config: TrainConfig,
+    /// Its model.
+    pub model: DitConfig,
+    /// The compiled step that it can use.
+    pub shape: StepShape,
+}
+
+/// A line of `trials.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct TrialLine {
+    trial: usize,
+    id: String,
+    variant: String,
+    set: Overrides,
+    shape: String,
+}
+
+/// All trials of a sweep; those that share a compiled step stand together.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The sweep.
+    pub spec: SweepSpec,
+    /// The trials.
+    pub trials: Vec<Trial>,
+}
+
+/// Work of one optimizer step of a shape.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct StepCost {
+    /// Floating-point operations, counted from the graph.
+    pub flops: f64,
+    /// Trainable parameters.
+    pub parameters: usize,
+}
+
+impl Plan {
+    /// The trials of `spec` over the run `base` on a data set; everything that any of them would be refused for is
+    /// refused here.
+    ///
+    /// # Errors
+    /// What [`TrainConfig::with_overrides`] and [`TrainConfig::model_config`] give; [`TrainError::ConfigSyntax`] for a
+    /// width that the head size does not divide.
+    pub fn new(spec: &SweepSpec, base: &TrainConfig, data: &dyn Dataset) -> Result<Self> {
+        let none = Overrides::new();
+        let variants: Vec<(&str, &Overrides)> = if spec.variants.is_empty() {
+            vec![("", &none)]
+        } else {
+            spec.variants.iter().map(|(name, set)| (name.as_str(), set)).collect()
+        };
+        let mut trials = Vec::new();
+        for (variant, own) in variants {
+            for point in spec.points() {
+                let mut all = own.clone();
+                all.extend(point.clone());
+                let config = resolve(base, &all, spec.head_size)?;
+                let model = config.model_config(data)?;
+                let shape = StepShape::of(&config, &model);
+                let id = id(&config, &model)?;
+                trials.push(Trial {
+                    index: 0,
+                    id,
+                    variant: variant.to_owned(),
+                    set: point,
+                    config,
+                    model,
+                    shape,
+                });
+            }
+        }
+        let mut order: BTreeMap<StepShape, usize> = BTreeMap::new();
+        for trial in &trials {
+            let next = order.len();
+            order.entry(trial.shape.clone()).or_insert(next);
+        }
+        trials.sort_by_key(|trial| order.get(&trial.shape).copied());
+        let mut seen = std::collections::BTreeSet::new();
+        trials.retain(|trial| seen.insert((trial.variant.clone(), trial.id.clone())));
+        for (index, trial) in trials.iter_mut().enumerate() {
+            trial.index = index;
+        }
+        Ok(Self { spec: spec.clone(), trials })
+    }
+
+    /// Writes `trials.jsonl` into the sweep's folder.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`].
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let line = |trial: &Trial| {
+            let line = TrialLine {
+                trial: trial.index,
+                id: trial.id.clone(),
+                variant: trial.variant.clone(),
+                set: trial.set.clone(),
+                shape: trial.shape.to_string(),
+            };
+            serde_json::to_string(&line).map_err(|e| TrainError::Internal(format!("a trial: {e}")))
+        };
+        let lines: Vec<String> = self.trials.iter().map(line).collect::<Result<_>>()?;
+        let text = lines.join("\n") + "\n";
+        Ok(write_atomically(folder.join(TRIALS_FILE), |out| out.write_all(text.as_bytes()))?)
+    }
+
+    /// The shapes in order, each with its trials' numbers.
+    pub fn shapes(&self) -> Vec<(&StepShape, Vec<&Trial>)> {
+        let mut shapes: Vec<(&StepShape, Vec<&Trial>)> = Vec::new();
+        for trial in &self.trials {
+            match shapes.last_mut() {
+                Some((shape, trials)) if **shape == trial.shape => trials.push(trial),
+                _ => shapes.push((&trial.shape, vec![trial])),
+            }
+        }
+        shapes
+    }
+
+    /// The keys that differ between trials, in the order of the sweep's file; the seed last.
+    pub fn varied(&self) -> Vec<String> {
+        let mut keys: Vec<String> = self.spec.parameters.keys().cloned().collect();
+        keys.sort_by_key(|key| key == SEED_KEY);
+        keys
+    }
+}
+
+/// The run `base` with overrides, and heads of the asked size.
+///
+/// # Errors
+/// As [`TrainConfig::with_overrides`].
+pub fn resolve(base: &TrainConfig, set: &Overrides, head_size: Option<usize>) -> Result<TrainConfig> {
+    let lines: Vec<String> = set.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let mut config = base.with_overrides(&lines)?;
+    if let (Some(head), Some(width)) = (head_size, config.model.hidden_size) {
+        if !width.is_multiple_of(head) {
+            return Err(TrainError::BadValue {
+                key: "model.hidden_size",
+                value: width.to_string(),
+                allowed: format!("a multiple of `head_size = {head}`"),
+            });
+        }
+        config.model.num_heads = Some(width / head);
+    }
+    Ok(config)
+}
+
+/// Work of one optimizer step of a run.
+///
+/// # Errors
+/// [`TrainError::Model`].
+pub fn step_cost(config: &TrainConfig, model: &DitConfig) -> Result<StepCost> {
+    let micro = config.train.batch_size / config.train.accumulate;
+    let graph = program(model, ProgramKind::TrainStep, micro, Guidance::Off)?;
+    let parameters = graph.parameter_counts().1;
+    let cost = graph.optimised().map_err(ModelError::from)?.cost();
+    Ok(StepCost { flops: cost.flops as f64 * config.train.accumulate as f64, parameters })
+}
+
+/// Everything that decides a trial's losses: the run without its paths, its length, its model.
+fn id(config: &TrainConfig, model: &DitConfig) -> Result<String> {
+    let text = format!("{} {} {}", config.hash()?, config.train.steps, model.to_json());
+    Ok(sha256_bytes(text.as_bytes()).chars().take(16).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::GaussianImages;
+
+    const SPEC: &str = r#"
+        head_size = 12
+        [run.model]
+        patch_size = 4
+        depth = 1
+        hidden_size = 24
+        [run.train]
+        batch_size = 4
+        steps = 5
+        [parameters]
+        "train.learning_rate" = { octaves = [-9, -8] }
+        "model.hidden_size" = { values = [24, 48] }
+        "train.seed" = { values = [0, 1, 2] }
+        [variants.mup]
+        "mup.enabled" = true
+        [variants.sp]
+        "mup.enabled" = false
+        "mup.init" = "dit"
+    "#;
+
+    fn plan(change: &str) -> Result<Plan> {
+        let spec = SweepSpec::parse(&SPEC.replace("head_size = 12", change), "a")?;
+        let base = TrainConfig::parse(&spec.run.clone().unwrap().to_string(), "a", &[])?;
+        Plan::new(&spec, &base, &GaussianImages::new(16, 1, 8, 4))
+    }
+
+    #[test]
+    fn trials_of_one_shape_stand_together_over_variants_rates_and_seeds() {
+        let plan = plan("head_size = 12").unwrap();
+        assert_eq!(plan.trials.len(), 24);
+        let shapes = plan.shapes();
+        assert_eq!(shapes.iter().map(|(_, trials)| trials.len()).collect::<Vec<_>>(), [12, 12]);
+        assert!(plan.trials.iter().enumerate().all(|(i, t)| t.index == i));
+        let ids: std::collections::BTreeSet<&str> = plan.trials.iter().map(|t| t.id.as_str()).collect();
+        assert_eq!(ids.len(), 24);
+        assert!(plan.trials.iter().all(|t| t.model.head_size() == 12));
+        assert_eq!(plan.trials[0].id, self::plan("head_size = 12").unwrap().trials[0].id);
+        assert_eq!(plan.varied(), ["train.learning_rate", "model.hidden_size", "train.seed"]);
+    }
+
+    #[test]
+    fn a_trial_that_cannot_be_is_refused_before_any_runs() {
+        let error = plan("head_size = 16").unwrap_err().to_string();
+        assert!(error.contains("model.hidden_size = 24") && error.contains("head_size = 16"), "{error}");
+        let spec =
+            SweepSpec::parse("[run]\n[parameters]\n\"train.learnin_rate\" = { values = [1] }", "a").unwrap();
+        let error = Plan::new(&spec, &TrainConfig::default(), &GaussianImages::new(16, 1, 8, 4)).unwrap_err();
+        assert!(error.to_string().contains("`train.learning_rate`?"), "{error}");
+    }
+}

@@ -1,0 +1,288 @@
+//! Running the trials of a sweep that have no result yet.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use runtime::Runtime;
+
+use super::journal::{Claim, Event, Journals, Status, TrialResult, Writer};
+use super::plan::{Plan, StepCost, Trial, step_cost};
+use crate::data::{BatchPlan, Dataset, Loader};
+use crate::error::Result;
+use crate::signals::StopSignal;
+use crate::step::StepShape;
+use crate::trainer::Trainer;
+
+/// Windows of a trial's curve, at most.
+const WINDOWS: u64 = 64;
+/// Steps over which the loss that is watched for divergence forgets half.
+const HALF_LIFE: f64 = 10.0;
+/// Folder of the kept weights, one checkpoint a trial.
+pub const WEIGHTS: &str = "weights";
+
+/// What a caller is told while trials run.
+#[derive(Debug)]
+pub enum News<'a> {
+    /// A step is about to be compiled.
+    Compiling(&'a Trial),
+    /// A trial begins.
+    Started(&'a Trial),
+    /// A step of it is done; its loss.
+    Stepped(&'a Trial, f64),
+    /// It ended.
+    Ended(&'a Trial, &'a TrialResult),
+}
+
+/// What a worker has to know.
+pub struct Work<'a> {
+    /// The trials.
+    pub plan: &'a Plan,
+    /// The sweep's folder.
+    pub folder: &'a Path,
+    /// Who runs the steps.
+    pub runtime: &'a Arc<Runtime>,
+    /// The images.
+    pub dataset: &'a Arc<dyn Dataset>,
+    /// Of `of` workers that share the trials out by number, this one's index; 0 of 1 takes any.
+    pub index: usize,
+    /// Number of such workers.
+    pub of: usize,
+    /// Ends the work between two steps.
+    pub stop: &'a StopSignal,
+}
+
+/// What a worker did.
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]
+pub struct Summary {
+    /// Trials that it ended.
+    pub ended: usize,
+    /// Those of them that diverged.
+    pub diverged: usize,
+    /// Trials that other workers were at when it had nothing left.
+    pub elsewhere: usize,
+    /// Steps that it compiled.
+    pub compilations: usize,
+    /// Seconds that took.
+    pub compile_seconds: f64,
+    /// Seconds in all.
+    pub seconds: f64,
+    /// Seconds of them in steps of trials that ended.
+    pub step_seconds: f64,
+    /// Whether it was stopped.
+    pub stopped: bool,
+}
+
+impl Summary {
+    /// Share of the time, compilations aside, that was not spent in steps.
+    pub fn overhead(&self) -> f64 {
+        let busy = self.seconds - self.compile_seconds;
+        if busy > 0.0 { 1.0 - self.step_seconds / busy } else { 0.0 }
+    }
+}
+
+impl Work<'_> {
+    /// Runs trials until none is left that no other worker is at.
+    ///
+    /// # Errors
+    /// What files, data and sessions give. A trial that diverges is a result, not an error.
+    pub fn run(&self, news: &mut dyn FnMut(News<'_>)) -> Result<Summary> {
+        let start = Instant::now();
+        let mut summary = Summary::default();
+        let mut journals = Journals::open(self.folder)?;
+        let mut writer = Writer::create(self.folder)?;
+        let mut compiled: Option<Compiled> = None;
+        loop {
+            let (mut ran, mut elsewhere) = (false, 0);
+            for trial in self.plan.trials.iter().filter(|t| t.index % self.of.max(1) == self.index) {
+                if journals.has(&trial.id) {
+                    continue;
+                }
+                let Some(claim) = Claim::take(self.folder, &trial.id)? else {
+                    elsewhere += 1;
+                    continue;
+                };
+                journals.refresh()?;
+                if journals.has(&trial.id) {
+                    continue; // whoever had the claim before has finished it
+                }
+                let outcome = self.trial(trial, &mut compiled, &mut writer, &mut summary, news)?;
+                let Some(result) = outcome else {
+                    summary.stopped = true;
+                    summary.seconds = start.elapsed().as_secs_f64();
+                    return Ok(summary);
+                };
+                drop(claim);
+                summary.ended += 1;
+                summary.diverged += usize::from(result.status == Status::Diverged);
+                summary.step_seconds += result.step_seconds;
+                news(News::Ended(trial, &result));
+                ran = true;
+            }
+            if !ran {
+                summary.elsewhere = elsewhere;
+                summary.seconds = start.elapsed().as_secs_f64();
+                return Ok(summary);
+            }
+        }
+    }
+
+    /// Runs one trial and writes its result; none when it was stopped.
+    fn trial(
+        &self,
+        trial: &Trial,
+        compiled: &mut Option<Compiled>,
+        writer: &mut Writer,
+        summary: &mut Summary,
+        news: &mut dyn FnMut(News<'_>),
+    ) -> Result<Option<TrialResult>> {
+        let usable = matches!(compiled, Some(c) if c.shape == trial.shape);
+        if usable {
+            if let Some(compiled) = compiled.as_mut() {
+                compiled.trainer.restart(&trial.config, &trial.model)?;
+            }
+        } else {
+            news(News::Compiling(trial));
+            let start = Instant::now();
+            *compiled = None; // its memory first
+            let trainer = Trainer::shared(self.runtime, &trial.config, &trial.model)?;
+            let cost = step_cost(&trial.config, &trial.model)?;
+            *compiled = Some(Compiled { shape: trial.shape.clone(), trainer, cost });
+            let seconds = start.elapsed().as_secs_f64();
+            summary.compilations += 1;
+            summary.compile_seconds += seconds;
+            writer.append(&Event::Compiled { shape: trial.shape.to_string(), seconds })?;
+        }
+        let Some(Compiled { trainer, cost, .. }) = compiled.as_mut() else { return Ok(None) };
+        writer.append(&Event::Started { id: trial.id.clone(), trial: trial.index })?;
+        news(News::Started(trial));
+        let result = self.steps(trial, trainer, *cost, news)?;
+        if let Some(result) = &result {
+            if self.plan.spec.keep_weights && result.status == Status::Finished {
+                trainer.write_model(&self.folder.join(WEIGHTS).join(&trial.id))?;
+            }
+            writer.append(&Event::Ended(result.clone()))?;
+        }
+        Ok(result)
+    }
+
+    fn steps(
+        &self,
+        trial: &Trial,
+        trainer: &mut Trainer,
+        cost: StepCost,
+        news: &mut dyn FnMut(News<'_>),
+    ) -> Result<Option<TrialResult>> {
+        let (start, mut step_seconds) = (Instant::now(), 0.0);
+        let (train, data) = (&trial.config.train, &trial.config.data);
+        let batches = BatchPlan::new(train.seed, self.dataset.len(), train.batch_size)?;
+        let steps = 0..train.steps;
+        let loader =
+            Loader::start(Arc::clone(self.dataset), batches, data.flip, steps, data.prefetch, data.workers)?;
+        let mut losses: Vec<f64> = Vec::new();
+        let mut watch = Watch::new(self.plan.spec.diverged);
+        let mut diverged = false;
+        for batch in loader {
+            let batch = batch?;
+            let begin = Instant::now();
+            let (loss, update) = trainer.step(&batch)?;
+            step_seconds += begin.elapsed().as_secs_f64();
+            losses.push(loss.loss);
+            news(News::Stepped(trial, loss.loss));
+            diverged = !update.finite || watch.ran_away(loss.loss);
+            if diverged {
+                break;
+            }
+            if self.stop.is_set() && (losses.len() as u64) < train.steps {
+                return Ok(None);
+            }
+        }
+        let done = losses.len() as u64;
+        let tail = ((train.steps as f64 * self.plan.spec.tail).ceil() as usize).clamp(1, losses.len().max(1));
+        let window = train.steps.div_ceil(WINDOWS).max(1) as usize;
+        let curve = losses.chunks(window).enumerate().map(|(i, losses)| {
+            let end = (i * window + losses.len()) as u64;
+            (end, Some(mean(losses)).filter(|m| m.is_finite()))
+        });
+        Ok(Some(TrialResult {
+            id: trial.id.clone(),
+            trial: trial.index,
+            status: if diverged { Status::Diverged } else { Status::Finished },
+            loss: (!diverged).then(|| mean(&losses[losses.len().saturating_sub(tail)..])),
+            steps: done,
+            seconds: start.elapsed().as_secs_f64(),
+            step_seconds,
+            flops: done as f64 * cost.flops,
+            parameters: cost.parameters,
+            images: done * train.batch_size as u64,
+            curve: curve.collect(),
+        }))
+    }
+}
+
+/// A step that is loaded.
+struct Compiled {
+    shape: StepShape,
+    trainer: Trainer,
+    cost: StepCost,
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+/// Tells a run whose loss has left for good from one with a spike.
+struct Watch {
+    factor: f64,
+    first: Option<f64>,
+    smooth: f64,
+    seen: f64,
+}
+
+impl Watch {
+    fn new(factor: f64) -> Self {
+        Self { factor, first: None, smooth: 0.0, seen: 0.0 }
+    }
+
+    fn ran_away(&mut self, loss: f64) -> bool {
+        if !loss.is_finite() {
+            return true;
+        }
+        let first = *self.first.get_or_insert(loss);
+        let keep = 0.5f64.powf(1.0 / HALF_LIFE);
+        self.smooth = keep * self.smooth + (1.0 - keep) * loss;
+        self.seen += 1.0;
+        let mean = self.smooth / (1.0 - keep.powf(self.seen));
+        self.factor > 0.0 && self.seen >= HALF_LIFE && mean > self.factor * first
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ends_at(factor: f64, losses: impl IntoIterator<Item = f64>) -> Option<usize> {
+        let mut watch = Watch::new(factor);
+        losses.into_iter().position(|loss| watch.ran_away(loss))
+    }
+
+    #[test]
+    fn a_run_that_ran_away_ends_and_a_spike_does_not_end_one() {
+        assert_eq!(
+            ends_at(2.0, (0..40).map(|i| 1.0 + f64::from(i) / 4.0)).map(|i| (9..20).contains(&i)),
+            Some(true)
+        );
+        let spike = (0..60).map(|i| if i == 20 { 12.0 } else { 1.0 });
+        assert_eq!(ends_at(2.0, spike), None);
+        assert_eq!(ends_at(2.0, (0..60).map(|i| 1.0 / f64::from(i + 1))), None);
+        assert_eq!(ends_at(0.0, [1.0, 1e9, 1e20]), None, "0 waits for what is not finite");
+        assert_eq!(ends_at(0.0, [1.0, f64::INFINITY]), Some(1));
+    }
+
+    #[test]
+    fn overhead_is_what_is_not_steps_nor_compiling() {
+        let summary =
+            Summary { seconds: 12.0, compile_seconds: 2.0, step_seconds: 9.9, ..Summary::default() };
+        assert!((summary.overhead() - 0.01).abs() < 1e-12);
+    }
+}

@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`commands`] | one module a command: resolve, call, report |
+//! | [`fid`] | feature networks and the distances between image sets |
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
 //! | [`render`] | pictures, plots, arrays, progress |
 //! | [`console`] | standard output and error, the only place that prints |
@@ -12,6 +13,7 @@
 
 pub mod commands;
 pub mod console;
+pub mod fid;
 pub mod render;
 pub mod sampler;
 

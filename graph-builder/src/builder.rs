@@ -327,6 +327,12 @@ impl<'g> Value<'g> {
         self.unary(ew::Gelu)
     }
 
+    /// `max(x, 0)`.
+    #[track_caller]
+    pub fn relu(self) -> Self {
+        self.unary(ew::Relu)
+    }
+
     /// `x²`.
     #[track_caller]
     pub fn square(self) -> Self {

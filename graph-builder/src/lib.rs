@@ -49,6 +49,7 @@ pub use error::GraphError;
 pub use graph::{Dim, Graph, Init, Parameter};
 pub use onnx::{ExternalTensor, Weights};
 pub use op::{Cost, Op};
+pub use ops::window::Window;
 pub use program::{OnnxProgram, TensorSpec};
 pub use role::Role;
 pub use shape::{DType, Shape, Type};

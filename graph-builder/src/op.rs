@@ -6,8 +6,9 @@ use crate::builder::Value;
 use crate::error::Refusal;
 use crate::eval::Array;
 use crate::onnx::Emitter;
+use crate::ops::conv::{Conv, ConvTranspose};
 use crate::ops::elementwise::{
-    Add, Cast, Cos, Div, Equal, Exp, Gelu, Less, Log, Maximum, Mul, Neg, Select, Sigmoid, Sin, Sqrt,
+    Add, Cast, Cos, Div, Equal, Exp, Gelu, Less, Log, Maximum, Mul, Neg, Relu, Select, Sigmoid, Sin, Sqrt,
     StopGradient, Sub, Tanh,
 };
 use crate::ops::fused::{GateResidual, GeluGrad, LayerNormGrad, LayerNormModulate, SoftmaxGrad};
@@ -16,6 +17,7 @@ use crate::ops::layout::{Broadcast, Concat, Pad, Reshape, Slice, Transpose};
 use crate::ops::leaf::{Constant, Input, ParameterRef};
 use crate::ops::linalg::MatMul;
 use crate::ops::nn::{LayerNorm, Softmax};
+use crate::ops::pool::{AveragePool, MaxPool};
 use crate::ops::reduce::{Mean, Sum};
 use crate::shape::Type;
 
@@ -102,12 +104,13 @@ macro_rules! ops {
 
 ops! {
     Input(Input), Parameter(ParameterRef), Constant(Constant),
-    Neg(Neg), Exp(Exp), Log(Log), Sqrt(Sqrt), Sin(Sin), Cos(Cos), Tanh(Tanh), Sigmoid(Sigmoid), Gelu(Gelu),
+    Neg(Neg), Exp(Exp), Log(Log), Sqrt(Sqrt), Sin(Sin), Cos(Cos), Tanh(Tanh), Sigmoid(Sigmoid), Gelu(Gelu), Relu(Relu),
     Cast(Cast), StopGradient(StopGradient),
     Add(Add), Sub(Sub), Mul(Mul), Div(Div), Maximum(Maximum), Less(Less), Equal(Equal), Select(Select),
     Sum(Sum), Mean(Mean),
     Reshape(Reshape), Transpose(Transpose), Broadcast(Broadcast), Slice(Slice), Concat(Concat), Pad(Pad),
     MatMul(MatMul),
+    Conv(Conv), ConvTranspose(ConvTranspose), MaxPool(MaxPool), AveragePool(AveragePool),
     Gather(Gather),
     Softmax(Softmax), LayerNorm(LayerNorm),
     GeluGrad(GeluGrad), SoftmaxGrad(SoftmaxGrad), LayerNormGrad(LayerNormGrad),

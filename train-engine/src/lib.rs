@@ -11,6 +11,7 @@
 //! | [`mup`] | roles to rates and first values |
 //! | [`step`] | the compiled training step, bound to arenas |
 //! | [`trainer`] | the loop |
+//! | [`classifier`] | the small classifier whose features measure small images |
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
 //! | [`checkpoint`] | directories that appear whole or not at all, and the run's lock |
 //! | [`metrics`], [`tensorboard`] | what is logged |
@@ -18,6 +19,7 @@
 //! | [`error`] | what can go wrong |
 
 pub mod checkpoint;
+pub mod classifier;
 pub mod config;
 pub mod data;
 pub mod error;

@@ -6,6 +6,7 @@
 //! | [`fid`] | feature networks and the distances between image sets |
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
 //! | [`render`] | pictures, plots, arrays, progress |
+//! | [`torch_file`] | PyTorch's files, read without executing anything |
 //! | [`console`] | standard output and error, the only place that prints |
 //!
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
@@ -16,6 +17,7 @@ pub mod console;
 pub mod fid;
 pub mod render;
 pub mod sampler;
+pub mod torch_file;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

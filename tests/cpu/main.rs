@@ -3,6 +3,8 @@
 
 mod app;
 mod engines;
+mod fid_extractors;
+mod fid_networks;
 mod file_errors;
 mod gradients;
 mod layering;

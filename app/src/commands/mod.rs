@@ -3,11 +3,13 @@
 mod build_engine;
 mod data;
 mod doctor;
+mod fid;
 mod inspect;
 mod observer;
 mod quickstart;
 mod replay;
 mod sample;
+mod solving;
 mod train;
 mod weights;
 
@@ -38,6 +40,8 @@ pub enum Command {
     Sample(sample::SampleArgs),
     /// Fetch, check and look at data sets.
     Data(data::DataArgs),
+    /// Measure how far samples are from real images: FID, sFID, IS, precision, recall, KID.
+    Fid(fid::FidArgs),
 }
 
 impl Command {
@@ -55,6 +59,7 @@ impl Command {
             Self::Replay(args) => args.run(),
             Self::Sample(args) => args.run(),
             Self::Data(args) => args.run(),
+            Self::Fid(args) => args.run(),
         }
     }
 

@@ -5,6 +5,8 @@
 //! | [`commands`] | one module a command: resolve, call, report |
 //! | [`fid`] | feature networks and the distances between image sets |
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
+//! | [`profile`] | executed nodes joined with the graph: where the time goes |
+//! | [`roof`] | what this machine can do at best, measured |
 //! | [`render`] | pictures, plots, arrays, progress |
 //! | [`torch_file`] | PyTorch's files, read without executing anything |
 //! | [`console`] | standard output and error, the only place that prints |
@@ -15,7 +17,9 @@
 pub mod commands;
 pub mod console;
 pub mod fid;
+pub mod profile;
 pub mod render;
+pub mod roof;
 pub mod sampler;
 pub mod torch_file;
 

@@ -76,6 +76,10 @@ impl Sampler {
             Session::load(runtime, &graph.emit(Weights::Inputs)?, &runtime::Weights::Inside, &options)?;
         let mut builder = Binding::builder(&session);
         builder.bind_inputs_by_name(parameters)?;
+        parameters
+            .write()
+            .map_err(|_| anyhow::anyhow!("a thread panicked while it held the parameters"))?
+            .freeze();
         let binding = builder.finish()?;
         let image = model.in_channels * model.input_size * model.input_size;
         let guidance = (guided != Guidance::Off).then_some(settings.guidance as f32);

@@ -18,6 +18,18 @@ pub(crate) fn expand(x: &Array, shape: &Shape) -> Array {
         .map_or_else(|| ArrayD::from_elem(IxDyn(shape.dims()), f64::NAN), |v| v.to_owned())
 }
 
+/// An array of `shape` with these values, row-major.
+pub(crate) fn filled(shape: &Shape, values: impl IntoIterator<Item = f64>) -> Array {
+    let mut array = ArrayD::zeros(IxDyn(shape.dims()));
+    array.iter_mut().zip(values).for_each(|(a, v)| *a = v);
+    array
+}
+
+/// The value of an op with several results: all their elements, one result after the other.
+pub(crate) fn bundle(results: &[Array]) -> Array {
+    results.iter().flat_map(|r| r.iter().copied()).collect::<ndarray::Array1<f64>>().into_dyn()
+}
+
 impl Graph {
     /// Values of all outputs, in order, for the given inputs and parameters (by name).
     ///

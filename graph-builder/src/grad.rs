@@ -4,11 +4,12 @@
 //! sums a cotangent down to its operand's shape, adds up the contributions, and stays on paths that lead from a
 //! wanted value to the loss.
 
-use crate::builder::{Builder, Value};
+use crate::builder::Builder;
 use crate::error::{GraphError, Result};
 use crate::graph::ValueId;
 use crate::op::Grad;
 use crate::shape::Shape;
+use crate::value::Value;
 
 impl Builder {
     /// Gradients of the scalar `loss` with respect to `wrt`, as graph. A value that does not reach the loss gets zeros.

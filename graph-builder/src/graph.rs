@@ -217,7 +217,16 @@ impl Graph {
         let args = n.args.iter().map(|a| format!("%{}", a.0)).collect::<Vec<_>>().join(", ");
         let attributes = n.op.attributes();
         let mark = if n.backward { " ∂" } else { "" };
-        format!("%{i} = {}{attributes}({args}) : {}  # {}{mark}", n.op.rules().name(), n.ty, n.place.scope)
+        let results = self.results(ValueId(i as u32)).into_iter();
+        let types = results.map(|s| format!("{}{s}", n.ty.dtype)).collect::<Vec<_>>().join(", ");
+        format!("%{i} = {}{attributes}({args}) : {types}  # {}{mark}", n.op.rules().name(), n.place.scope)
+    }
+
+    /// Shapes of the results of the node: one, or those of an op that has several.
+    pub(crate) fn results(&self, id: ValueId) -> Vec<Shape> {
+        let node = self.node(id);
+        let types: Vec<&Type> = node.args.iter().map(|a| self.type_of(*a)).collect();
+        node.op.rules().results(&types, &node.ty)
     }
 
     pub(crate) fn type_of(&self, id: ValueId) -> &Type {
@@ -232,7 +241,9 @@ impl Graph {
     /// Work of one run, summed over the nodes that some output needs.
     pub fn cost(&self) -> Cost {
         let live = self.live();
-        (0..self.nodes.len()).filter(|&i| live[i]).fold(Cost::default(), |sum, i| sum + self.node_cost(i))
+        (0..self.nodes.len())
+            .filter(|&i| live[i])
+            .fold(Cost::default(), |sum, i| sum + self.node_cost(ValueId(i as u32)))
     }
 
     /// Work of the nodes below each scope that `label` names, in order of first appearance.
@@ -241,13 +252,14 @@ impl Graph {
         let mut costs: indexmap::IndexMap<String, Cost> = indexmap::IndexMap::new();
         for i in (0..self.nodes.len()).filter(|&i| live[i]) {
             let cost = costs.entry(label(&self.nodes[i].place.scope)).or_default();
-            *cost = *cost + self.node_cost(i);
+            *cost = *cost + self.node_cost(ValueId(i as u32));
         }
         costs
     }
 
-    fn node_cost(&self, i: usize) -> Cost {
-        let node = &self.nodes[i];
+    /// Work of one node.
+    pub fn node_cost(&self, id: ValueId) -> Cost {
+        let node = self.node(id);
         let types: Vec<&Type> = node.args.iter().map(|a| self.type_of(*a)).collect();
         node.op.rules().cost(&types, &node.ty)
     }

@@ -4,12 +4,13 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`builder`] | what a model author holds: builder, scope, value |
+//! | [`builder`], [`value`] | what a model author holds: builder and scope, values and their methods |
 //! | [`graph`] | nodes, parameters, the text form |
 //! | [`op`], [`ops`] | the closed set of ops, five rules each |
-//! | [`passes`] | rewrites, one visible list |
+//! | [`passes`] | rewrites, one visible list; recomputation |
 //! | [`onnx`] | emission |
 //! | [`eval`] | the f64 interpreter that everything else is compared with |
+//! | [`liveness`] | how much memory intermediate values need at once |
 //! | [`role`] | muP roles, derived |
 //! | [`probe`] | values inside a graph as outputs |
 //!
@@ -34,6 +35,7 @@ pub mod error;
 pub mod eval;
 pub mod grad;
 pub mod graph;
+pub mod liveness;
 pub mod onnx;
 pub mod op;
 pub mod ops;
@@ -42,14 +44,18 @@ pub mod probe;
 pub mod program;
 pub mod role;
 pub mod shape;
+pub mod value;
 mod verify;
 
-pub use builder::{Builder, Scope, Value};
+pub use builder::{Builder, Scope};
 pub use error::GraphError;
 pub use graph::{Dim, Graph, Init, Parameter};
 pub use onnx::{ExternalTensor, Weights};
 pub use op::{Cost, Op};
+pub use ops::activation::Activation;
+pub use ops::patch::PatchOrder;
 pub use ops::window::Window;
 pub use program::{OnnxProgram, TensorSpec};
 pub use role::Role;
 pub use shape::{DType, Shape, Type};
+pub use value::Value;

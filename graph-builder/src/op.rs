@@ -2,24 +2,29 @@
 
 use std::fmt;
 
-use crate::builder::Value;
 use crate::error::Refusal;
 use crate::eval::Array;
 use crate::onnx::Emitter;
+use crate::ops::activation::GeluGrad;
+use crate::ops::attention::{Attention, AttentionGrad};
 use crate::ops::conv::{Conv, ConvTranspose};
 use crate::ops::elementwise::{
     Add, Cast, Cos, Div, Equal, Exp, Gelu, Less, Log, Maximum, Mul, Neg, Relu, Select, Sigmoid, Sin, Sqrt,
     StopGradient, Sub, Tanh,
 };
-use crate::ops::fused::{GateResidual, GeluGrad, LayerNormGrad, LayerNormModulate, SoftmaxGrad};
 use crate::ops::index::Gather;
 use crate::ops::layout::{Broadcast, Concat, Pad, Reshape, Slice, Transpose};
 use crate::ops::leaf::{Constant, Input, ParameterRef};
 use crate::ops::linalg::MatMul;
-use crate::ops::nn::{LayerNorm, Softmax};
+use crate::ops::linear::{Linear, LinearGateResidual, LinearGradInput, LinearGradWeight};
+use crate::ops::modulation::{GateResidual, GateResidualGrad, LayerNormModulate, LayerNormModulateGrad};
+use crate::ops::nn::{LayerNorm, LayerNormGrad, Softmax, SoftmaxGrad};
+use crate::ops::patch::{Patchify, Unpatchify};
 use crate::ops::pool::{AveragePool, MaxPool};
 use crate::ops::reduce::{Mean, Sum};
-use crate::shape::Type;
+use crate::ops::several::{After, Part, Split};
+use crate::shape::{Shape, Type};
+use crate::value::Value;
 
 /// Work of one op.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,13 +60,19 @@ pub(crate) enum Grad<'g> {
     None,
 }
 
-/// The five rules of an op, and its name. There are no defaults, so that every omission is a decision.
+/// The five rules of an op, and its name. They have no defaults, so that every omission is a decision.
 pub(crate) trait Rules {
     /// ONNX's name where ONNX has the op.
     fn name(&self) -> &'static str;
 
     /// Type of the answer, or the constraint (C1, C2, …) that the operands break.
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal>;
+
+    /// Shapes of the results of an op that has several: its answer then has rank 1 and holds their elements, one
+    /// result after the other, and only [`Part`] takes them out.
+    fn results(&self, _args: &[&Type], out: &Type) -> Vec<Shape> {
+        vec![out.shape.clone()]
+    }
 
     /// Vector-Jacobian product: builds graph, is handed the answer, ignores broadcasting and accumulation.
     fn vjp<'g>(&self, args: &[Value<'g>], out: Value<'g>, ct: Value<'g>) -> Vec<Grad<'g>>;
@@ -114,7 +125,13 @@ ops! {
     Gather(Gather),
     Softmax(Softmax), LayerNorm(LayerNorm),
     GeluGrad(GeluGrad), SoftmaxGrad(SoftmaxGrad), LayerNormGrad(LayerNormGrad),
-    LayerNormModulate(LayerNormModulate), GateResidual(GateResidual),
+    LayerNormModulate(LayerNormModulate), LayerNormModulateGrad(LayerNormModulateGrad),
+    GateResidual(GateResidual), GateResidualGrad(GateResidualGrad),
+    Linear(Linear), LinearGradInput(LinearGradInput), LinearGradWeight(LinearGradWeight),
+    LinearGateResidual(LinearGateResidual),
+    Attention(Attention), AttentionGrad(AttentionGrad),
+    Patchify(Patchify), Unpatchify(Unpatchify),
+    Part(Part), Split(Split), After(After),
 }
 
 impl Op {

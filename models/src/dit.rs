@@ -6,13 +6,15 @@
 
 use std::sync::Arc;
 
-use graph_builder::{Dim, Init, Scope, Value};
+use graph_builder::{Dim, Init, PatchOrder, Scope, Value};
 
 use crate::config::DitConfig;
 use crate::layers::{
-    EPSILON, Inits, attention, label_embed, mlp, modulate, modulation, patch_embed, sin_cos_positions,
-    timestep_embed,
+    Inits, attention, label_embed, mlp, modulate, modulation, patch_embed, sin_cos_positions, timestep_embed,
 };
+
+/// Scope of the stack of blocks: the first is `blocks.0`.
+pub(crate) const BLOCKS: &str = "blocks";
 
 /// The model's answer (N, Cout, H, W) for `x` (N, C, H, W), `t` (N) f32 and `y` (N) i64.
 ///
@@ -26,17 +28,55 @@ pub fn dit<'g>(
     output_multiplier: Value<'g>,
     cfg: &DitConfig,
 ) -> Value<'g> {
+    let (h, t) = embed(s, x, t, cfg); // (N, T, D) and (N, D)
+    let c = t + label(s, y, cfg); // (N, D)
+    answer(s, h, c, output_multiplier, cfg) // (N, Cout, H, W)
+}
+
+/// The model's answers (N, Cout, H, W) with the label and without it, from one run of 2N samples.
+///
+/// Both see the same image at the same time, which are embedded once.
+pub(crate) fn dit_with_and_without_label<'g>(
+    s: &Scope<'g>,
+    x: Value<'g>,
+    t: Value<'g>,
+    [y, null]: [Value<'g>; 2],
+    output_multiplier: Value<'g>,
+    cfg: &DitConfig,
+) -> [Value<'g>; 2] {
+    let (h, t) = embed(s, x, t, cfg); // (N, T, D) and (N, D)
+    let h = h.concat(&[h], 0); // (2N, T, D)
+    let c = (t + label(s, y, cfg)).concat(&[t + label(s, null, cfg)], 0); // (2N, D)
+    answer(s, h, c, output_multiplier, cfg).chunk(0) // 2 × (N, Cout, H, W)
+}
+
+/// Tokens of the image at their places, and the embedded time.
+fn embed<'g>(s: &Scope<'g>, x: Value<'g>, t: Value<'g>, cfg: &DitConfig) -> (Value<'g>, Value<'g>) {
     let (d, inits) = (cfg.hidden_size, Inits(cfg.init));
     let positions = pos_embed(s, cfg); // (1, T, D)
-    let mut h = s.within("x_embedder", |s| patch_embed(s, x, cfg.patch_size, d, inits)) + positions; // (N, T, D)
+    let h = s.within("x_embedder", |s| patch_embed(s, x, cfg.patch_size, d, inits)) + positions; // (N, T, D)
     let t = s.within("t_embedder", |s| timestep_embed(s, t, d, inits)); // (N, D)
-    let y = s.within("y_embedder", |s| label_embed(s, y, cfg.label_rows(), d, inits)); // (N, D)
-    let c = t + y; // (N, D)
+    (h, t)
+}
+
+fn label<'g>(s: &Scope<'g>, y: Value<'g>, cfg: &DitConfig) -> Value<'g> {
+    s.within("y_embedder", |s| label_embed(s, y, cfg.label_rows(), cfg.hidden_size, Inits(cfg.init))) // (N, D)
+}
+
+/// Blocks and final layer on tokens `h` (N, T, D) under the condition `c` (N, D).
+fn answer<'g>(
+    s: &Scope<'g>,
+    mut h: Value<'g>,
+    c: Value<'g>,
+    output_multiplier: Value<'g>,
+    cfg: &DitConfig,
+) -> Value<'g> {
+    let c = c.silu(); // (N, D), before the linear layer of every modulation
     for i in 0..cfg.depth {
-        h = s.within(format!("blocks.{i}"), |s| block(s, h, c, cfg)); // (N, T, D)
+        h = s.within(format!("{BLOCKS}.{i}"), |s| block(s, h, c, cfg)); // (N, T, D)
     }
     let h = s.within("final_layer", |s| final_layer(s, h, c, output_multiplier, cfg)); // (N, T, P·P·Cout)
-    unpatchify(h, cfg) // (N, Cout, H, W)
+    h.unpatchify(cfg.patch_size, PatchOrder::ChannelsLast, cfg.input_size, cfg.input_size) // (N, Cout, H, W)
 }
 
 fn pos_embed<'g>(s: &Scope<'g>, cfg: &DitConfig) -> Value<'g> {
@@ -48,10 +88,10 @@ fn pos_embed<'g>(s: &Scope<'g>, cfg: &DitConfig) -> Value<'g> {
 fn block<'g>(s: &Scope<'g>, x: Value<'g>, c: Value<'g>, cfg: &DitConfig) -> Value<'g> {
     let inits = Inits(cfg.init);
     let [shift_a, scale_a, gate_a, shift_m, scale_m, gate_m] = modulation(s, c, inits); // 6 × (N, 1, D)
-    let h = modulate(x.layer_norm(EPSILON), shift_a, scale_a); // (N, T, D)
-    let x = x + gate_a * s.within("attn", |s| attention(s, h, cfg.num_heads, inits)); // (N, T, D)
-    let h = modulate(x.layer_norm(EPSILON), shift_m, scale_m); // (N, T, D)
-    x + gate_m * s.within("mlp", |s| mlp(s, h, cfg.mlp_hidden(), inits)) // (N, T, D)
+    let h = modulate(x, shift_a, scale_a); // (N, T, D)
+    let x = x.gate_residual(gate_a, s.within("attn", |s| attention(s, h, cfg.num_heads, inits))); // (N, T, D)
+    let h = modulate(x, shift_m, scale_m); // (N, T, D)
+    x.gate_residual(gate_m, s.within("mlp", |s| mlp(s, h, cfg.mlp_hidden(), inits))) // (N, T, D)
 }
 
 fn final_layer<'g>(
@@ -63,20 +103,11 @@ fn final_layer<'g>(
 ) -> Value<'g> {
     let (d, features) = (cfg.hidden_size, cfg.patch_size * cfg.patch_size * cfg.out_channels());
     let [shift, scale] = modulation(s, c, Inits(cfg.init)); // 2 × (N, 1, D)
-    let h = modulate(x.layer_norm(EPSILON), shift, scale); // (N, T, D)
+    let h = modulate(x, shift, scale); // (N, T, D)
     s.within("linear", |s| {
         let weight = s.param("weight", &[Dim::Fixed(features), Dim::Width(d)], Init::Zeros);
         let bias = s.param("bias", &[Dim::Fixed(features)], Init::Zeros);
         let weight = weight * (output_multiplier * (1.0 / cfg.width_multiplier())); // (P·P·Cout, D)
-        h.matmul(weight.transpose(&[1, 0])) + bias // (N, T, P·P·Cout)
+        h.linear(weight, bias) // (N, T, P·P·Cout)
     })
-}
-
-/// Tokens back to pixels: features are (row in patch, column in patch, channel), channel fastest.
-fn unpatchify<'g>(x: Value<'g>, cfg: &DitConfig) -> Value<'g> {
-    let (n, p, c) = (x.dim(0), cfg.patch_size, cfg.out_channels());
-    let side = cfg.input_size / p;
-    x.reshape([n, side, side, p, p, c])
-        .transpose(&[0, 5, 1, 3, 2, 4]) // (N, Cout, rows, P, cols, P)
-        .reshape([n, c, cfg.input_size, cfg.input_size]) // (N, Cout, H, W)
 }

@@ -1,12 +1,12 @@
 //! Layers as functions over a scope: linear, attention, MLP, embedders. Letters: N batch, T tokens, D width,
 //! H heads, K head size, C channels, P patch side.
 
-use graph_builder::{DType, Dim, Init, Scope, Value};
+use graph_builder::{DType, Dim, Init, PatchOrder, Scope, Value};
 
 use crate::config::InitScheme;
 
 /// Added to the variance in every layer norm.
-pub(crate) const EPSILON: f64 = 1e-6;
+const EPSILON: f64 = 1e-6;
 /// Length of the sinusoidal timestep embedding.
 const FREQUENCIES: usize = 256;
 /// Longest period of the sinusoids, in steps.
@@ -54,33 +54,29 @@ impl Inits {
 pub(crate) fn linear<'g>(s: &Scope<'g>, x: Value<'g>, input: Dim, output: Dim, init: Init) -> Value<'g> {
     let weight = s.param("weight", &[output, input], init); // (out, in)
     let bias = s.param("bias", &[output], Init::Zeros); // (out)
-    x.matmul(weight.transpose(&[1, 0])) + bias // (…, out)
+    x.linear(weight, bias) // (…, out)
 }
 
-/// `x · (1 + scale) + shift` on a normalised `x`.
+/// `LN(x) · (1 + scale) + shift`.
 pub(crate) fn modulate<'g>(x: Value<'g>, shift: Value<'g>, scale: Value<'g>) -> Value<'g> {
-    x * (1.0 + scale) + shift // (N, T, D)
+    x.layer_norm_modulate(shift, scale, EPSILON) // (N, T, D)
 }
 
-/// `M` rows (N, 1, D) of adaLN conditioning from `c` (N, D).
+/// `M` rows (N, 1, D) of adaLN conditioning from `c` (N, D), on which SiLU was applied once for all layers.
 pub(crate) fn modulation<'g, const M: usize>(s: &Scope<'g>, c: Value<'g>, inits: Inits) -> [Value<'g>; M] {
     let (n, d) = (c.dim(0), c.dim(1));
     let rows = s.within("adaLN_modulation.1", |s| {
-        linear(s, c.silu(), Dim::Width(d), Dim::Width(M * d), inits.modulation()) // (N, M·D)
+        linear(s, c, Dim::Width(d), Dim::Width(M * d), inits.modulation()) // (N, M·D)
     });
     rows.reshape([n, 1, M * d]).chunk(2) // M × (N, 1, D)
 }
 
 /// Multi-head self-attention: `softmax(q kᵀ / √K) v`.
 pub(crate) fn attention<'g>(s: &Scope<'g>, x: Value<'g>, heads: usize, inits: Inits) -> Value<'g> {
-    let (n, t, d) = (x.dim(0), x.dim(1), x.dim(2));
+    let d = x.dim(2);
     let k = d / heads;
-    let qkv = s.within("qkv", |s| linear(s, x, Dim::Width(d), Dim::Width(3 * d), inits.linear())); // (N, T, 3D)
-    let qkv = qkv.reshape([n, t, 3, heads, k]).transpose(&[2, 0, 3, 1, 4]); // (3, N, H, T, K)
-    let [q, k_, v] = qkv.chunk(0).map(|part: Value<'g>| part.reshape([n, heads, t, k])); // (N, H, T, K)
-    let scale = 1.0 / (k as f64).sqrt();
-    let weights = (q * scale).matmul(k_.transpose(&[0, 1, 3, 2])).softmax(); // (N, H, T, T)
-    let mixed = weights.matmul(v).transpose(&[0, 2, 1, 3]).reshape([n, t, d]); // (N, T, D)
+    let qkv = s.within("qkv", |s| linear(s, x, Dim::Width(d), Dim::Width(3 * d), inits.linear())); // (N, T, 3·D)
+    let mixed = qkv.attention(heads, 1.0 / (k as f64).sqrt()); // (N, T, D)
     s.within("proj", |s| linear(s, mixed, Dim::Width(d), Dim::Width(d), inits.linear())) // (N, T, D)
 }
 
@@ -99,17 +95,13 @@ pub(crate) fn patch_embed<'g>(
     d: usize,
     inits: Inits,
 ) -> Value<'g> {
-    let (n, c, height, width) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
-    let (rows, cols, features) = (height / patch, width / patch, c * patch * patch);
-    let patches = x
-        .reshape([n, c, rows, patch, cols, patch])
-        .transpose(&[0, 2, 4, 1, 3, 5]) // (N, rows, cols, C, P, P)
-        .reshape([n, rows * cols, features]); // (N, T, C·P·P)
+    let c = x.dim(1);
+    let patches = x.patchify(patch, PatchOrder::ChannelsFirst); // (N, T, C·P·P)
     s.within("proj", |s| {
         let dims = [Dim::Width(d), Dim::Fixed(c), Dim::Fixed(patch), Dim::Fixed(patch)];
-        let weight = s.param("weight", &dims, inits.linear()).reshape([d, features]); // (D, C·P·P)
+        let weight = s.param("weight", &dims, inits.linear()).reshape([d, c * patch * patch]); // (D, C·P·P)
         let bias = s.param("bias", &[Dim::Width(d)], Init::Zeros);
-        patches.matmul(weight.transpose(&[1, 0])) + bias // (N, T, D)
+        patches.linear(weight, bias) // (N, T, D)
     })
 }
 

@@ -29,6 +29,6 @@ pub mod solver;
 
 pub use config::{DitConfig, InitScheme, MupConfig, Objective};
 pub use error::ModelError;
-pub use programs::{Guidance, HYPERPARAMETERS, ProgramKind, program};
+pub use programs::{Guidance, HYPERPARAMETERS, ProgramKind, Recompute, program};
 pub use schedule::{DdpmSchedule, Spacing, TRAINING_STEPS};
 pub use solver::{COEFFICIENTS, Solver, SolverKind, SolverPlan, SolverStep};

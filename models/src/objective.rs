@@ -36,19 +36,38 @@ impl<'g> DdpmAt<'g> {
     pub(crate) fn new(b: &'g Builder, t: Value<'g>) -> Result<Self, ModelError> {
         let s = DdpmSchedule::linear(TRAINING_STEPS)?;
         let n = t.dim(0);
-        let index = t.cast(DType::I64); // (N)
-        let at = |table: &[f64]| {
-            b.constant(DType::F32, [table.len()], table.to_vec()).gather(index).reshape([n, 1, 1, 1])
-        };
+        let columns = [
+            &s.sqrt_alphas_cumprod,
+            &s.sqrt_one_minus_alphas_cumprod,
+            &s.sqrt_recip_alphas_cumprod,
+            &s.sqrt_recipm1_alphas_cumprod,
+            &s.posterior_mean_coef1,
+            &s.posterior_mean_coef2,
+            &s.posterior_log_variance_clipped,
+            &s.log_betas,
+        ];
+        let rows: Vec<f64> = (0..s.len()).flat_map(|step| columns.map(|column| column[step])).collect();
+        let table = b.constant(DType::F32, [s.len(), columns.len()], rows);
+        let row = table.gather(t.cast(DType::I64)).reshape([n, columns.len(), 1, 1]); // (N, 8, 1, 1)
+        let [
+            sqrt_alpha_bar,
+            sqrt_one_minus_alpha_bar,
+            sqrt_recip_alpha_bar,
+            sqrt_recipm1_alpha_bar,
+            mean_x0,
+            mean_xt,
+            min_log_variance,
+            max_log_variance,
+        ] = row.chunk(1); // 8 × (N, 1, 1, 1)
         Ok(Self {
-            sqrt_alpha_bar: at(&s.sqrt_alphas_cumprod),
-            sqrt_one_minus_alpha_bar: at(&s.sqrt_one_minus_alphas_cumprod),
-            sqrt_recip_alpha_bar: at(&s.sqrt_recip_alphas_cumprod),
-            sqrt_recipm1_alpha_bar: at(&s.sqrt_recipm1_alphas_cumprod),
-            mean_x0: at(&s.posterior_mean_coef1),
-            mean_xt: at(&s.posterior_mean_coef2),
-            min_log_variance: at(&s.posterior_log_variance_clipped),
-            max_log_variance: at(&s.log_betas),
+            sqrt_alpha_bar,
+            sqrt_one_minus_alpha_bar,
+            sqrt_recip_alpha_bar,
+            sqrt_recipm1_alpha_bar,
+            mean_x0,
+            mean_xt,
+            min_log_variance,
+            max_log_variance,
             is_first: t.less(b.scalar(0.5)), // (N)
         })
     }

@@ -4,9 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use graph_builder::{Builder, DType, Graph, Type, Value};
+use serde::{Deserialize, Serialize};
 
 use crate::config::{DitConfig, Objective};
-use crate::dit::dit;
+use crate::dit::{BLOCKS, dit, dit_with_and_without_label};
 use crate::error::ModelError;
 use crate::nearest::hint;
 use crate::objective::{DdpmAt, Terms, flow_interpolate, flow_loss};
@@ -76,6 +77,30 @@ pub enum Guidance {
     All,
 }
 
+/// What a training step computes again for its backward pass instead of keeping it. The results are the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// The values inside each block: only the block's input is kept, and a step does one more forward pass.
+    Blocks,
+}
+
+impl Recompute {
+    /// The optimised graph of a training step, rewritten.
+    ///
+    /// # Errors
+    /// [`ModelError::Graph`] when the rewritten graph breaks an invariant.
+    pub fn apply(self, optimised: Graph) -> Result<Graph, ModelError> {
+        match self {
+            Self::None => Ok(optimised),
+            Self::Blocks => Ok(optimised.recomputed(BLOCKS)?),
+        }
+    }
+}
+
 /// Scalars that stay inputs of the training programs, with the value that leaves the published loss as it is.
 pub const HYPERPARAMETERS: [(&str, f32); 2] = [("hp.output_multiplier", 1.0), ("hp.vb_weight", 1.0)];
 
@@ -135,8 +160,12 @@ impl<'g> Sampling<'g> {
     }
 
     fn denoise(&self, cfg: &DitConfig) -> Value<'g> {
-        let alpha = self.b.scalar(cfg.mup.map_or(1.0, |mup| mup.output_multiplier));
-        dit(&self.b.root(), self.x, self.t, self.y, alpha, cfg) // (N, Cout, H, W)
+        dit(&self.b.root(), self.x, self.t, self.y, self.output_multiplier(cfg), cfg) // (N, Cout, H, W)
+    }
+
+    /// muP's α, a constant here.
+    fn output_multiplier(&self, cfg: &DitConfig) -> Value<'g> {
+        self.b.scalar(cfg.mup.map_or(1.0, |mup| mup.output_multiplier))
     }
 
     /// `u + g (c − u)` on the guided channels; both halves see the same `x`.
@@ -153,14 +182,15 @@ impl<'g> Sampling<'g> {
         })?;
         let n = self.x.dim(0);
         let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
-        let null = self.b.constant(DType::I64, [n], vec![null as f64]);
-        let twice = Self {
-            b: self.b,
-            x: self.x.concat(&[self.x], 0), // (2N, C, H, W)
-            t: self.t.concat(&[self.t], 0), // (2N)
-            y: self.y.concat(&[null], 0),   // (2N)
-        };
-        let [cond, uncond]: [Value<'g>; 2] = twice.denoise(cfg).chunk(0); // (N, Cout, H, W)
+        let labels = [self.y, self.b.constant(DType::I64, [1], vec![null as f64])]; // (N) and (1)
+        let [cond, uncond] = dit_with_and_without_label(
+            &self.b.root(),
+            self.x,
+            self.t,
+            labels,
+            self.output_multiplier(cfg),
+            cfg,
+        );
         let (c, u) = (cond.slice(1, 0, guided), uncond.slice(1, 0, guided));
         let mixed = u + guidance * (c - u);
         if guided == cfg.out_channels() {

@@ -10,6 +10,7 @@ use graph_builder::Shape;
 use indexmap::IndexMap;
 
 use crate::error::{Result, RuntimeError, nearest};
+use crate::kernels::product::Frozen;
 use crate::safetensors_file::{SafetensorsReader, TensorRecord, write_records};
 use crate::storage::{ALIGNMENT, Storage};
 
@@ -121,6 +122,8 @@ impl ArenaLayout {
 /// One block of f32 host memory, divided by an [`ArenaLayout`]. It is never moved or resized.
 pub struct Arena {
     layout: Arc<ArenaLayout>,
+    // Dropped before the memory that it speaks of.
+    frozen: Option<Frozen>,
     data: Storage<f32>,
 }
 
@@ -143,7 +146,7 @@ impl Arena {
     /// [`RuntimeError::OutOfMemory`].
     pub fn zeros(layout: Arc<ArenaLayout>) -> Result<Self> {
         let data = Storage::zeros(layout.len(), "an arena")?;
-        Ok(Self { layout, data })
+        Ok(Self { layout, frozen: None, data })
     }
 
     /// A second arena with the same layout and contents.
@@ -152,13 +155,31 @@ impl Arena {
     /// [`RuntimeError::OutOfMemory`].
     pub fn duplicate(&self) -> Result<Self> {
         let mut copy = Self::zeros(self.layout.clone())?;
-        copy.data.as_mut_slice().copy_from_slice(self.data.as_slice());
+        copy.data_mut().copy_from_slice(self.data.as_slice());
         Ok(copy)
     }
 
     /// Wraps the arena for sharing with bindings.
     pub fn into_shared(self) -> SharedArena {
         Arc::new(RwLock::new(self))
+    }
+
+    /// Declares that the values will be read many times before they change, as weights are in sampling: kernels may
+    /// keep them in a form of their own (as much memory again). Any change of a value takes the declaration back.
+    pub fn freeze(&mut self) {
+        if self.frozen.is_none() {
+            self.frozen = Some(Frozen::new(self.data.as_slice()));
+        }
+    }
+
+    /// Takes [`Self::freeze`] back.
+    pub(crate) fn thaw(&mut self) {
+        self.frozen = None;
+    }
+
+    fn data_mut(&mut self) -> &mut [f32] {
+        self.thaw();
+        self.data.as_mut_slice()
     }
 
     /// Names, shapes and places.
@@ -180,6 +201,7 @@ impl Arena {
     /// [`RuntimeError::UnknownName`].
     pub fn view_mut(&mut self, name: &str) -> Result<&mut [f32]> {
         let range = self.layout.entry(name)?.range();
+        self.thaw();
         Ok(&mut self.data.as_mut_slice()[range])
     }
 
@@ -191,6 +213,7 @@ impl Arena {
 
     /// The values of all entries in order, writable at the same time.
     pub fn views_mut(&mut self) -> Vec<&mut [f32]> {
+        self.thaw();
         let mut rest = self.data.as_mut_slice();
         let mut start = 0;
         let mut views = Vec::with_capacity(self.layout.entries().len());
@@ -210,7 +233,7 @@ impl Arena {
     /// [`RuntimeError::LayoutMismatch`].
     pub fn copy_from(&mut self, other: &Self) -> Result<()> {
         self.same_layout(other, "copy an arena")?;
-        self.data.as_mut_slice().copy_from_slice(other.data.as_slice());
+        self.data_mut().copy_from_slice(other.data.as_slice());
         Ok(())
     }
 
@@ -220,7 +243,7 @@ impl Arena {
     /// [`RuntimeError::LayoutMismatch`].
     pub fn add_scaled(&mut self, other: &Self, scale: f32) -> Result<()> {
         self.same_layout(other, "add arenas")?;
-        for (sum, x) in self.data.as_mut_slice().iter_mut().zip(other.data.as_slice()) {
+        for (sum, x) in self.data_mut().iter_mut().zip(other.data.as_slice()) {
             *sum += scale * x;
         }
         Ok(())

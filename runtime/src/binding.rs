@@ -13,6 +13,7 @@ use indexmap::IndexMap;
 
 use crate::arena::{Arena, ArenaLayout, SharedArena};
 use crate::error::{Result, RuntimeError, nearest};
+use crate::huge_pages;
 use crate::session::Session;
 use crate::storage::Storage;
 use table::AddressTable;
@@ -82,7 +83,9 @@ impl BoundArena {
             |reason: &str| RuntimeError::StaleArena { program: program.into(), reason: reason.into() };
         let poisoned = || stale("a thread panicked while it held one of the bound arenas");
         let guard = if self.written {
-            Guard::Write(self.arena.write().map_err(|_| poisoned())?)
+            let mut arena = self.arena.write().map_err(|_| poisoned())?;
+            arena.thaw();
+            Guard::Write(arena)
         } else {
             Guard::Read(self.arena.read().map_err(|_| poisoned())?)
         };
@@ -123,7 +126,11 @@ pub struct Binding {
     /// In address order, so that runs on several threads lock in one order.
     arenas: Vec<BoundArena>,
     session: Arc<Session>,
+    runs: u32,
 }
+
+/// Run after which a session's buffers stay where they are: the first measures them, the second lays them out.
+const SETTLED: u32 = 2;
 
 // SAFETY: the pointers inside point to memory that the binding owns or keeps alive; ONNX Runtime's binding object
 // has no ties to a thread.
@@ -200,7 +207,7 @@ impl BindingBuilder {
         }
         let Self { inputs, outputs, mut arenas, .. } = self;
         arenas.sort_by_key(|a| Arc::as_ptr(&a.arena).addr());
-        Ok(Binding { io, inputs, outputs, arenas, session })
+        Ok(Binding { io, inputs, outputs, arenas, session, runs: 0 })
     }
 
     fn bind_by_name(&mut self, side: Side, arena: &SharedArena, prefix: &str) -> Result<usize> {
@@ -365,6 +372,10 @@ impl Binding {
         let result = unsafe { self.io.run(&session) };
         drop(session);
         drop(guards);
+        self.runs = self.runs.saturating_add(1);
+        if self.runs == SETTLED {
+            huge_pages::collapse();
+        }
         result.map_err(|e| RuntimeError::Run { program: program.to_owned(), reason: e.to_string() })
     }
 }

@@ -12,6 +12,7 @@
 //! | [`update`] | gradient norm, clip, AdamW and EMA over arenas in one sweep: [`AdamW`] |
 //! | [`kernels`] | native kernels of the `mudit` ops, which replace the function bodies in the models |
 //! | [`engine`] | engine directories: programs, weights and `engine.json`, written whole or not at all |
+//! | [`memory`] | peak and present memory of the process |
 //! | [`tensor`], [`safetensors_file`] | tensors in host memory and their files |
 //! | [`mod@file`] | files written beside and renamed |
 //! | [`device`], [`provider`] | where programs run; what is missing for it is said, never worked around |
@@ -29,8 +30,10 @@ pub mod engine;
 pub mod error;
 pub mod file;
 pub mod foreign;
+mod huge_pages;
 pub mod kernels;
 pub mod library;
+pub mod memory;
 pub mod provider;
 pub mod safetensors_file;
 pub mod session;

@@ -224,7 +224,11 @@ pub(crate) fn load_error(program: &str, error: &dyn fmt::Display) -> RuntimeErro
     RuntimeError::Load { program: program.to_owned(), reason: error.to_string() }
 }
 
-pub(crate) fn builder(runtime: &Arc<Runtime>, options: &SessionOptions, program: &str) -> Result<SessionBuilder> {
+pub(crate) fn builder(
+    runtime: &Arc<Runtime>,
+    options: &SessionOptions,
+    program: &str,
+) -> Result<SessionBuilder> {
     options.provider.check()?;
     configure(runtime, options).map_err(|e| load_error(program, &e))
 }
@@ -243,7 +247,10 @@ fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<Se
         .with_log_level(ort::logging::LogLevel::Fatal)?
         .with_optimization_level(level)?
         .with_intra_op_spinning(options.spinning)?
-        .with_deterministic_compute(options.deterministic)?;
+        .with_deterministic_compute(options.deterministic)?
+        // A plan made in the first run is laid out anew in the second, beside what the first has taken: a training
+        // step of DiT-S/2 held 2.1 GB instead of 1.4, at the same speed.
+        .with_memory_pattern(false)?;
     if options.threads > 0 {
         builder = builder.with_intra_threads(options.threads)?;
     }
@@ -261,6 +268,10 @@ fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<Se
     }
     if let Some(path) = &options.optimized_model_path {
         builder = builder.with_optimized_model_path(path)?;
+        // Beside the model, so that large parameters do not pass a message's limit of 2 GB.
+        let data = path.with_extension("data").file_name().unwrap_or_default().to_string_lossy().into_owned();
+        builder =
+            builder.with_config_entry("session.optimized_model_external_initializers_file_name", data)?;
     }
     Ok(builder)
 }

@@ -1,12 +1,13 @@
 //! Aligned host memory that never moves: what arenas and bindings are made of.
 #![allow(unsafe_code, reason = "owns memory whose address ONNX Runtime keeps between runs")]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
 use bytemuck::Zeroable;
 
 use crate::error::{Result, RuntimeError};
+use crate::huge_pages;
 
 /// Alignment of every storage and of every arena entry, in bytes: one cache line, one AVX-512 register.
 pub(crate) const ALIGNMENT: usize = 64;
@@ -31,8 +32,19 @@ impl<T: Zeroable + Copy> Storage<T> {
         let out_of_memory =
             || RuntimeError::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()), what: what.to_owned() };
         let layout = Self::memory(len).ok_or_else(out_of_memory)?;
-        // SAFETY: `memory` never gives a layout of size zero.
-        let start = unsafe { alloc_zeroed(layout) };
+        // SAFETY: `memory` never gives a layout of size zero. Large memory is advised on before it is written.
+        let start = unsafe {
+            if layout.size() < huge_pages::WORTHWHILE {
+                alloc_zeroed(layout)
+            } else {
+                let start = alloc(layout);
+                if !start.is_null() {
+                    huge_pages::advise(start, layout.size());
+                    start.write_bytes(0, layout.size());
+                }
+                start
+            }
+        };
         Ok(Self { start: NonNull::new(start.cast()).ok_or_else(out_of_memory)?, len })
     }
 
@@ -57,7 +69,8 @@ impl<T> Storage<T> {
 
     fn memory(len: usize) -> Option<Layout> {
         let bytes = len.checked_mul(size_of::<T>())?.max(ALIGNMENT);
-        Layout::from_size_align(bytes, ALIGNMENT).ok()
+        let alignment = if bytes < huge_pages::WORTHWHILE { ALIGNMENT } else { huge_pages::SIZE };
+        Layout::from_size_align(bytes, alignment).ok()
     }
 }
 

@@ -62,25 +62,6 @@ pub(crate) fn float(name: &str, value: f32) -> AttributeProto {
     }
 }
 
-pub(crate) fn ints(name: &str, values: &[i64]) -> AttributeProto {
-    AttributeProto {
-        name: name.to_owned(),
-        type_: AttributeType::INTS.into(),
-        ints: values.to_vec(),
-        ..AttributeProto::new()
-    }
-}
-
-/// An attribute of a node in a function body that takes the calling node's attribute of the same type.
-pub(crate) fn from_caller(name: &str, caller: &str) -> AttributeProto {
-    AttributeProto {
-        name: name.to_owned(),
-        type_: AttributeType::FLOAT.into(),
-        ref_attr_name: caller.to_owned(),
-        ..AttributeProto::new()
-    }
-}
-
 /// A node whose answer is one constant.
 pub(crate) fn constant(output: &str, value: f32) -> NodeProto {
     NodeProto { attribute: vec![float("value_float", value)], ..node("", "Constant", &[], output) }

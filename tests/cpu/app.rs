@@ -12,12 +12,13 @@ use crate::scene::Scene;
 use crate::tiny_run::idx;
 
 /// A run of each command that succeeds without any network.
-const RUNS: [&str; 9] = [
+const RUNS: [&str; 10] = [
     "quickstart --offline --out quick --minutes 0.01 --set data.path=fashion --set train.batch_size=8 \
      --set model.hidden_size=16 --set model.depth=1 --set model.num_heads=2 --set sample.steps=2 --set train.warmup_steps=1 \
      --fid-images 0",
     "doctor --json",
     "inspect DiT-S/8@8x8x1:10 --json",
+    "profile DiT-S/8@8x8x1:10 --offline --batch 2 --repeat 2 --svg p.svg --json",
     "build-engine --offline --model checkpoint --program loss --batch 2 --out e --json",
     "train --offline --config run.toml --out r --json",
     "replay --offline --model checkpoint --weights checkpoint/model.safetensors --batches batches.safetensors \

@@ -6,9 +6,7 @@ use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
 use models::inception::{self, CheckpointTensor, checkpoint_names, pytorch_fid_name};
-use mudit::fid::extractor::{
-    Extractor, Features, Filter, ImageBatch, Network, Options, Pixels, Plan, Preset, Taps,
-};
+use mudit::fid::extractor::{Extractor, Features, ImageBatch, Network, Options, Pixels, Preset, Taps};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::draws::Draws;
 use mudit_tests::execution::{array, onnx_runtime, run};
@@ -79,11 +77,7 @@ fn wide(values: &Array2<f32>) -> Array {
     values.mapv(f64::from).into_dyn()
 }
 
-const PRESETS: [(Preset, Filter, fn(usize, f32) -> f32); 3] = [
-    (Preset::Adm, Filter::TensorFlowBilinear, |_, v| (v - 128.0) / 128.0),
-    (Preset::PytorchFid, Filter::TorchBilinear, |_, v| 2.0 * v - 1.0),
-    (Preset::Clean, Filter::PillowBicubic, |_, v| (v - 128.0) / 128.0),
-];
+const PRESETS: [Preset; 3] = [Preset::Adm, Preset::PytorchFid, Preset::Clean];
 
 fn fixture() -> IndexMap<String, HostTensor> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/fid-networks/features.safetensors");
@@ -96,7 +90,7 @@ fn every_tap_of_every_preset_is_what_the_tools_compute() {
     let weights = written(folder.path(), "published.safetensors", &checkpoint());
     let fixture = fixture();
     let mut worst = (0.0, String::new());
-    for (preset, ..) in PRESETS {
+    for preset in PRESETS {
         let mut extractor = open(preset, &weights, 1, ALL).unwrap();
         for (i, size) in SIZES.into_iter().enumerate() {
             let pixels = image(1000 + 10 * i as u32, size);
@@ -119,12 +113,11 @@ fn every_tap_of_every_preset_is_what_the_tools_compute() {
 #[test]
 fn resized_images_are_the_tools_to_the_bit() {
     let fixture = fixture();
-    for (preset, filter, scale) in PRESETS {
+    for preset in PRESETS {
         for (i, size) in SIZES.into_iter().enumerate() {
             let pixels = image(1000 + 10 * i as u32, size);
             let side = inception::SIDE;
-            let mut out = vec![0.0; 3 * side * side];
-            Plan::new(filter, size, [side, side]).run(Pixels::U8(&pixels), 0, 3, scale, &mut out);
+            let out = preset.network_input(&batch(&pixels, size)).unwrap();
             let rows = (0..3).flat_map(|c| ROWS.map(|row| &out[(c * side + row) * side..][..side]));
             let got: Vec<f32> = rows.flatten().copied().collect();
             assert_eq!(got, fixture[&format!("{preset}.{i}.rows")].to_f32(), "{preset}, {size:?}");
@@ -159,7 +152,7 @@ fn weights_of_other_names_are_taken_and_what_does_not_fit_is_named() {
     let taps = Taps { spatial: true, logits: false };
     let size = [30, 30];
     let pixels = image(3, size);
-    let mut features = [("published.safetensors", &published), ("numbered.safetensors", &numbered)].map(
+    let [first, second] = [("published.safetensors", &published), ("numbered.safetensors", &numbered)].map(
         |(name, tensors)| {
             let weights = written(folder.path(), name, tensors);
             let mut extractor = open(Preset::Clean, &weights, 1, taps).unwrap();
@@ -168,7 +161,7 @@ fn weights_of_other_names_are_taken_and_what_does_not_fit_is_named() {
             extractor.features(&batch(&pixels, size)).unwrap()
         },
     );
-    assert_eq!(features[0], std::mem::replace(&mut features[1], features[0].clone()));
+    assert_eq!(first, second);
 
     let mut wrong = published.clone();
     wrong.shift_remove("Mixed_5c.branch_pool.bn.bias");

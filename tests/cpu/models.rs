@@ -68,7 +68,10 @@ fn work_grows_with_the_batch_and_a_training_step_is_three_forward_passes() {
     let cfg = DitConfig::preset("DiT-S/4").unwrap();
     let work = |kind, batch| build("DiT-S/4", kind, batch).optimised().unwrap().cost().macs;
     assert_eq!(work(ProgramKind::Denoise, 5), 5 * macs(&cfg));
-    assert_eq!(work(ProgramKind::DenoiseCfg, 2), 4 * macs(&cfg));
+    // Both halves of guidance share the embedding of image and time.
+    let (d, patch) = (cfg.hidden_size, cfg.patch_size.pow(2) * cfg.in_channels);
+    let embedding = (cfg.tokens() * d * patch + 256 * d + d * d) as u64;
+    assert_eq!(work(ProgramKind::DenoiseCfg, 2), 4 * macs(&cfg) - 2 * embedding);
     assert_eq!(work(ProgramKind::Loss, 3), 3 * macs(&cfg));
     let step = work(ProgramKind::TrainStep, 4) as f64 / (4 * macs(&cfg)) as f64;
     assert!((2.98..3.0).contains(&step), "{step}: no gradient of the input is needed, all others are");

@@ -9,12 +9,13 @@ use crate::op_table::{Row, Slope};
 
 /// `Σ weights · op(operands)`, a scalar that depends on every element of the answer.
 fn loss<'g>(row: &Row, b: &'g Builder, operands: &[Value<'g>]) -> Value<'g> {
-    let answer = (row.build)(b, operands).cast(DType::F32);
-    let shape = answer.shape();
-    let weights = Draws::named("weights").uniform(shape.dims(), 0.5, 1.5);
-    let weighted =
-        answer * b.constant(DType::F32, shape.clone(), weights.iter().copied().collect::<Vec<_>>());
-    weighted.sum(&(0..shape.rank()).collect::<Vec<_>>()).reshape([])
+    let terms = (row.build)(b, operands).results().into_iter().enumerate().map(|(i, result)| {
+        let (result, shape) = (result.cast(DType::F32), result.shape());
+        let weights = Draws::named(&format!("weights {i}")).uniform(shape.dims(), 0.5, 1.5);
+        let weights = b.constant(DType::F32, shape.clone(), weights.iter().copied().collect::<Vec<_>>());
+        (result * weights).sum(&(0..shape.rank()).collect::<Vec<_>>()).reshape([])
+    });
+    terms.reduce(|sum, term| sum + term).unwrap()
 }
 
 /// The graph of the loss and of its gradients with respect to every operand.
@@ -68,7 +69,7 @@ fn an_op_without_a_derivative_says_so() {
             match b.gradients(loss, &operands[i..=i]) {
                 Err(GraphError::NotDifferentiable { op, operand, place }) => {
                     assert_eq!((op, operand), (row.op, i), "{}", row.name());
-                    assert!(place.file.ends_with("op_rows.rs"), "{}: {place}", row.name());
+                    assert!(place.file.ends_with("_rows.rs"), "{}: {place}", row.name());
                 }
                 other => panic!("{}: operand {i}: {other:?}", row.name()),
             }

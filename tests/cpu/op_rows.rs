@@ -1,20 +1,20 @@
 //! The rows of the op table.
 
 use graph_builder::{DType, Type, Window};
-use mudit_tests::tolerance::{DERIVATIVE, FAR_OP, LONG_OP, OP};
+use mudit_tests::tolerance::{DERIVATIVE, LONG_OP, OP};
 
 use crate::op_table::{Build, Operand, Range, Row, Slope, Traffic};
 
 /// Added to the variance in layer norms.
-const EPSILON: f64 = 1e-6;
+pub(crate) const EPSILON: f64 = 1e-6;
 
 /// A float operand of `low..high`.
-fn real<const R: usize>(shape: [usize; R], low: f64, high: f64) -> Operand {
+pub(crate) fn real<const R: usize>(shape: [usize; R], low: f64, high: f64) -> Operand {
     Operand::new(DType::F32, shape, Range::Real(low, high))
 }
 
 /// A float operand of −1..1.
-fn unit<const R: usize>(shape: [usize; R]) -> Operand {
+pub(crate) fn unit<const R: usize>(shape: [usize; R]) -> Operand {
     real(shape, -1.0, 1.0)
 }
 
@@ -40,7 +40,13 @@ fn parameter(operand: Operand) -> Operand {
 }
 
 /// A row of a smooth op that reads its operands and writes its answer.
-fn row(op: &'static str, case: &'static str, operands: Vec<Operand>, flops: u64, build: Build) -> Row {
+pub(crate) fn row(
+    op: &'static str,
+    case: &'static str,
+    operands: Vec<Operand>,
+    flops: u64,
+    build: Build,
+) -> Row {
     let slope = Slope::Smooth(DERIVATIVE);
     Row { op, case, operands, build, slope, parity: OP, macs: 0, flops, traffic: Traffic::All }
 }
@@ -50,32 +56,32 @@ impl Row {
         Self { slope: Slope::Flat, ..self }
     }
 
-    fn refused(self) -> Self {
+    pub(crate) fn refused(self) -> Self {
         Self { slope: Slope::Refused, ..self }
     }
 
     /// A row whose answer cancels or sums many terms.
-    fn long(self) -> Self {
+    pub(crate) fn long(self) -> Self {
         self.within(LONG_OP)
     }
 
     /// A row whose answer is `parity` apart in f32.
-    fn within(self, parity: f64) -> Self {
+    pub(crate) fn within(self, parity: f64) -> Self {
         Self { parity, ..self }
     }
 
-    fn moves(self, traffic: Traffic) -> Self {
+    pub(crate) fn moves(self, traffic: Traffic) -> Self {
         Self { traffic, ..self }
     }
 
-    fn macs(self, macs: u64) -> Self {
+    pub(crate) fn macs(self, macs: u64) -> Self {
         Self { macs, ..self }
     }
 }
 
 /// All rows. An elementwise op has a plain row of 2·3·4 = 24 elements; broadcasting ops have one more a pattern.
 pub(crate) fn rows() -> Vec<Row> {
-    [
+    let plain = [
         leaves(),
         unary(),
         binary(),
@@ -86,11 +92,8 @@ pub(crate) fn rows() -> Vec<Row> {
         convolutions(),
         pools(),
         normalisations(),
-        fused(),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    ];
+    plain.into_iter().flatten().chain(crate::fused_rows::rows()).collect()
 }
 
 fn leaves() -> Vec<Row> {
@@ -213,6 +216,11 @@ fn layout() -> Vec<Row> {
             a[0].concat(&a[1..], 0)
         }),
         row("Concat", "i64", vec![whole([3], 9), whole([2], 9)], 0, |_, a| a[0].concat(&a[1..], 0)).flat(),
+        row("Split", "middle axis", vec![unit([2, 6, 4])], 0, |_, a| a[0].split(1, 3)).moves(Traffic::Answer),
+        row("Split", "last axis", vec![unit([3, 1, 10])], 0, |_, a| a[0].split(2, 5)).moves(Traffic::Answer),
+        row("Split", "one piece", vec![unit([3, 4])], 0, |_, a| a[0].split(0, 1)).moves(Traffic::Answer),
+        row("Part", "second of three", vec![unit([2, 6, 4])], 0, |_, a| a[0].chunk::<3>(1)[1])
+            .moves(Traffic::Answer),
         row("Pad", "both sides", x(), 0, |_, a| a[0].pad(1, 2, 1)),
         row("Pad", "last axis", x(), 0, |_, a| a[0].pad(2, 0, 3)),
         row("Gather", "rows", vec![unit([5, 3]), whole([7], 5)], 0, |_, a| a[0].gather(a[1]))
@@ -346,70 +354,4 @@ fn normalisations() -> Vec<Row> {
         row("LayerNorm", "one row", vec![unit([8])], 8 * 8, |_, a| a[0].layer_norm(EPSILON)),
         row("LayerNorm", "large epsilon", vec![unit([2, 8])], 8 * 16, |_, a| a[0].layer_norm(0.5)),
     ]
-}
-
-/// The ops with native kernels: small, with a row length that no vector width divides, and cut into several parts.
-fn fused() -> Vec<Row> {
-    let mut rows = Vec::new();
-    for (case, small) in [("tail", true), ("parts", false)] {
-        let twins = |wide| if small { vec![unit([2, 3, 19]), unit([2, 3, 19])] } else { wide };
-        let numel = |wide| if small { 114 } else { wide };
-        let wide = || vec![real([3, 9001], -4.0, 4.0), unit([3, 9001])];
-        rows.push(
-            row("GeluGrad", case, twins(wide()), 16 * numel(27003), |_, a| a[0].gelu_grad(a[1])).refused(),
-        );
-        let rows_of = || vec![real([35, 515], 0.0, 0.004), unit([35, 515])];
-        rows.push(
-            row("SoftmaxGrad", case, twins(rows_of()), 4 * numel(18025), |_, a| a[0].softmax_grad(a[1]))
-                .refused(),
-        );
-        rows.push(
-            row("LayerNormGrad", case, twins(rows_of()), 14 * numel(18025), |_, a| {
-                a[0].layer_norm_grad(a[1], EPSILON)
-            })
-            .refused(),
-        );
-        let (n, t, d) = if small { (2, 3, 19) } else { (2, 70, 260) };
-        let (tokens, condition) = (|| unit([n, t, d]), || unit([n, 1, d]));
-        let numel = (n * t * d) as u64;
-        rows.push(row(
-            "LayerNormModulate",
-            case,
-            vec![tokens(), condition(), condition()],
-            10 * numel,
-            |_, a| a[0].layer_norm_modulate(a[1], a[2], EPSILON),
-        ));
-        rows.push(row("GateResidual", case, vec![tokens(), condition(), tokens()], 2 * numel, |_, a| {
-            a[0].gate_residual(a[1], a[2])
-        }));
-    }
-    rows.push(row("GeluGrad", "scalar", vec![unit([]), unit([])], 16, |_, a| a[0].gelu_grad(a[1])).refused());
-    rows.push(
-        row("GeluGrad", "saturated", vec![real([60], -30.0, 30.0), unit([60])], 16 * 60, |_, a| {
-            a[0].gelu_grad(a[1])
-        })
-        .refused(),
-    );
-    rows.push(
-        row(
-            "LayerNormGrad",
-            "far from zero",
-            vec![real([4, 64], 99.0, 101.0), unit([4, 64])],
-            14 * 256,
-            |_, a| a[0].layer_norm_grad(a[1], EPSILON),
-        )
-        .refused()
-        .within(FAR_OP),
-    );
-    rows.push(
-        row(
-            "LayerNormModulate",
-            "far from zero",
-            vec![real([2, 4, 64], 99.0, 101.0), unit([2, 1, 64]), unit([2, 1, 64])],
-            10 * 512,
-            |_, a| a[0].layer_norm_modulate(a[1], a[2], EPSILON),
-        )
-        .within(FAR_OP),
-    );
-    rows
 }

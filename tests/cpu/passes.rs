@@ -127,60 +127,82 @@ fn work(graph: &Graph) -> Vec<&'static str> {
     graph.nodes().iter().map(|n| n.op.name()).filter(|n| *n != "Input").collect()
 }
 
-#[test]
-fn a_modulated_layer_norm_fuses_in_every_order() {
-    for order in 0..4 {
-        let graph = passed(|_, [x, _, shift, scale, _]| {
-            let normal = x.layer_norm(1e-6);
-            let plus = [1.0 + scale, scale + 1.0][order & 1];
-            let scaled = if order & 2 == 0 { normal * plus } else { plus * normal };
-            vec![if order & 1 == 0 { scaled + shift } else { shift + scaled }]
-        });
-        assert_eq!(work(&graph), ["LayerNormModulate"], "order {order}");
-    }
+/// A square weight and its bias.
+fn layer(b: &Builder) -> (Value<'_>, Value<'_>) {
+    let weight = (0..16).map(|i| f64::from(i % 5) * 0.25 - 0.4).collect::<Vec<_>>();
+    let f32 = graph_builder::DType::F32;
+    (b.constant(f32, [4, 4], weight), b.constant(f32, [4], vec![0.1, -0.2, 0.3, 0.4]))
 }
 
 #[test]
-fn a_gated_residual_fuses_in_every_order() {
-    for order in 0..4 {
-        let graph = passed(|_, [x, y, gate, _, _]| {
-            let gated = if order & 1 == 0 { gate * y } else { y * gate };
-            vec![if order & 2 == 0 { x + gated } else { gated + x }]
-        });
-        assert_eq!(work(&graph), ["GateResidual"], "order {order}");
-    }
-}
-
-#[test]
-fn a_pattern_whose_inner_value_is_used_elsewhere_stays() {
-    let shared = |which: usize| {
-        passed(move |_, [x, y, a, b, _]| {
-            let normal = x.layer_norm(1e-6);
-            let scaled = normal * (1.0 + b);
-            let gated = a * y;
-            vec![scaled + a, x + gated, [normal, scaled, gated][which]]
-        })
-    };
-    for (which, modulate, gate) in [(0, 0, 1), (1, 0, 1), (2, 1, 0)] {
-        let graph = shared(which);
-        assert_eq!(count(&graph, "LayerNormModulate"), modulate, "shared value {which}");
-        assert_eq!(count(&graph, "GateResidual"), gate, "shared value {which}");
-    }
-}
-
-#[test]
-fn what_only_looks_like_a_pattern_stays() {
-    let graph = passed(|_, [x, y, a, b, m]| {
-        vec![
-            x.layer_norm(1e-6) * (2.0 + b) + a, // not 1 + scale
-            x.layer_norm(1e-6) * (1.0 + m) + a, // a scale of another shape
-            y.layer_norm(1e-6) * (1.0 + b) + x, // a shift of another shape
-            x + m * y,                          // a gate of another shape
-            m + a * y,                          // a residual of another shape
-        ]
+fn gelu_moves_into_the_layers_that_use_it() {
+    let graph = passed(|b, [x, y, ..]| {
+        let (weight, bias) = layer(b);
+        let h = x.linear(weight, bias);
+        let loss = (h.gelu().linear(weight, bias) * y).sum(&[0, 1, 2]).reshape([]);
+        let grads = b.gradients(loss, &[weight]).unwrap();
+        vec![loss, grads[0]]
     });
-    assert_eq!((count(&graph, "LayerNormModulate"), count(&graph, "GateResidual")), (0, 1));
-    // The one gate: `(1 + b) · LN(y)` has the form of a gated branch beside the residual x.
+    assert_eq!((count(&graph, "Gelu"), count(&graph, "GeluGrad")), (0, 0), "{}", graph.text());
+    let gelu = graph.nodes().iter().filter(|n| format!("{:?}", n.op).contains("activation: Gelu"));
+    let fused: Vec<&str> = gelu.map(|n| n.op.name()).collect();
+    assert_eq!(fused, ["Linear", "LinearGradWeight", "LinearGradInput"]);
+}
+
+#[test]
+fn gelu_that_something_else_needs_stays() {
+    for which in 0..2 {
+        let graph = passed(move |b, [x, ..]| {
+            let (weight, bias) = layer(b);
+            let bent = x.gelu();
+            vec![bent.linear(weight, bias), if which == 0 { bent } else { bent.exp() }]
+        });
+        assert_eq!(count(&graph, "Gelu"), 1, "use {which}");
+    }
+    let shared = passed(|b, [x, y, ..]| {
+        let product = y.linear_grad_input(layer(b).0, None);
+        vec![x.gelu_grad(product), product]
+    });
+    assert_eq!((count(&shared, "GeluGrad"), count(&shared, "LinearGradInput")), (1, 1));
+}
+
+#[test]
+fn a_gated_residual_takes_the_layer_that_only_it_uses() {
+    for (shared, bent) in [(false, false), (false, true), (true, false)] {
+        let graph = passed(move |b, [x, y, gate, ..]| {
+            let (weight, bias) = layer(b);
+            let branch = if bent { y.gelu().linear(weight, bias) } else { y.linear(weight, bias) };
+            let answer = x.gate_residual(gate, branch);
+            if shared { vec![answer, branch] } else { vec![answer] }
+        });
+        let kinds = ["LinearGateResidual", "GateResidual", "Gelu"].map(|op| count(&graph, op));
+        assert_eq!(kinds, if shared { [0, 1, 0] } else { [1, 0, 0] }, "shared {shared}, gelu {bent}");
+    }
+}
+
+#[test]
+fn a_modulated_layer_norm_adds_the_cotangent_of_the_residual() {
+    // What stands beside the sum, and whether the gradient may add it.
+    for (case, fuses) in
+        [("before", true), ("swapped", true), ("late", false), ("shared", false), ("row", false)]
+    {
+        let graph = passed(move |_, [x, y, shift, scale, _]| {
+            let early = y.sin();
+            let grads = x.layer_norm_modulate_grad(scale, y, None, 1e-6).results();
+            let (dx, late) = (grads[0], y.cos());
+            let sum = match case {
+                "before" => early + dx,
+                "swapped" => dx + early,
+                "late" => dx + late,
+                "shared" => early + dx + dx.exp(),
+                _ => shift + dx,
+            };
+            vec![sum, grads[1], grads[2]]
+        });
+        let grads = graph.nodes().iter().filter(|n| n.op.name() == "LayerNormModulateGrad");
+        let operands: Vec<usize> = grads.map(|n| n.args.len()).collect();
+        assert_eq!(operands, [if fuses { 4 } else { 3 }], "{case}\n{}", graph.text());
+    }
 }
 
 #[test]
@@ -190,7 +212,7 @@ fn gradients_of_neighbouring_slices_become_one_concatenation() {
         let loss = (p * p + q.exp() * r + s.sin()).sum(&[0, 1, 2]).reshape([]);
         b.gradients(loss, &[x]).unwrap()
     });
-    assert_eq!((count(&graph, "Pad"), count(&graph, "Concat")), (0, 1));
+    assert_eq!(work(&graph).iter().filter(|op| ["Pad", "Concat", "Slice"].contains(op)).count(), 1);
     for swapped in [false, true] {
         // Two slices of the last axis, declared in either order.
         let two = |first: usize, second: usize| {
@@ -248,6 +270,73 @@ fn what_is_constant_is_computed_once_and_identities_vanish() {
     assert_eq!((count(&graph, "Exp"), count(&graph, "Log")), (1, 0));
     assert_eq!((count(&graph, "Add"), count(&graph, "Sub"), count(&graph, "Div")), (1, 0, 0));
     assert_eq!((count(&graph, "Mul"), count(&graph, "Constant")), (2, 2));
+}
+
+#[test]
+fn signs_and_numbers_move_into_their_neighbours() {
+    let graph = passed(|b, [x, y, ..]| {
+        let filled = b.constant(graph_builder::DType::F32, [2, 3, 4], vec![0.25]);
+        vec![x + -y, -x + y, x - -y, -(x - y), filled * (x.sin() + x.sin())]
+    });
+    let kinds = ["Neg", "Sub", "Add", "Mul"].map(|op| count(&graph, op));
+    assert_eq!(kinds, [0, 2, 1, 1], "{}", graph.text());
+    let scale = graph.nodes().iter().find(|n| n.op.name() == "Constant").unwrap();
+    assert_eq!(format!("{:?} {}", scale.op, scale.ty), "Constant { [0.5] } f32()");
+}
+
+#[test]
+fn slices_of_a_concatenation_are_its_operands() {
+    let graph = passed(|_, [x, y, ..]| {
+        let joined = x.concat(&[y, x.exp()], 1);
+        vec![joined.slice(1, 3, 6).sin(), joined.slice(1, 3, 9), joined.slice(1, 2, 5), joined.slice(2, 0, 1)]
+    });
+    assert_eq!((count(&graph, "Concat"), count(&graph, "Slice")), (2, 2), "{}", graph.text());
+}
+
+#[test]
+fn no_program_of_a_transformer_moves_axes_or_keeps_an_activation_beside_its_layer() {
+    for variant in tiny::VARIANTS {
+        for kind in ProgramKind::ALL {
+            let graph = tiny::graph(variant, kind).optimised().unwrap();
+            for op in ["Transpose", "Gelu", "GeluGrad", "LayerNormalization", "Softmax", "Pad"] {
+                assert_eq!(count(&graph, op), 0, "{variant} {kind}: {op}");
+            }
+            // Of all matrix products only the gradient of the label table is a plain one.
+            let plain = usize::from(kind == ProgramKind::TrainStep);
+            assert_eq!(count(&graph, "MatMul"), plain, "{variant} {kind}");
+        }
+    }
+}
+
+#[test]
+fn a_training_step_computes_what_its_losses_and_gradients_need_and_that_once() {
+    let graph = tiny::graph("flow", ProgramKind::TrainStep).optimised().unwrap();
+    let blocks = tiny::config("flow").depth;
+    // A layer a linear map, and no gradient for the image or for the sinusoids of the time.
+    let linear = 3 + 5 * blocks + 2;
+    let kinds = ["Linear", "LinearGradWeight", "LinearGradInput"].map(|op| count(&graph, op));
+    assert_eq!(kinds, [linear, linear, linear - 2]);
+    let kinds = ["Attention", "AttentionGrad", "GateResidualGrad", "Split"].map(|op| count(&graph, op));
+    assert_eq!(kinds, [blocks, blocks, 2 * blocks, blocks + 1]);
+    // SiLU of the condition and of the time's first layer.
+    assert_eq!(count(&graph, "Sigmoid"), 2);
+    let added = graph.nodes().iter().filter(|n| n.op.name() == "LayerNormModulateGrad" && n.args.len() == 4);
+    assert_eq!(added.count(), 2 * blocks, "residual cotangents are added by the gradient itself");
+}
+
+#[test]
+fn guidance_embeds_image_and_time_once() {
+    for kind in [ProgramKind::DenoiseCfg, ProgramKind::Step] {
+        let graph = tiny::graph("ddpm", kind).optimised().unwrap();
+        let (n, twice) = (tiny::BATCH, 2 * tiny::BATCH);
+        let rows = |scope: &str| {
+            let inside = graph.nodes().iter().filter(|n| n.op.name() == "Linear" && n.place.scope == scope);
+            inside.map(|n| n.ty.shape.dims()[0]).collect::<Vec<_>>()
+        };
+        assert_eq!(rows("x_embedder.proj"), [n], "{kind}");
+        assert_eq!(rows("t_embedder.mlp.0"), [n], "{kind}");
+        assert_eq!(rows("blocks.0.adaLN_modulation.1"), [twice], "{kind}: a row a sample, not a token");
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use mudit_tests::execution::onnx_runtime;
 use tempfile::TempDir;
 
 /// For one command on small inputs: it takes a second or two, so a hang is seen soon and a loaded machine passes.
-const LIMIT: Duration = Duration::from_mins(1);
+const LIMIT: Duration = Duration::from_mins(3);
 /// Between two looks at a child.
 const PAUSE: Duration = Duration::from_millis(2);
 

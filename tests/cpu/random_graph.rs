@@ -1,6 +1,6 @@
 //! Random graphs over the ops that models are made of, with their gradients.
 
-use graph_builder::{Builder, DType, Dim, Graph, GraphError, Init, Type, Value};
+use graph_builder::{Builder, DType, Dim, Graph, GraphError, Init, PatchOrder, Type, Value};
 use mudit_tests::Feeds;
 use mudit_tests::draws::Draws;
 
@@ -42,7 +42,8 @@ fn grow<'g>(b: &'g Builder, pool: &mut Pool<'g>, gene: u32) {
     let weight = pool.weights[(gene >> 20) as usize % pool.weights.len()];
     let number = [0.0, 1.0, -0.5, 2.0][(gene >> 6) as usize % 4];
     let (v, size) = (x.value, x.bound);
-    let tokens = match gene % 28 {
+    let (bias, bias_bound) = (|| other.value.sum(&[0]).reshape([d]), n as f64 * other.bound);
+    let tokens = match gene % 33 {
         0 => (v.gelu(), size),
         1 => (v.tanh().exp(), 3.0),
         2 => ((v.square() + 1.0).log(), size * size),
@@ -63,8 +64,8 @@ fn grow<'g>(b: &'g Builder, pool: &mut Pool<'g>, gene: u32) {
         17 => (v.matmul(y.value.transpose(&[0, 2, 1])).softmax().matmul(y.value), y.bound),
         18 => (v.softmax(), 1.0),
         19 => (v.layer_norm(1e-6), 2.0),
-        20 => (v.layer_norm(1e-6) * (1.0 + row.value) + other.value, 3.0 * row.bound + other.bound + 2.0),
-        21 => (v + row.value * y.value, size + row.bound * y.bound),
+        20 => (v.layer_norm_modulate(other.value, row.value, 1e-6), 3.0 * row.bound + other.bound + 2.0),
+        21 => (v.gate_residual(row.value, y.value), size + row.bound * y.bound),
         22 => {
             let [left, right]: [Value<'g>; 2] = v.chunk(2);
             (right.concat(&[left * number], 2), 2.0 * size)
@@ -72,7 +73,18 @@ fn grow<'g>(b: &'g Builder, pool: &mut Pool<'g>, gene: u32) {
         23 => (v.transpose(&[1, 0, 2]).transpose(&[1, 0, 2]).reshape([n * t, d]).reshape(SHAPE), size),
         24 => (v.slice(1, 1, t).pad(1, 0, 1), size),
         25 => (v.stop_gradient() * y.value, size * y.bound),
-        26 => {
+        26 => (v.linear(weight, bias()), 4.0 * size + bias_bound),
+        27 => (v.gelu().linear(weight, bias()), 4.0 * size + bias_bound),
+        28 => {
+            let branch = y.value.gelu().linear(weight, bias());
+            (v.gate_residual(row.value, branch), size + row.bound * (4.0 * y.bound + bias_bound))
+        }
+        29 => (v.concat(&[y.value, v * number], 2).attention(2, 0.5), 2.0 * size),
+        30 => {
+            let patches = v.reshape([n, t, 2, 2]).patchify(2, PatchOrder::ChannelsLast);
+            (patches.unpatchify(1, PatchOrder::ChannelsFirst, 1, 1).reshape(SHAPE), size)
+        }
+        31 => {
             pool.rows.push(Bounded { value: v.mean(&[1]), bound: size });
             return;
         }

@@ -124,25 +124,18 @@ fn a_signal_ends_a_run_with_a_checkpoint_and_exit_code_0() {
 }
 
 #[test]
-fn the_number_of_threads_changes_nothing_but_rounding() {
+fn the_number_of_threads_changes_no_bit() {
     let tiny = TinyRun::new();
     tiny.train("run", &["train.threads=2", "data.workers=3", "data.prefetch=1"]).succeeds();
     assert_same_result(&tiny.path("run"), &undisturbed(), "two threads");
 
-    // In larger products ONNX Runtime sums in an order that depends on how it shares the columns out.
+    // Products that are cut into many tasks.
     let larger = ["train.steps=4", "train.batch_size=48", "model.hidden_size=96", "model.num_heads=3"];
     for threads in ["1", "2"] {
         let count = format!("train.threads={threads}");
         tiny.train(threads, &[&larger[..], &[&count, "model.patch_size=2"]].concat()).succeeds();
     }
-    let [one, two] = ["1", "2"].map(|name| losses(&tiny.path(name)));
-    assert_eq!((one.len(), two.len()), (4, 4));
-    for ((_, one), (_, two)) in one.iter().zip(&two) {
-        for (key, value) in one.iter().filter(|(key, _)| *key != "step") {
-            let (one, two) = (value.as_f64().unwrap(), two[key].as_f64().unwrap());
-            assert!((one - two).abs() <= 1e-5 * one.abs(), "{key}: {one} on one thread, {two} on two");
-        }
-    }
+    assert_same_result(&tiny.path("2"), &tiny.path("1"), "a larger model on two threads");
 }
 
 #[test]

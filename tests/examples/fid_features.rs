@@ -11,7 +11,8 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::Parser;
 use indexmap::IndexMap;
-use mudit::fid::extractor::{Extractor, Filter, ImageBatch, Network, Options, Pixels, Plan, Preset, Taps};
+use models::inception::SIDE;
+use mudit::fid::extractor::{Extractor, ImageBatch, Network, Options, Pixels, Preset, Taps};
 use ndarray::Array2;
 use runtime::{HostData, HostTensor, Runtime, RuntimeOptions, read_safetensors_file, write_safetensors_file};
 
@@ -57,7 +58,9 @@ fn main() -> anyhow::Result<()> {
         features = extractor.features(&images)?;
         seconds = start.elapsed().as_secs_f64();
     }
-    let mut answer = IndexMap::from([("input".to_owned(), input(a.preset, &images)?)]);
+    let input = a.preset.network_input(&images).context("the preset is of another network")?;
+    let input = HostTensor::f32([n, 3, SIDE, SIDE], input)?;
+    let mut answer = IndexMap::from([("input".to_owned(), input)]);
     let mut add = |name: &str, values: Option<Array2<f32>>| -> anyhow::Result<()> {
         if let Some(values) = values {
             let shape = [values.nrows(), values.ncols()];
@@ -71,20 +74,4 @@ fn main() -> anyhow::Result<()> {
     write_safetensors_file(&a.out, &answer, &BTreeMap::new())?;
     println!("{}", serde_json::json!({ "images_per_second": n as f64 / seconds }));
     Ok(())
-}
-
-/// What the network sees.
-fn input(preset: Preset, images: &ImageBatch<'_>) -> anyhow::Result<HostTensor> {
-    let (filter, scale): (Filter, fn(usize, f32) -> f32) = match preset {
-        Preset::Adm => (Filter::TensorFlowBilinear, |_, v| (v - 128.0) / 128.0),
-        Preset::PytorchFid => (Filter::TorchBilinear, |_, v| 2.0 * v - 1.0),
-        Preset::Clean => (Filter::PillowBicubic, |_, v| (v - 128.0) / 128.0),
-        Preset::Fashion => bail!("another network"),
-    };
-    let plan = Plan::new(filter, [images.height, images.width], [299, 299]);
-    let mut values = vec![0.0; images.count() * 3 * 299 * 299];
-    for (i, out) in values.chunks_mut(3 * 299 * 299).enumerate() {
-        plan.run(images.pixels, i, 3, scale, out);
-    }
-    Ok(HostTensor::f32([images.count(), 3, 299, 299], values)?)
 }

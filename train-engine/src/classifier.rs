@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use models::Recompute;
 use models::classifier::Classifier;
 use runtime::update::{UpdateState, UpdateStep};
 use runtime::{AdamW, Arena, Binding, Runtime, Session, SessionOptions, SharedArena};
@@ -139,14 +140,14 @@ pub fn train_classifier(
     let steps = per_epoch * settings.epochs;
     if steps == 0 || settings.batch == 0 {
         return Err(TrainError::BadValue {
-            key: "batch".into(),
+            key: "batch",
             value: settings.batch.to_string(),
             allowed: format!("1 to {} images, and 1 epoch or more", data.len()),
         });
     }
     let graph = shape.train_step(settings.batch)?;
     let options = SessionOptions { threads: settings.threads, ..SessionOptions::default() };
-    let mut step = BoundGraph::compile(runtime, &graph, &options)?;
+    let mut step = BoundGraph::compile(runtime, &graph, Recompute::None, &options)?;
     draw_parameters(&graph, settings.seed, &mut *write_lock(&step.parameters)?)?;
     let (parameters, gradients) =
         (read_lock(&step.parameters)?.layout().clone(), read_lock(&step.gradients)?.layout().clone());

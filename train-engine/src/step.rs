@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use graph_builder::{Cost, Graph, Weights};
-use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
+use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, Recompute, program};
 use runtime::update::trainable_layout;
 use runtime::{Arena, ArenaLayout, Binding, Runtime, Session, SessionOptions, SharedArena};
 
@@ -41,7 +41,7 @@ pub(crate) struct BoundGraph {
     pub(crate) binding: Binding,
     pub(crate) parameters: SharedArena,
     pub(crate) gradients: SharedArena,
-    /// Work of one run, counted from the graph.
+    /// Work of one run, counted from the graph; what is computed again is not counted twice.
     pub(crate) cost: Cost,
     /// Names of the outputs.
     pub(crate) outputs: Vec<String>,
@@ -49,8 +49,15 @@ pub(crate) struct BoundGraph {
 
 impl BoundGraph {
     /// Compiles a graph; parameters are zero.
-    pub(crate) fn compile(runtime: &Arc<Runtime>, graph: &Graph, options: &SessionOptions) -> Result<Self> {
+    pub(crate) fn compile(
+        runtime: &Arc<Runtime>,
+        graph: &Graph,
+        recompute: Recompute,
+        options: &SessionOptions,
+    ) -> Result<Self> {
         let optimised = graph.optimised().map_err(models::ModelError::from)?;
+        let cost = optimised.cost();
+        let optimised = recompute.apply(optimised)?;
         let emitted = optimised.emit(Weights::Inputs).map_err(models::ModelError::from)?;
         let layout = parameter_layout(graph)?;
         let trainable = |name: &str, _: &graph_builder::Shape| {
@@ -64,7 +71,7 @@ impl BoundGraph {
         builder.bind_inputs_by_name(&parameters)?;
         builder.bind_outputs_by_name(&gradients, "grad.")?;
         let outputs = emitted.outputs.into_iter().map(|o| o.name).collect();
-        Ok(Self { binding: builder.finish()?, parameters, gradients, cost: optimised.cost(), outputs })
+        Ok(Self { binding: builder.finish()?, parameters, gradients, cost, outputs })
     }
 }
 
@@ -78,7 +85,7 @@ pub struct CompiledStep {
     pub gradients: SharedArena,
     /// Samples of one run.
     pub batch: usize,
-    /// Work of one run, counted from the graph.
+    /// Work of one run, counted from the graph; what is computed again is not counted twice.
     pub cost: Cost,
     /// Time from the model's description to a session that can run.
     pub compile_time: Duration,
@@ -104,12 +111,13 @@ impl CompiledStep {
         runtime: &Arc<Runtime>,
         model: &DitConfig,
         batch: usize,
+        recompute: Recompute,
         options: &SessionOptions,
     ) -> Result<Self> {
         let start = Instant::now();
         let graph = program(model, ProgramKind::TrainStep, batch, Guidance::Off)?;
         let BoundGraph { mut binding, parameters, gradients, cost, outputs } =
-            BoundGraph::compile(runtime, &graph, options)?;
+            BoundGraph::compile(runtime, &graph, recompute, options)?;
         let alpha = model.mup.map_or(1.0, |mup| mup.output_multiplier);
         for (name, neutral) in HYPERPARAMETERS {
             let value = if name == "hp.output_multiplier" { alpha as f32 } else { neutral };

@@ -118,7 +118,7 @@ impl Trainer {
         let train = &config.train;
         let micro = train.batch_size / train.accumulate;
         let options = SessionOptions { threads: train.threads, ..SessionOptions::default() };
-        let mut step = CompiledStep::compile(runtime, model, micro, &options)?;
+        let mut step = CompiledStep::compile(runtime, model, micro, train.recompute, &options)?;
         step.set_hyperparameter("hp.vb_weight", config.objective.vb_weight)?;
         let mup = MupTable::new(step.graph(), model);
         draw_parameters(step.graph(), train.seed, &mut *write_lock(&step.parameters)?)?;

@@ -10,6 +10,8 @@ use serde_json::json;
 
 use super::guided_channels;
 use crate::console;
+use crate::profile::layer;
+use crate::profile::memory::Prediction;
 
 /// Arguments of `mudit inspect`.
 #[derive(Debug, Args)]
@@ -75,14 +77,17 @@ impl InspectArgs {
             .map(|(name, id)| spec(name, graph.node(*id).ty.dtype, &graph.node(*id).ty.shape))
             .collect();
         let parameters = graph.parameters().len();
+        let memory = Prediction::new(&graph.optimised()?, kind);
         let how = if kind.feeds_parameters() { "inputs of their own names" } else { "initializers" };
         if self.json {
             return console::json(&json!({
                 "program": kind.name(), "batch": self.batch, "inputs": inputs, "outputs": outputs,
-                "parameters": parameters, "parameters_are": how,
+                "parameters": parameters, "parameters_are": how, "memory": memory,
+                "memory_bytes": memory.total(),
             }));
         }
         console::out(&format!("{kind}, batch {}; {parameters} parameters as {how}", self.batch))?;
+        console::out(&memory.words())?;
         specs("in ", &inputs)?;
         specs("out", &outputs)
     }
@@ -118,17 +123,6 @@ fn specs(side: &str, specs: &[TensorSpec]) -> anyhow::Result<()> {
         console::out(&format!("  {side} {}: {}{}", s.name, s.dtype, s.shape))?;
     }
     Ok(())
-}
-
-/// The layer of a scope: blocks together, everything else by its first name.
-fn layer(scope: &str) -> String {
-    let mut names = scope.split('.');
-    match (names.next(), names.next(), names.next()) {
-        (Some("blocks"), Some(_), Some(part)) => format!("blocks.*.{part}"),
-        (Some("blocks"), Some(_), None) => "blocks.*".into(),
-        (Some("") | None, ..) => "(top)".into(),
-        (Some(name), ..) => name.into(),
-    }
 }
 
 fn layers(forward: &Graph, train: &Graph) -> anyhow::Result<()> {

@@ -6,6 +6,7 @@ mod doctor;
 mod fid;
 mod inspect;
 mod observer;
+mod profile;
 mod quickstart;
 mod replay;
 mod sample;
@@ -30,6 +31,8 @@ pub enum Command {
     Doctor(doctor::DoctorArgs),
     /// Count a model's parameters and work, or print the signature of a program or an engine.
     Inspect(inspect::InspectArgs),
+    /// Tell where the time of a program goes, by operator and by layer, and how far it is from this machine's best.
+    Profile(profile::ProfileArgs),
     /// Compile programs of a model into an engine directory.
     BuildEngine(build_engine::BuildEngineArgs),
     /// Train a model from a configuration file; the same command goes on where it stopped.
@@ -54,6 +57,7 @@ impl Command {
             Self::Quickstart(args) => args.run(),
             Self::Doctor(args) => args.run(),
             Self::Inspect(args) => args.run(),
+            Self::Profile(args) => args.run(),
             Self::BuildEngine(args) => args.run(),
             Self::Train(args) => args.run(),
             Self::Replay(args) => args.run(),

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
-use models::DitConfig;
+use models::{DitConfig, Recompute};
 use runtime::update::{AdamW, UpdateState, UpdateStep};
 use runtime::{Arena, HostTensor, SessionOptions, read_safetensors_file};
 use serde_json::json;
@@ -89,7 +89,7 @@ impl ReplayArgs {
             native_kernels: !self.no_native_kernels,
             ..SessionOptions::default()
         };
-        let mut step = CompiledStep::compile(&runtime, &model, n, &options)?;
+        let mut step = CompiledStep::compile(&runtime, &model, n, Recompute::None, &options)?;
         write_lock(&step.parameters)?.copy_from(&start)?;
         let mup = MupTable::new(step.graph(), &model);
         let layout = read_lock(&step.gradients)?.layout().clone();

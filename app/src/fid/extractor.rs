@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 
 use self::foreign::ForeignNetwork;
 use self::inception::InceptionNetwork;
-pub use self::resize::{Filter, Plan};
 use self::small::SmallNetwork;
 
 /// A known way from images to features.
@@ -237,7 +236,8 @@ impl Extractor {
             }
             Network::Onnx { path, input, output, mean, std } => {
                 let names = (input.as_deref(), output.as_deref());
-                let (network, description) = ForeignNetwork::open(runtime, path, names, (*mean, *std), options)?;
+                let (network, description) =
+                    ForeignNetwork::open(runtime, path, names, (*mean, *std), options)?;
                 (Loaded::Onnx(network), description)
             }
         };

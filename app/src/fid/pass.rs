@@ -1,6 +1,7 @@
 //! One pass over the images: each is read once, checked, and its features go into a [`Part`].
 
 use anyhow::{Context, bail, ensure};
+use runtime::file::hexadecimal;
 use sha2::{Digest, Sha256};
 
 use super::extractor::{Extractor, Features, ImageBatch, Pixels};
@@ -66,7 +67,7 @@ pub fn run(
             let picture =
                 pictures.next().with_context(|| format!("internal: image {index} is missing"))??;
             if let Some(full) = work.push(picture, network.channels(), mixed_sizes)? {
-                work.extract(full, network)?;
+                work.extract(&full, network)?;
                 progress(index - start);
                 if stop() {
                     part.save()?;
@@ -75,7 +76,7 @@ pub fn run(
             }
         }
         let rest = std::mem::take(&mut work.group);
-        work.extract(rest, network)?;
+        work.extract(&rest, network)?;
         work.seen.blocks.push(hexadecimal(&work.hash.finalize()));
         part.add(&work.block, work.seen)?;
         progress(end - start);
@@ -85,10 +86,6 @@ pub fn run(
         }
     }
     Ok(Outcome::Finished)
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The values of a group, which are of one type.
@@ -154,17 +151,17 @@ impl Work {
         }
     }
 
-    fn extract(&mut self, group: Vec<Picture>, network: &mut dyn Network) -> anyhow::Result<()> {
+    fn extract(&mut self, group: &[Picture], network: &mut dyn Network) -> anyhow::Result<()> {
         let Some(Picture { height, width, channels, values, .. }) = group.first() else { return Ok(()) };
         let bytes: Vec<u8>;
         let floats: Vec<f32>;
         let pixels = match values {
             Values::U8(_) => {
-                bytes = joined(&group, |v| if let Values::U8(v) = v { v } else { &[] });
+                bytes = joined(group, |v| if let Values::U8(v) = v { v } else { &[] });
                 Pixels::U8(&bytes)
             }
             Values::F32(_) => {
-                floats = joined(&group, |v| if let Values::F32(v) = v { v } else { &[] });
+                floats = joined(group, |v| if let Values::F32(v) = v { v } else { &[] });
                 Pixels::F32(&floats)
             }
         };
@@ -173,7 +170,7 @@ impl Work {
         let Block { pool, spatial, logits } = &mut self.block;
         let taps = [(pool, Some(features.pool)), (spatial, features.spatial), (logits, features.logits)];
         for (to, from) in taps.into_iter().filter_map(|(to, from)| Some((to, from?))) {
-            let mut rows = from.outer_iter().zip(&group);
+            let mut rows = from.outer_iter().zip(group);
             if let Some((_, picture)) = rows.find(|(row, _)| !row.iter().all(|x| x.is_finite())) {
                 bail!("the features of `{}` are not finite", picture.name);
             }

@@ -39,7 +39,7 @@ pub enum Images {
         first: Option<u64>,
     },
     /// Samples of a checkpoint.
-    Checkpoint(Recipe),
+    Checkpoint(Box<Recipe>),
 }
 
 /// How a checkpoint is sampled.

@@ -8,12 +8,14 @@
 //! | [`pixels`] | float images as bytes, rounded as the published FID sets are |
 //! | [`grid`] | a labelled PNG, one class a column |
 //! | [`plot`] | an SVG line plot, raw and smoothed |
+//! | [`icicle`] | an SVG of nested shares |
 //! | [`arrays`] | `.npz` of samples and labels, streamed |
 //! | [`progress`] | a bar on a terminal, a line every few seconds elsewhere |
 
 pub mod arrays;
 mod axis;
 pub mod grid;
+pub mod icicle;
 mod lettering;
 pub mod pixels;
 pub mod plot;

@@ -147,7 +147,7 @@ fn pickles_that_want_too_much_are_refused() {
     deep.extend(std::iter::repeat_n(0x85, 2_000_000));
     assert!(refused_pickle(&deep).contains("objects"));
     // A mark for every byte.
-    assert!(refused_pickle(&[b'('; 2_000_000]).contains("nests too deeply"));
+    assert!(refused_pickle(&b"(".repeat(2_000_000)).contains("nests too deeply"));
     assert!(refused_pickle(b"\x80\x02h\x05").contains("slot 5"));
     assert!(refused_pickle(b"\x80\x02}a").contains("takes more than it has put"));
     assert!(refused_pickle(b"\x80\x02\x8c").contains("ends in the middle"));
@@ -183,7 +183,7 @@ fn a_compressed_member_is_refused() {
     let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
     let deflated = zip::write::SimpleFileOptions::default().compression_method(CompressionMethod::Deflated);
     zip.start_file("x/data.pkl", deflated).unwrap();
-    zip.write_all(&[b'('; 100_000]).unwrap();
+    zip.write_all(&b"(".repeat(100_000)).unwrap();
     let bytes = zip.finish().unwrap().into_inner();
     assert!(read_all(&bytes).unwrap_err().to_string().contains("is compressed"));
 }

@@ -58,6 +58,11 @@ impl Attribute {
         Self::new(name, AttributeType::TENSOR, |m| m.t = Some(tensor).into())
     }
 
+    /// An integer attribute `name` that takes the value of the function's attribute `from`.
+    pub(crate) fn int_of(name: &str, from: &str) -> Self {
+        Self::new(name, AttributeType::INT, |m| m.ref_attr_name = from.into())
+    }
+
     /// A float attribute `name` that takes the value of the function's attribute `from`.
     pub(crate) fn float_of(name: &str, from: &str) -> Self {
         Self::new(name, AttributeType::FLOAT, |m| m.ref_attr_name = from.into())

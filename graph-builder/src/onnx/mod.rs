@@ -6,6 +6,7 @@
 
 mod function;
 mod message;
+mod origin;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +17,7 @@ pub(crate) use self::function::FunctionBody;
 pub(crate) use self::message::{Attribute, tensor_type};
 use self::message::{external_tensor, raw_tensor, value_info};
 use crate::error::{GraphError, Result};
-use crate::graph::Graph;
+use crate::graph::{Graph, ValueId};
 use crate::op::Op;
 use crate::ops::leaf::Constant;
 use crate::program::{OnnxProgram, TensorSpec};
@@ -57,19 +58,26 @@ pub enum Weights<'a> {
 /// Writes the ONNX nodes of one graph node after another.
 pub(crate) struct Emitter<'a> {
     graph: &'a Graph,
-    /// Name of each value so far.
+    /// Name of each value.
     names: Vec<String>,
+    /// Names of the outputs of nodes with several results, by node and result.
+    parts: BTreeMap<(usize, usize), String>,
     current: usize,
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
     shared: BTreeSet<String>,
-    functions: BTreeMap<&'static str, FunctionProto>,
+    functions: BTreeMap<(&'static str, &'static str), FunctionProto>,
 }
 
 impl Emitter<'_> {
     /// Name of operand `i` of the current node.
     pub(crate) fn arg(&self, i: usize) -> &str {
         &self.names[self.graph.nodes[self.current].args[i].index()]
+    }
+
+    /// Number of operands of the current node.
+    pub(crate) fn arity(&self) -> usize {
+        self.graph.nodes[self.current].args.len()
     }
 
     /// Type of operand `i` of the current node.
@@ -79,19 +87,19 @@ impl Emitter<'_> {
 
     /// One ONNX node that gives the answer of the current node.
     pub(crate) fn node(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) {
-        self.push(op_type, "", inputs.iter().map(ToString::to_string).collect(), attributes);
+        self.push((op_type, "", ""), inputs.iter().map(ToString::to_string).collect(), attributes);
     }
 
     /// One ONNX node whose inputs are the current node's operands.
     pub(crate) fn same(&mut self, op_type: &str, attributes: Vec<Attribute>) {
-        self.push(op_type, "", self.args(), attributes);
+        self.push((op_type, "", ""), self.args(), attributes);
     }
 
     /// A fused op of our own domain, with its function body.
     pub(crate) fn native(&mut self, body: FunctionBody, attributes: Vec<Attribute>) {
-        let name = body.name();
-        self.functions.entry(name).or_insert_with(|| body.into_message());
-        self.push(name, DOMAIN, self.args(), attributes);
+        let (name, overload) = body.key();
+        self.functions.entry((name, overload)).or_insert_with(|| body.into_message());
+        self.push((name, DOMAIN, overload), self.args(), attributes);
     }
 
     /// The current node as an initializer.
@@ -124,15 +132,29 @@ impl Emitter<'_> {
         self.graph.nodes[self.current].args.iter().map(|a| self.names[a.index()].clone()).collect()
     }
 
-    fn push(&mut self, op_type: &str, domain: &str, input: Vec<String>, attributes: Vec<Attribute>) {
-        let place = &self.graph.nodes[self.current].place;
-        let mark = if self.graph.nodes[self.current].backward { "grad/" } else { "" };
+    /// Names of the current node's results.
+    fn outputs(&self) -> Vec<String> {
+        let count = self.graph.results(ValueId(self.current as u32)).len();
+        if count == 1 {
+            return vec![self.names[self.current].clone()];
+        }
+        let unused = |i| format!("{}.{i}", self.names[self.current]);
+        (0..count).map(|i| self.parts.get(&(self.current, i)).cloned().unwrap_or_else(|| unused(i))).collect()
+    }
+
+    fn push(
+        &mut self,
+        (op_type, domain, overload): (&str, &str, &str),
+        input: Vec<String>,
+        attributes: Vec<Attribute>,
+    ) {
         self.nodes.push(NodeProto {
-            name: format!("{mark}{}/{op_type}.{}", place.scope, self.current),
+            name: origin::node_name(self.graph, self.current, op_type),
             op_type: op_type.into(),
             domain: domain.into(),
+            overload: overload.into(),
             input,
-            output: vec![self.names[self.current].clone()],
+            output: self.outputs(),
             attribute: attributes.into_iter().map(Attribute::into_message).collect(),
             ..NodeProto::default()
         });
@@ -156,20 +178,30 @@ impl Graph {
                 _ => format!("v{i}"),
             })
             .collect();
+        // Equal parts of one node are one value.
+        let firsts = self.first_parts();
+        let first = |id: ValueId| match &self.node(id).op {
+            Op::Part(part) => firsts[&(self.node(id).args[0].index(), part.index)],
+            _ => id,
+        };
         // A value that is an output takes the output's name; leaves and second names get an Identity.
         let mut aliases = Vec::new();
         let mut renamed = BTreeSet::new();
         for (name, id) in &self.outputs {
             let leaf = self.node(*id).args.is_empty();
-            if leaf || !renamed.insert(*id) {
+            if leaf || !renamed.insert(first(*id)) {
                 aliases.push((name, *id));
             } else {
-                names[id.index()].clone_from(name);
+                names[first(*id).index()].clone_from(name);
             }
         }
+        let names: Vec<String> =
+            (0..names.len()).map(|i| names[first(ValueId(i as u32)).index()].clone()).collect();
+        let parts = firsts.iter().map(|(at, id)| (*at, names[id.index()].clone())).collect();
         let mut emitter = Emitter {
             graph: self,
             names,
+            parts,
             current: 0,
             nodes: Vec::new(),
             initializers: Vec::new(),
@@ -198,13 +230,25 @@ impl Graph {
         }
         let outputs: Vec<TensorSpec> =
             self.outputs.iter().map(|(n, id)| spec(n, self.type_of(*id))).collect();
-        let native_ops = emitter.functions.keys().map(ToString::to_string).collect();
+        let native_ops: BTreeSet<&str> = emitter.functions.keys().map(|(name, _)| *name).collect();
+        let native_ops = native_ops.into_iter().map(str::to_owned).collect();
         let bytes = self.message(emitter, &inputs, &outputs)?;
         let weights_file = match weights {
             Weights::External { file, .. } if !self.parameters.is_empty() => Some(file.to_owned()),
             _ => None,
         };
         Ok(OnnxProgram { name: self.name.clone(), bytes, inputs, outputs, weights_file, native_ops })
+    }
+
+    /// The first part node of each result, by node and result.
+    fn first_parts(&self) -> BTreeMap<(usize, usize), ValueId> {
+        let mut firsts = BTreeMap::new();
+        for (i, node) in self.nodes.iter().enumerate() {
+            if let Op::Part(part) = &node.op {
+                firsts.entry((node.args[0].index(), part.index)).or_insert(ValueId(i as u32));
+            }
+        }
+        firsts
     }
 
     fn message(
@@ -215,7 +259,7 @@ impl Graph {
     ) -> Result<Vec<u8>> {
         let graph = GraphProto {
             name: self.name.clone(),
-            node: emitter.nodes,
+            node: for_depth_first(emitter.nodes),
             initializer: emitter.initializers,
             input: inputs.iter().map(value_info).collect(),
             output: outputs.iter().map(value_info).collect(),
@@ -262,6 +306,23 @@ impl Graph {
     }
 }
 
+/// The nodes in the order that makes ONNX Runtime run them in ours.
+///
+/// It does not run nodes as they stand: it walks back from the nodes that nothing uses, the last one first, depth first.
+/// Weight gradients are such nodes; were they left in place, all of them would run after the whole backward pass and
+/// every value that they need would be kept until then. So they come last, in reverse.
+fn for_depth_first(nodes: Vec<NodeProto>) -> Vec<NodeProto> {
+    let used: BTreeSet<String> = nodes.iter().flat_map(|n| n.input.iter().cloned()).collect();
+    let (mut ordered, mut ends): (Vec<_>, Vec<_>) =
+        nodes.into_iter().partition(|n| n.output.iter().any(|name| used.contains(name)));
+    ends.reverse();
+    ordered.append(&mut ends);
+    ordered
+}
+
 fn spec(name: &str, ty: &Type) -> TensorSpec {
     TensorSpec { name: name.into(), dtype: ty.dtype, shape: ty.shape.clone() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,13 +2,13 @@
 
 use ndarray::{ArrayD, IxDyn};
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
 use crate::op::{Cost, Grad, Rules, traffic};
 use crate::ops::window::{Window, moved};
 use crate::shape::{Shape, Type};
+use crate::value::Value;
 
 /// Convolution (as neural networks mean it, without a flip) of images with a bank of filters.
 ///
@@ -25,21 +25,6 @@ use crate::shape::{Shape, Type};
 pub struct Conv {
     /// Where the filters stand.
     pub window: Window,
-}
-
-impl Value<'_> {
-    /// Convolution of images (N, C, H, W) with filters (O, C, I, J), plus `bias` (O).
-    #[track_caller]
-    pub fn conv(self, weight: Self, bias: Option<Self>, window: Window) -> Self {
-        let args: Vec<Self> = [self, weight].into_iter().chain(bias).collect();
-        self.builder().push(Conv { window }.into(), &args)
-    }
-
-    /// Transpose of [`Value::conv`]: images of `size` from the (N, O, H', W') that a convolution of them would give.
-    #[track_caller]
-    pub fn conv_transpose(self, weight: Self, size: [usize; 2], window: Window) -> Self {
-        self.builder().push(ConvTranspose { window, size }.into(), &[self, weight])
-    }
 }
 
 /// The two image axes of a shape.

@@ -2,17 +2,22 @@
 
 use ndarray::Zip;
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, expand};
 use crate::onnx::{Attribute, Emitter};
 use crate::op::{Cost, Grad, Rules};
 use crate::shape::{DType, Type};
+use crate::value::Value;
 
 /// √(2/π), the slope inside the tanh approximation of GELU.
 pub(crate) const GELU_SLOPE: f64 = 0.797_884_560_802_865_4;
 /// Weight of the cubic term inside the tanh approximation of GELU.
 pub(crate) const GELU_CUBIC: f64 = 0.044_715;
+
+/// GELU, tanh approximation.
+pub(crate) fn gelu(x: f64) -> f64 {
+    0.5 * x * (1.0 + (GELU_SLOPE * (x + GELU_CUBIC * x * x * x)).tanh())
+}
 
 fn float_operand(args: &[&Type]) -> Result<Type, Refusal> {
     if args[0].dtype.is_float() { Ok(args[0].clone()) } else { refuse("C1: a float operand") }
@@ -91,8 +96,7 @@ unary!(/// GELU, tanh approximation: `½x(1 + tanh(√(2/π)(x + 0.044715x³)))`
     ///
     /// # Source
     /// ONNX Gelu, opset 20.
-    Gelu, "Gelu", 8,
-    |x| 0.5 * x * (1.0 + (GELU_SLOPE * (x + GELU_CUBIC * x * x * x)).tanh()),
+    Gelu, "Gelu", 8, gelu,
     |x, _, ct| Grad::Value(x.gelu_grad(ct)),
     vec![Attribute::text("approximate", "tanh")]);
 unary!(/// `max(x, 0)`; its slope at 0 is 0.

@@ -2,12 +2,12 @@
 
 use ndarray::{ArrayD, Axis, IxDyn};
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
 use crate::op::{Cost, Grad, Rules};
 use crate::shape::{DType, Shape, Type};
+use crate::value::Value;
 
 /// Rows of a table.
 ///

@@ -2,12 +2,12 @@
 
 use ndarray::{ArrayD, Axis, IxDyn, Slice as Range};
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
-use crate::eval::{Array, expand};
+use crate::eval::{Array, expand, filled};
 use crate::onnx::{Attribute, Emitter};
 use crate::op::{Cost, Grad, Rules};
 use crate::shape::{Shape, Type};
+use crate::value::Value;
 
 /// The same elements in another shape, row-major.
 ///
@@ -38,9 +38,7 @@ impl Rules for Reshape {
         emitter.node("Reshape", &[&x, &dims], vec![]);
     }
     fn eval(&self, args: &[&Array], _: &Type) -> Array {
-        let mut answer = ArrayD::zeros(IxDyn(self.shape.dims()));
-        answer.iter_mut().zip(args[0].iter()).for_each(|(o, v)| *o = *v);
-        answer
+        filled(&self.shape, args[0].iter().copied())
     }
     fn cost(&self, _: &[&Type], _: &Type) -> Cost {
         Cost::default()

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use ndarray::{ArrayD, IxDyn};
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
-use crate::eval::Array;
+use crate::eval::{Array, filled};
 use crate::onnx::Emitter;
 use crate::op::{Cost, Grad, Rules};
 use crate::shape::Type;
+use crate::value::Value;
 
 /// A value that the caller feeds at every run.
 #[derive(Clone, Debug, PartialEq)]
@@ -129,9 +129,7 @@ impl Rules for Constant {
         emitter.constant(self);
     }
     fn eval(&self, _: &[&Array], out: &Type) -> Array {
-        let mut array = ArrayD::zeros(IxDyn(out.shape.dims()));
-        array.iter_mut().zip(self.values()).for_each(|(a, v)| *a = v);
-        array
+        filled(&out.shape, self.values())
     }
     fn cost(&self, _: &[&Type], _: &Type) -> Cost {
         Cost::default()

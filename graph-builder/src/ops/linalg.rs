@@ -1,13 +1,13 @@
 //! Matrix products.
 
-use ndarray::{ArrayD, ArrayView2, Ix2, IxDyn};
+use ndarray::{ArrayView2, Ix2};
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
-use crate::eval::{Array, expand};
+use crate::eval::{Array, expand, filled};
 use crate::onnx::Emitter;
 use crate::op::{Cost, Grad, Rules, traffic};
 use crate::shape::{Shape, Type};
+use crate::value::Value;
 
 /// Matrix product of the last two axes; leading axes broadcast.
 ///
@@ -96,9 +96,7 @@ impl Rules for MatMul {
             }
         }
         data.resize(lead.numel() * m * n, f64::NAN);
-        let mut answer = ArrayD::zeros(IxDyn(out.shape.dims()));
-        answer.iter_mut().zip(data).for_each(|(o, v)| *o = v);
-        answer
+        filled(&out.shape, data)
     }
     fn cost(&self, args: &[&Type], out: &Type) -> Cost {
         let k = args[0].shape.0.last().copied().unwrap_or(0);

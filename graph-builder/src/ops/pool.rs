@@ -2,27 +2,13 @@
 
 use ndarray::{ArrayD, IxDyn};
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
 use crate::op::{Cost, Grad, Rules, traffic};
 use crate::ops::window::{Window, moved, spread, thinned};
 use crate::shape::Type;
-
-impl Value<'_> {
-    /// The largest value below a window of `kernel` rows and columns.
-    #[track_caller]
-    pub fn max_pool(self, kernel: [usize; 2], window: Window) -> Self {
-        self.builder().push(MaxPool { kernel, window }.into(), &[self])
-    }
-
-    /// The mean below a window of `kernel` rows and columns, over the padding's zeros too if `count_padding`.
-    #[track_caller]
-    pub fn average_pool(self, kernel: [usize; 2], window: Window, count_padding: bool) -> Self {
-        self.builder().push(AveragePool { kernel, window, count_padding }.into(), &[self])
-    }
-}
+use crate::value::Value;
 
 fn infer(kernel: [usize; 2], window: &Window, args: &[&Type]) -> Result<Type, Refusal> {
     let &[n, c, h, w] = args[0].shape.dims() else { return refuse("C1: float images of rank 4") };

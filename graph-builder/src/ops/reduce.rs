@@ -2,12 +2,12 @@
 
 use ndarray::Axis;
 
-use crate::builder::Value;
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
 use crate::op::{Cost, Grad, Rules, traffic};
 use crate::shape::{Shape, Type};
+use crate::value::Value;
 
 fn infer(axes: &[usize], args: &[&Type]) -> Result<Type, Refusal> {
     if !args[0].dtype.is_float() {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::builder::Value;
+use crate::value::Value;
 
 /// How a window steps over the two image axes, rows first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 //! code that no output needs is dropped on the way.
 
 mod fuse;
+mod recompute;
 mod simplify;
 
 use crate::error::{Place, Result};

@@ -8,10 +8,11 @@ use crate::error::Result;
 use crate::eval::Array;
 use crate::graph::{Graph, Node, ValueId};
 use crate::op::Op;
-use crate::ops::layout::{Concat, Pad, Reshape, Transpose};
+use crate::ops::elementwise::{Add, Mul, Sub};
+use crate::ops::layout::{Concat, Pad, Reshape, Slice, Transpose};
 use crate::ops::leaf::Constant;
 use crate::ops::linalg::MatMul;
-use crate::shape::{DType, Type};
+use crate::shape::Type;
 
 /// Largest constant, in elements, that folding may create.
 const FOLD_LIMIT: usize = 1 << 20;
@@ -22,12 +23,18 @@ pub(super) fn simplify(graph: &Graph) -> Result<Graph> {
     let mut current = graph.clone();
     for _ in 0..ROUNDS {
         let next = sweep(&round(&current)?)?;
-        if next.nodes.len() == current.nodes.len() {
-            return Ok(next);
+        if same(&next, &current) {
+            break;
         }
         current = next;
     }
     Ok(current)
+}
+
+/// Whether two graphs compute the same nodes in the same order.
+fn same(a: &Graph, b: &Graph) -> bool {
+    let alike = |(a, b): (&Node, &Node)| a.op == b.op && a.args == b.args;
+    a.nodes.len() == b.nodes.len() && a.nodes.iter().zip(&b.nodes).all(alike)
 }
 
 fn round(graph: &Graph) -> Result<Graph> {
@@ -67,7 +74,8 @@ fn share(
 
 /// The value of a node whose operands are all constants.
 fn fold(new: &Graph, node: &Node, args: &[ValueId]) -> Option<Constant> {
-    if args.is_empty() || node.ty.shape.numel() > FOLD_LIMIT {
+    let several = matches!(node.op, Op::Split(_) | Op::Part(_));
+    if args.is_empty() || several || node.ty.shape.numel() > FOLD_LIMIT {
         return None;
     }
     let constants: Vec<&Constant> = args.iter().map(|a| as_constant(new, *a)).collect::<Option<_>>()?;
@@ -110,18 +118,35 @@ fn rewrite(rw: &mut Rewriter<'_>, uses: &[usize], node: &Node, args: &[ValueId])
             Ok(Some(args[0]))
         }
         Op::Add(_) if splat(&rw.new, args[0]) == Some(0.0) && ty(rw, 1) == node.ty => Ok(Some(args[1])),
-        Op::Add(_) => join_pads(rw, node, args),
+        Op::Add(_) if args[0] == args[1] => {
+            let two = number(rw, node, 2.0)?;
+            rw.push(Mul, vec![args[0], two], node).map(Some)
+        }
+        Op::Add(_) => match (negated(rw, args[0]), negated(rw, args[1])) {
+            (_, Some(y)) => rw.push(Sub, vec![args[0], y], node).map(Some),
+            (Some(x), None) => rw.push(Sub, vec![args[1], x], node).map(Some),
+            (None, None) => join_pads(rw, node, args),
+        },
+        Op::Sub(_) => match negated(rw, args[1]) {
+            Some(y) => rw.push(Add, vec![args[0], y], node).map(Some),
+            None => Ok(None),
+        },
         Op::Mul(_) | Op::Div(_) if splat(&rw.new, args[1]) == Some(1.0) && ty(rw, 0) == node.ty => {
             Ok(Some(args[0]))
         }
         Op::Mul(_) if splat(&rw.new, args[0]) == Some(1.0) && ty(rw, 1) == node.ty => Ok(Some(args[1])),
-        Op::Mul(_) => merge_scales(rw, node, args),
+        Op::Mul(_) => scales(rw, node, args),
         Op::Neg(_) => match rw.new.node(args[0]) {
             Node { op: Op::Neg(_), args: inner, .. } => Ok(Some(inner[0])),
+            Node { op: Op::Sub(_), args: inner, .. } if uses[node.args[0].index()] == 1 => {
+                let swapped = vec![inner[1], inner[0]];
+                rw.push(Sub, swapped, node).map(Some)
+            }
             _ => Ok(None),
         },
         Op::Reshape(_) | Op::Broadcast(_) if ty(rw, 0) == node.ty => Ok(Some(args[0])),
         Op::Slice(s) if s.end - s.start == ty(rw, 0).shape.0[s.axis] => Ok(Some(args[0])),
+        Op::Slice(slice) => slice_of_concat(rw, node, slice, args[0]),
         Op::Pad(p) if p.before + p.after == 0 => Ok(Some(args[0])),
         Op::Concat(_) if args.len() == 1 => Ok(Some(args[0])),
         Op::Reshape(reshape) => match rw.new.node(args[0]).clone() {
@@ -135,6 +160,32 @@ fn rewrite(rw: &mut Rewriter<'_>, uses: &[usize], node: &Node, args: &[ValueId])
     }
 }
 
+/// A scalar constant of the node's element type.
+fn number(rw: &mut Rewriter<'_>, node: &Node, value: f64) -> Result<ValueId> {
+    let constant = Constant { ty: Type::new(node.ty.dtype, [0; 0]), data: Arc::from([value]) };
+    rw.push(constant, vec![], node)
+}
+
+/// `y` where `id` is `−y`.
+fn negated(rw: &Rewriter<'_>, id: ValueId) -> Option<ValueId> {
+    match rw.new.node(id) {
+        Node { op: Op::Neg(_), args, .. } => Some(args[0]),
+        _ => None,
+    }
+}
+
+/// A factor of the answer's shape that is one number everywhere becomes a scalar, and scalars multiply.
+fn scales(rw: &mut Rewriter<'_>, node: &Node, args: &[ValueId]) -> Result<Option<ValueId>> {
+    for (filled, other) in [(0, 1), (1, 0)] {
+        let fills = rw.new.type_of(args[filled]).shape.rank() > 0 && *rw.new.type_of(args[other]) == node.ty;
+        if let Some(value) = splat(&rw.new, args[filled]).filter(|_| fills) {
+            let scale = number(rw, node, value)?;
+            return rw.push(Mul, vec![args[other], scale], node).map(Some);
+        }
+    }
+    merge_scales(rw, node, args)
+}
+
 /// `(x · a) · b` with scalar constants becomes `x · (a·b)`.
 fn merge_scales(rw: &mut Rewriter<'_>, node: &Node, args: &[ValueId]) -> Result<Option<ValueId>> {
     let scaled = |rw: &Rewriter<'_>, id: ValueId| -> Option<(ValueId, f64)> {
@@ -144,9 +195,7 @@ fn merge_scales(rw: &mut Rewriter<'_>, node: &Node, args: &[ValueId]) -> Result<
     };
     for (x, by) in [(0, 1), (1, 0)] {
         if let (Some((inner, a)), Some(b)) = (scaled(rw, args[x]), scalar(&rw.new, args[by])) {
-            let dtype: DType = node.ty.dtype;
-            let constant = Constant { ty: Type::new(dtype, [0; 0]), data: Arc::from([a * b]) };
-            let scale = rw.push(constant, vec![], node)?;
+            let scale = number(rw, node, a * b)?;
             return rw.push(node.op.clone(), vec![inner, scale], node).map(Some);
         }
     }
@@ -187,6 +236,30 @@ fn join_pads(rw: &mut Rewriter<'_>, node: &Node, args: &[ValueId]) -> Result<Opt
         return Ok(Some(joined));
     }
     rw.push(Pad { axis, before, after }, vec![joined], node).map(Some)
+}
+
+/// A slice that begins and ends where operands of a concatenation do is their concatenation.
+fn slice_of_concat(
+    rw: &mut Rewriter<'_>,
+    node: &Node,
+    slice: &Slice,
+    joined: ValueId,
+) -> Result<Option<ValueId>> {
+    let Node { op: Op::Concat(concat), args, .. } = rw.new.node(joined) else { return Ok(None) };
+    if concat.axis != slice.axis {
+        return Ok(None);
+    }
+    let (mut end, mut ends) = (0, vec![0]);
+    for arg in args {
+        end += rw.new.type_of(*arg).shape.0[slice.axis];
+        ends.push(end);
+    }
+    let at = |edge: usize| ends.iter().position(|e| *e == edge);
+    let (Some(first), Some(last)) = (at(slice.start), at(slice.end)) else { return Ok(None) };
+    match &args.clone()[first..last] {
+        [one] => Ok(Some(*one)),
+        several => rw.push(concat.clone(), several.to_vec(), node).map(Some),
+    }
 }
 
 /// Transposes cancel, compose, and move from the answer of a matrix product to its operands.

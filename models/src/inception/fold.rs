@@ -64,7 +64,9 @@ pub fn checkpoint_names(graph: &Graph) -> Vec<CheckpointTensor> {
             Some((layer, "weight")) => {
                 let filters = shape.0[0];
                 add(format!("{layer}.conv.weight"), shape);
-                NORMALISATION.iter().for_each(|part| add(format!("{layer}.bn.{part}"), [filters].into()));
+                for part in NORMALISATION {
+                    add(format!("{layer}.bn.{part}"), [filters].into());
+                }
             }
             _ => {} // a bias comes out of the normalisation
         }

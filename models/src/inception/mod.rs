@@ -212,7 +212,11 @@ mod tests {
         let expected: [(&str, &[usize]); 3] =
             [("pool", &[2, POOL]), ("spatial", &[2, SPATIAL]), ("logits", &[2, CLASSES])];
         assert_eq!(outputs, expected);
-        let convolutions = graph.parameters().iter().filter(|p| p.name.ends_with(".bias")).count();
+        let convolutions = graph
+            .parameters()
+            .iter()
+            .filter(|p| p.name.rsplit_once('.').is_some_and(|(_, part)| part == "bias"))
+            .count();
         assert_eq!(convolutions, 94);
         // torchvision counts 5.71 billion multiply-adds for the same convolutions; the seven spatial channels come on top.
         let macs = features(1, SIDE, Taps { spatial: false, logits: false }).unwrap().cost().macs;

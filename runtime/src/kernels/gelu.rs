@@ -7,20 +7,41 @@ const C: f32 = 0.797_884_6;
 const K: f32 = 0.044_715;
 
 multiversion! {
+    /// GELU in place: `x / (1 + e^(−2u))` with `u` the argument of tanh.
+    pub(crate) fn apply(values: &mut [f32]) {
+        for x in values {
+            let u = C * *x * (1.0 + K * (*x * *x));
+            *x /= 1.0 + exp(-2.0 * u);
+        }
+    }
+}
+
+/// `sums ⊙ gelu'(x)` in place.
+#[inline(always)]
+pub(crate) fn apply_grad(x: &[f32], sums: &mut [f32]) {
+    for (&x, sum) in x.iter().zip(sums) {
+        *sum *= slope(x);
+    }
+}
+
+/// Derivative of GELU. With `u` the argument of tanh and `s = 1 / (1 + e^(−2u))` it is `s + 2 x s (1−s) u'`, where
+/// `1−s = e^(−2u) s`: no difference of nearly equal numbers.
+#[inline(always)]
+fn slope(x: f32) -> f32 {
+    // Outside ±20 the derivative is 0 or 1 to the last bit of f32.
+    let x = x.clamp(-20.0, 20.0);
+    let square = x * x;
+    let u = C * x * (1.0 + K * square);
+    let e = exp(-2.0 * u);
+    let s = 1.0 / (1.0 + e);
+    s + 2.0 * x * s * (e * s) * (C * (1.0 + 3.0 * K * square))
+}
+
+multiversion! {
     /// `dx = ct · d/dx [½ x (1 + tanh(√(2/π) (x + 0.044715 x³)))]`, elementwise.
-    ///
-    /// With `u` the argument of tanh and `s = 1 / (1 + e^(−2u))` the derivative is `s + 2 x s (1−s) u'`, where
-    /// `1−s = e^(−2u) s`: no difference of nearly equal numbers.
     pub(crate) fn gelu_grad(x: &[f32], ct: &[f32], dx: &mut [f32]) {
         for ((&x, &ct), dx) in x.iter().zip(ct).zip(dx) {
-            // Outside ±20 the derivative is 0 or 1 to the last bit of f32.
-            let x = x.clamp(-20.0, 20.0);
-            let square = x * x;
-            let u = C * x * (1.0 + K * square);
-            let e = exp(-2.0 * u);
-            let s = 1.0 / (1.0 + e);
-            let slope = C * (1.0 + 3.0 * K * square);
-            *dx = ct * (s + 2.0 * x * s * (e * s) * slope);
+            *dx = ct * slope(x);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Kernels that work row by row over the last axis, and the gated residual.
 
-use super::simd::{multiversion, sum};
+use super::simd::{multiversion, sum, sums};
 
 multiversion! {
     /// `dx = y ⊙ (ct − Σ ct⊙y)` for each row of `width` elements: the cotangent before a softmax with answer `y`.
@@ -60,6 +60,75 @@ multiversion! {
             for (((out, x), y), gate) in out.iter_mut().zip(x).zip(y).zip(gate) {
                 *out = x + gate * y;
             }
+        }
+    }
+}
+
+multiversion! {
+    /// Gradient of `LN(x) ⊙ (1 + scale) + shift` for rows that share `scale`: `dx` (plus `residual`, where it is not
+    /// empty), and the rows' share of `dshift` and `dscale`, which are overwritten.
+    pub(crate) fn layer_norm_modulate_grad(
+        x: &[f32],
+        scale: &[f32],
+        ct: &[f32],
+        residual: &[f32],
+        epsilon: f32,
+        dx: &mut [f32],
+        dshift: &mut [f32],
+        dscale: &mut [f32],
+    ) {
+        let width = scale.len();
+        let n = width as f32;
+        dshift.fill(0.0);
+        dscale.fill(0.0);
+        let rows = x.chunks_exact(width).zip(ct.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
+        for (index, ((x, ct), dx)) in rows.enumerate() {
+            let (mean, r) = moments(x, epsilon);
+            // dx holds the normalised row until its own turn.
+            for (hat, x) in dx.iter_mut().zip(x) {
+                *hat = (x - mean) * r;
+            }
+            let terms = |i: usize| {
+                let inner = ct[i] * (1.0 + scale[i]);
+                [inner, inner * dx[i]]
+            };
+            let [ct_mean, projection] = sums(width, terms).map(|sum| sum / n);
+            for ((((hat, ct), scale), dshift), dscale) in
+                dx.iter_mut().zip(ct).zip(scale).zip(&mut *dshift).zip(&mut *dscale)
+            {
+                *dshift += ct;
+                *dscale += ct * *hat;
+                *hat = r * ((ct * (1.0 + scale) - ct_mean) - *hat * projection);
+            }
+            if !residual.is_empty() {
+                for (dx, residual) in dx.iter_mut().zip(&residual[index * width..]) {
+                    *dx += residual;
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Gradient of `x + gate ⊙ y` for rows that share `gate`: `dy = gate ⊙ ct`, and the rows' share of `dgate`, which
+    /// is overwritten.
+    pub(crate) fn gate_residual_grad(gate: &[f32], y: &[f32], ct: &[f32], dy: &mut [f32], dgate: &mut [f32]) {
+        let width = gate.len();
+        dgate.fill(0.0);
+        for ((y, ct), dy) in y.chunks_exact(width).zip(ct.chunks_exact(width)).zip(dy.chunks_exact_mut(width)) {
+            for ((((dy, gate), y), ct), dgate) in dy.iter_mut().zip(gate).zip(y).zip(ct).zip(&mut *dgate) {
+                *dy = gate * ct;
+                *dgate += ct * y;
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// `total += part`, elementwise.
+    pub(crate) fn add(total: &mut [f32], part: &[f32]) {
+        for (total, part) in total.iter_mut().zip(part) {
+            *total += part;
         }
     }
 }

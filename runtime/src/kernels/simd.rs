@@ -3,8 +3,9 @@
 //! The bodies are plain Rust without fused multiply-adds and with a fixed number of accumulators, so every
 //! instruction set, every machine and every number of threads gives the same bits.
 
-/// Accumulators of a reduction: a fixed number, so that the order of additions does not depend on the machine.
-pub(crate) const LANES: usize = 16;
+/// Accumulators of a reduction: a fixed number, so that the order of additions does not depend on the machine, and
+/// enough that additions need not wait for each other.
+pub(crate) const LANES: usize = 64;
 
 /// Declares a function whose body is compiled for AVX-512, AVX2 and the baseline.
 macro_rules! multiversion {
@@ -43,27 +44,40 @@ macro_rules! multiversion {
 }
 pub(crate) use multiversion;
 
-/// Sum of `f(i)` over a row in f32, in an order that depends on the row's length only.
+/// Sums of `f(i)` over a row in f32, `N` sums at a time, in an order that depends on the row's length only.
 #[inline(always)]
-pub(crate) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
+pub(crate) fn sums<const N: usize>(len: usize, f: impl Fn(usize) -> [f32; N]) -> [f32; N] {
+    let mut lanes = [[0.0_f32; LANES]; N];
     let whole = len / LANES * LANES;
     for start in (0..whole).step_by(LANES) {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += f(start + lane);
+        for lane in 0..LANES {
+            let terms = f(start + lane);
+            for (lanes, term) in lanes.iter_mut().zip(terms) {
+                lanes[lane] += term;
+            }
         }
     }
     for i in whole..len {
-        lanes[i - whole] += f(i);
-    }
-    let mut width = LANES;
-    while width > 1 {
-        width /= 2;
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
+        for (lanes, term) in lanes.iter_mut().zip(f(i)) {
+            lanes[i - whole] += term;
         }
     }
-    lanes[0]
+    lanes.map(|mut lanes| {
+        let mut width = LANES;
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+        }
+        lanes[0]
+    })
+}
+
+/// Sum of `f(i)` over a row, as [`sums`].
+#[inline(always)]
+pub(crate) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+    sums(len, |i| [f(i)])[0]
 }
 
 /// `e^x` to about one unit in the last place, without a library call, so that loops over it vectorise.
@@ -77,16 +91,19 @@ pub(crate) fn exp(x: f32) -> f32 {
     /// ln 2 in two parts; the first is 0.693359375, which has so few bits that its products with n are exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 87.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    // Written so that a comparison is one instruction, and a NaN passes.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 87.0 { 87.0 } else { x };
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
     let mut p = 1.987_569_1e-4_f32;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p * r + c;
     }
     let exp_r = (p * (r * r) + r) + 1.0;
-    // `n` is a small integer here; a NaN is cast to 0, and `exp_r` is NaN anyway.
-    exp_r * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    // The low bits of `rounded` are the integer n; a NaN gives some number there, and `exp_r` is NaN anyway.
+    exp_r * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 #[cfg(test)]
@@ -111,7 +128,7 @@ mod tests {
 
     #[test]
     fn sum_adds_every_element_once() {
-        for len in [0, 1, 15, 16, 17, 100] {
+        for len in [0, 1, 63, 64, 65, 300] {
             assert_eq!(sum(len, |i| (i + 1) as f32), (len * (len + 1) / 2) as f32);
         }
     }

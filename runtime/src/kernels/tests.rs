@@ -1,46 +1,18 @@
-//! Each kernel inside ONNX Runtime: against the function body that the same model carries.
+//! Registration with ONNX Runtime: kernels win over the function bodies of the same name, and refuse what does not
+//! fit. That every kernel computes what its body says is proven where the bodies are, over the op table.
 
-use onnx_protobuf::{FunctionProto, NodeProto};
+use onnx_protobuf::FunctionProto;
 
 use super::*;
 use crate::binding::Binding;
 use crate::session::{Session, SessionOptions, Weights};
-use crate::test_models::{
-    constant, float, from_caller, function, in_time, ints, node, program, runtime, spec,
-};
+use crate::test_models::{constant, function, in_time, node, program, runtime, spec};
 
-const EPSILON: f32 = 1e-6;
 /// Inputs of the test models: 3 samples of 70 rows of 389 values, so that samples are cut unevenly.
 const DIMS: [usize; 3] = [3, 70, 389];
 const SHARED: [usize; 3] = [3, 1, 389];
 
-fn mean(input: &str, output: &str) -> NodeProto {
-    // ONNX's mean over the last axis; opset 21 takes the axes as a second input.
-    node("", "ReduceMean", &[input, "last"], output)
-}
-
-/// The nodes that make `hat` and `r` of layer norm from `x`.
-fn normalise() -> Vec<NodeProto> {
-    let last = NodeProto { attribute: vec![ints("value_ints", &[-1])], ..node("", "Constant", &[], "last") };
-    let epsilon = NodeProto {
-        attribute: vec![from_caller("value_float", "epsilon")],
-        ..node("", "Constant", &[], "eps")
-    };
-    vec![
-        last,
-        epsilon,
-        mean("x", "mu"),
-        node("", "Sub", &["x", "mu"], "centred"),
-        node("", "Mul", &["centred", "centred"], "squares"),
-        mean("squares", "var"),
-        node("", "Add", &["var", "eps"], "var_eps"),
-        node("", "Sqrt", &["var_eps"], "std"),
-        node("", "Reciprocal", &["std"], "r"),
-        node("", "Mul", &["centred", "r"], "hat"),
-    ]
-}
-
-/// The op as a function over plain ONNX.
+/// Two of the ops as functions over plain ONNX.
 fn body(op: Op) -> FunctionProto {
     match op {
         Op::GeluGrad => function(
@@ -72,42 +44,6 @@ fn body(op: Op) -> FunctionProto {
                 node("", "Mul", &["slope", "ct"], "dx"),
             ],
         ),
-        Op::SoftmaxGrad => function(
-            "SoftmaxGrad",
-            &["y", "ct"],
-            "dx",
-            &[],
-            vec![
-                NodeProto { attribute: vec![ints("value_ints", &[-1])], ..node("", "Constant", &[], "last") },
-                node("", "Mul", &["y", "ct"], "product"),
-                node("", "ReduceSum", &["product", "last"], "dot"),
-                node("", "Sub", &["ct", "dot"], "difference"),
-                node("", "Mul", &["y", "difference"], "dx"),
-            ],
-        ),
-        Op::LayerNormGrad => {
-            let mut nodes = normalise();
-            nodes.extend([
-                mean("ct", "ct_mean"),
-                node("", "Mul", &["ct", "hat"], "ct_hat"),
-                mean("ct_hat", "projection"),
-                node("", "Mul", &["hat", "projection"], "along"),
-                node("", "Sub", &["ct", "ct_mean"], "ct_centred"),
-                node("", "Sub", &["ct_centred", "along"], "rest"),
-                node("", "Mul", &["rest", "r"], "dx"),
-            ]);
-            function("LayerNormGrad", &["x", "ct"], "dx", &["epsilon"], nodes)
-        }
-        Op::LayerNormModulate => {
-            let mut nodes = normalise();
-            nodes.extend([
-                constant("one", 1.0),
-                node("", "Add", &["scale", "one"], "factor"),
-                node("", "Mul", &["hat", "factor"], "scaled"),
-                node("", "Add", &["scaled", "shift"], "y"),
-            ]);
-            function("LayerNormModulate", &["x", "shift", "scale"], "y", &["epsilon"], nodes)
-        }
         Op::GateResidual => function(
             "GateResidual",
             &["x", "gate", "y"],
@@ -115,16 +51,13 @@ fn body(op: Op) -> FunctionProto {
             &[],
             vec![node("", "Mul", &["gate", "y"], "gated"), node("", "Add", &["x", "gated"], "out")],
         ),
+        _ => unreachable!("no body for {op:?}"),
     }
 }
 
 /// Shapes of the op's inputs.
 fn shapes(op: Op) -> Vec<[usize; 3]> {
-    match op {
-        Op::GeluGrad | Op::SoftmaxGrad | Op::LayerNormGrad => vec![DIMS, DIMS],
-        Op::LayerNormModulate => vec![DIMS, SHARED, SHARED],
-        Op::GateResidual => vec![DIMS, SHARED, DIMS],
-    }
+    if op == Op::GateResidual { vec![DIMS, SHARED, DIMS] } else { vec![DIMS, DIMS] }
 }
 
 /// Runs a model with one node of the op on fixed inputs.
@@ -132,10 +65,7 @@ fn run(op: Op, native_kernels: bool, threads: usize) -> Vec<f32> {
     let function = body(op);
     let names: Vec<String> = function.input.clone();
     let inputs: Vec<_> = names.iter().zip(shapes(op)).map(|(n, dims)| spec(n, &dims)).collect();
-    let mut call = node(DOMAIN, op.name(), &names.iter().map(String::as_str).collect::<Vec<_>>(), "answer");
-    if op.has_epsilon() {
-        call.attribute.push(float("epsilon", EPSILON));
-    }
+    let call = node(DOMAIN, op.name(), &names.iter().map(String::as_str).collect::<Vec<_>>(), "answer");
     let program = program(&inputs, &[spec("answer", &DIMS)], vec![call], vec![function], vec![]);
     let options = SessionOptions { threads, native_kernels, ..SessionOptions::default() };
     let session = Session::load(&runtime(), &program, &Weights::Inside, &options).unwrap();
@@ -149,11 +79,11 @@ fn run(op: Op, native_kernels: bool, threads: usize) -> Vec<f32> {
     binding.output_f32("answer").unwrap().to_vec()
 }
 
-/// How often a kernel runs is counted per process, so one test goes through all ops, one after the other.
+/// How often a kernel runs is counted per process, so one test goes through the ops, one after the other.
 #[test]
 fn kernels_run_instead_of_bodies_and_agree_with_them_on_any_number_of_threads() {
     in_time(|| {
-        for op in Op::ALL {
+        for op in [Op::GeluGrad, Op::GateResidual] {
             let before = calls(op.name());
             let plain = run(op, false, 1);
             assert_eq!(calls(op.name()), before, "{}: the body must run", op.name());

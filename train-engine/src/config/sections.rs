@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use models::{InitScheme, Objective, SolverKind};
+use models::{InitScheme, Objective, Recompute, SolverKind};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -199,6 +199,9 @@ pub struct TrainSection {
     pub batch_size: usize,
     /// Micro-batches an optimizer step is split into; divides `batch_size`.
     pub accumulate: usize,
+    /// `none` or `blocks`: what is computed again for the backward pass rather than kept. The results are the same
+    /// bits; `blocks` needs less memory and about a third more time.
+    pub recompute: Recompute,
     /// Seed of every draw.
     pub seed: u64,
     /// Compute threads; 0 takes all cores.
@@ -236,6 +239,7 @@ impl Default for TrainSection {
             steps: 400_000,
             batch_size: 256,
             accumulate: 1,
+            recompute: Recompute::None,
             seed: 0,
             threads: 0,
             learning_rate: 1e-4,

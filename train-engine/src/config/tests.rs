@@ -177,9 +177,14 @@ fn the_hash_covers_what_a_step_computes_and_nothing_else() {
     let base = parse(TEXT, &[]).unwrap();
     let hash = base.hash().unwrap();
     assert_eq!(hash.len(), 64);
-    for free in
-        ["train.steps=200", "train.threads=3", "log.every_steps=1", "checkpoint.keep=9", "data.prefetch=9"]
-    {
+    for free in [
+        "train.steps=200",
+        "train.recompute=blocks",
+        "train.threads=3",
+        "log.every_steps=1",
+        "checkpoint.keep=9",
+        "data.prefetch=9",
+    ] {
         let other = parse(TEXT, &[free]).unwrap();
         assert_eq!(other.hash().unwrap(), hash, "{free}");
         assert_eq!(other.conflicts_with(&base).unwrap(), Vec::<String>::new());

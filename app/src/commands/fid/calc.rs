@@ -133,7 +133,7 @@ impl CalcArgs {
             .count
             .filter(|n| *n > 0)
             .ok_or_else(|| Usage("-n says how many samples are made, such as -n 50000".into()))?;
-        Ok(Images::Checkpoint(self.checkpoint.recipe(path, count, self.machine)?))
+        Ok(Images::Checkpoint(Box::new(self.checkpoint.recipe(path, count, self.machine)?)))
     }
 }
 

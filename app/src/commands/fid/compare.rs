@@ -43,8 +43,8 @@ impl CompareArgs {
         }
         let names: Vec<&str> = reports[0].metrics.named().into_iter().map(|(name, _)| name).collect();
         let width = rows.iter().map(|(path, _)| path.display().to_string().len()).max().unwrap_or(0);
-        let header: String = names.iter().map(|n| format!(" {n:>10}")).collect();
-        console::out(&format!("{:width$}{header}", ""))?;
+        let header: Vec<String> = names.iter().map(|n| format!("{n:>10}")).collect();
+        console::out(&format!("{:width$} {}", "", header.join(" ")))?;
         for (path, report) in rows {
             let values = report.metrics.named();
             let cell = |name: &&str| match values.iter().find(|(n, _)| n == name) {

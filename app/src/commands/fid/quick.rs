@@ -61,7 +61,7 @@ pub(in super::super) fn distances(
     };
     let floor = report(files(format!("{FASHION}train{place}"), Some(count)))?.metrics.fid;
     let noise = report(files(format!("{NOISE}{count},28,28,1"), None))?.metrics.fid;
-    let samples = report(Images::Checkpoint(recipe))?;
+    let samples = report(Images::Checkpoint(Box::new(recipe)))?;
     calc::write(&samples, &run.join("fid.json"))?;
     Ok(Distances { samples: samples.metrics.fid, floor, noise })
 }

@@ -85,7 +85,7 @@ fn replace(statistics: &mut Statistics, path: &Path) -> anyhow::Result<()> {
     statistics.spatial = given.spatial;
     if let Some(about) = &mut statistics.about {
         let sha256 = sha256_file(path)?;
-        about.pixels_sha256 = sha256.clone();
+        about.pixels_sha256.clone_from(&sha256);
         about.moments_of = Some(MomentsOf { path: path.to_path_buf(), sha256 });
     }
     Ok(())

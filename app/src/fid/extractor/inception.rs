@@ -17,6 +17,8 @@ use super::{Description, Features, ImageBatch, Options, Preset, weights};
 
 /// Name of the initializers' file: it exists in memory only.
 const IN_MEMORY: &str = "weights";
+/// Values of an image before the network.
+const INPUT: usize = 3 * SIDE * SIDE;
 
 /// How a preset brings an image to the network.
 struct Preprocessing {
@@ -47,6 +49,19 @@ impl Preset {
             },
             Self::Fashion => return None,
         })
+    }
+}
+
+impl Preset {
+    /// What the Inception network sees of images, (N, 3, 299, 299); none for a preset of another network.
+    pub fn network_input(self, images: &ImageBatch<'_>) -> Option<Vec<f32>> {
+        let Preprocessing { filter, scale, .. } = self.preprocessing()?;
+        let plan = Plan::new(filter, [images.height, images.width], [SIDE, SIDE]);
+        let mut input = vec![0.0; images.count() * INPUT];
+        for (i, out) in input.chunks_mut(INPUT).enumerate() {
+            plan.run(images.pixels, i, 3, scale, out);
+        }
+        Some(input)
     }
 }
 
@@ -106,8 +121,8 @@ impl InceptionNetwork {
             let rows = self.batch.min(n - first);
             let scale = self.preprocessing.scale;
             let input = self.binding.input_f32("x")?;
-            let (used, unused) = input.split_at_mut(rows * 3 * SIDE * SIDE);
-            used.par_chunks_mut(3 * SIDE * SIDE).enumerate().for_each(|(i, out)| {
+            let (used, unused) = input.split_at_mut(rows * INPUT);
+            used.par_chunks_mut(INPUT).enumerate().for_each(|(i, out)| {
                 plan.run(images.pixels, first + i, 3, scale, out);
             });
             unused.fill(0.0);

@@ -7,7 +7,7 @@ use super::Pixels;
 
 /// A way to resize.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Filter {
+pub(super) enum Filter {
     /// TensorFlow 1's `ResizeBilinear`: corners of pixels coincide, no antialiasing.
     ///
     /// `top + (bottom − top)·dy` of rows `left + (right − left)·dx` in f32, as in ADM's evaluator and torch-fidelity.
@@ -45,7 +45,7 @@ struct Axis {
 
 /// Everything about resizing images of one size.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub(super) struct Plan {
     filter: Filter,
     from: [usize; 2],
     to: [usize; 2],
@@ -55,7 +55,7 @@ pub struct Plan {
 
 impl Plan {
     /// The plan from images of `from` rows and columns to `to`.
-    pub fn new(filter: Filter, from: [usize; 2], to: [usize; 2]) -> Self {
+    pub(super) fn new(filter: Filter, from: [usize; 2], to: [usize; 2]) -> Self {
         let axis = |a: usize| {
             let taps = match filter {
                 Filter::TensorFlowBilinear => corners(from[a], to[a]),
@@ -68,14 +68,14 @@ impl Plan {
     }
 
     /// Whether the plan is for images of that size.
-    pub fn fits(&self, from: [usize; 2]) -> bool {
+    pub(super) fn fits(&self, from: [usize; 2]) -> bool {
         self.from == from
     }
 
     /// Resizes image `index` of a batch into planes, and applies `scale` to each value.
     ///
     /// `out` holds `C · H' · W'` values.
-    pub fn run(
+    pub(super) fn run(
         &self,
         pixels: Pixels<'_>,
         index: usize,
@@ -101,12 +101,16 @@ impl Plan {
             match self.filter {
                 Filter::TensorFlowBilinear => self.tensorflow(&plane, out),
                 Filter::TorchBilinear => {
-                    plane.iter_mut().for_each(|v| *v /= 255.0);
+                    for value in &mut plane {
+                        *value /= 255.0;
+                    }
                     self.torch(&plane, out);
                 }
                 Filter::PillowBicubic => self.pillow(&plane, out),
             }
-            out.iter_mut().for_each(|v| *v = scale(channel, *v));
+            for value in out {
+                *value = scale(channel, *value);
+            }
         }
     }
 
@@ -168,7 +172,9 @@ impl Plan {
                 }
             }
         }
-        out.iter_mut().for_each(|v| *v = v.clamp(0.0, 255.0));
+        for value in out {
+            *value = value.clamp(0.0, 255.0);
+        }
     }
 }
 
@@ -223,7 +229,9 @@ fn bicubic(from: usize, to: usize) -> Vec<Taps> {
                 .collect();
             let sum: f64 = weights.iter().sum();
             if sum != 0.0 {
-                weights.iter_mut().for_each(|w| *w /= sum);
+                for weight in &mut weights {
+                    *weight /= sum;
+                }
             }
             Taps { first, weights }
         })

@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use graph_builder::{Graph, Shape};
 use models::inception::{self, CheckpointTensor, checkpoint_names, fold, pytorch_fid_name};
 use runtime::RuntimeError;
-use runtime::file::{AtomicFile, sha256_file};
+use runtime::file::{AtomicFile, hexadecimal, sha256_file};
 use runtime::safetensors_file::SafetensorsReader;
 use sha2::{Digest, Sha256};
 
@@ -129,7 +129,7 @@ impl Published {
             io::Write::write_all(&mut file, &buffer[..n]).map_err(|e| RuntimeError::io("write", path, e))?;
         }
         ensure!(length == self.size, "{}: {length} bytes came, expected {}", self.address, self.size);
-        let got: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let got = hexadecimal(&hash.finalize());
         ensure!(got == self.sha256, "{}: sha256 is {got}, expected {}", self.address, self.sha256);
         Ok(file.commit()?)
     }

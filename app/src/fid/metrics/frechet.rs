@@ -7,7 +7,7 @@
 use anyhow::{anyhow, ensure};
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt_pivoting::factor as pivoted;
-use faer::{Mat, Side};
+use faer::{Mat, Side, Spec};
 
 use super::moments::Gaussian;
 
@@ -62,10 +62,10 @@ fn factor(of: &Gaussian) -> anyhow::Result<Mat<f64>> {
     let (mut order, mut inverse) = (vec![0usize; n], vec![0usize; n]);
     let par = faer::get_global_parallelism();
     let mut memory =
-        MemBuffer::new(pivoted::cholesky_in_place_scratch::<usize, f64>(n, par, Default::default()));
+        MemBuffer::new(pivoted::cholesky_in_place_scratch::<usize, f64>(n, par, Spec::default()));
     let stack = MemStack::new(&mut memory);
     let (info, _) =
-        pivoted::cholesky_in_place(lower.as_mut(), &mut order, &mut inverse, par, stack, Default::default())
+        pivoted::cholesky_in_place(lower.as_mut(), &mut order, &mut inverse, par, stack, Spec::default())
             .map_err(|_| no_covariance())?;
     let factor =
         Mat::from_fn(n, info.rank, |i, j| if j <= inverse[i] { lower[(inverse[i], j)] } else { 0.0 });

@@ -145,7 +145,9 @@ mod tests {
 
     fn score(splits: Splits, logits: &[[f32; 2]]) -> InceptionScore {
         let mut scores = Scores::new(splits, logits.len(), 2);
-        logits.iter().for_each(|l| scores.add(l).unwrap());
+        for row in logits {
+            scores.add(row).unwrap();
+        }
         scores.finish().unwrap()
     }
 

@@ -58,6 +58,7 @@ impl<'a> Rows<'a> {
     }
 
     /// Rows of a range.
+    #[must_use]
     pub fn range(&self, rows: std::ops::Range<usize>) -> Rows<'a> {
         Rows { values: &self.values[rows.start * self.width..rows.end * self.width], width: self.width }
     }

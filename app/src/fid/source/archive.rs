@@ -165,8 +165,8 @@ mod tests {
         assert!(error.contains("a.tar") && error.contains("cut short"), "{error}");
         for (path, text) in [(&zip, "zip"), (&tar, "tar")] {
             std::fs::write(path, [b'x'; 2000]).unwrap();
-            let mut inputs = [path.display().to_string()];
-            let error = super::super::open(&mut inputs, &super::super::OpenOptions::default(), &|_| {});
+            let inputs = [path.display().to_string()];
+            let error = super::super::open(&inputs, &super::super::OpenOptions::default(), &|_| {});
             let error = format!("{:#}", error.err().unwrap());
             assert!(error.contains(&format!("no usable {text} file")), "{error}");
         }

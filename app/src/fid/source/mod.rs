@@ -166,11 +166,8 @@ impl Source for First {
 }
 
 /// Pictures that are read one by one, by number.
-fn one_by_one<'a>(
-    range: Range<u64>,
-    mut read: impl FnMut(u64) -> anyhow::Result<Picture> + 'a,
-) -> Pictures<'a> {
-    Box::new(range.map(move |i| read(i)))
+fn one_by_one<'a>(range: Range<u64>, read: impl FnMut(u64) -> anyhow::Result<Picture> + 'a) -> Pictures<'a> {
+    Box::new(range.map(read))
 }
 
 /// Whether a file's name ends as pictures do; those that cannot be decoded here are an error.

@@ -99,7 +99,7 @@ impl Picture {
         let values = match (self.channels, channels, self.values) {
             (1, 3, Values::U8(v)) => Values::U8(v.iter().flat_map(|x| [*x; 3]).collect()),
             (1, 3, Values::F32(v)) => Values::F32(v.iter().flat_map(|x| [*x; 3]).collect()),
-            (3, 1, Values::U8(v)) => Values::U8(v.as_chunks().0.iter().map(luma).collect()),
+            (3, 1, Values::U8(v)) => Values::U8(v.as_chunks().0.iter().copied().map(luma).collect()),
             (3, 1, Values::F32(v)) => {
                 let luma = |[r, g, b]: &[f32; 3]| 0.299 * r + 0.587 * g + 0.114 * b;
                 Values::F32(v.as_chunks().0.iter().map(luma).collect())
@@ -113,8 +113,8 @@ impl Picture {
 }
 
 /// Rounded as Python's imaging library does it, so that grey sets agree.
-fn luma([r, g, b]: &[u8; 3]) -> u8 {
-    let [r, g, b] = [r, g, b].map(|x| u32::from(*x));
+fn luma(colour: [u8; 3]) -> u8 {
+    let [r, g, b] = colour.map(u32::from);
     ((r * 19_595 + g * 38_470 + b * 7_471 + 0x8000) >> 16) as u8
 }
 

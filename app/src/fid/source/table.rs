@@ -124,7 +124,7 @@ mod tests {
     use std::io::Cursor;
     use std::sync::Arc;
 
-    use parquet::basic::Compression;
+    use parquet::basic::{Compression, GzipLevel, ZstdLevel};
     use parquet::data_type::{ByteArray, ByteArrayType};
     use parquet::file::properties::WriterProperties;
     use parquet::file::writer::SerializedFileWriter;
@@ -171,8 +171,8 @@ mod tests {
         for compression in [
             Compression::UNCOMPRESSED,
             Compression::SNAPPY,
-            Compression::GZIP(Default::default()),
-            Compression::ZSTD(Default::default()),
+            Compression::GZIP(GzipLevel::default()),
+            Compression::ZSTD(ZstdLevel::default()),
         ] {
             write(&path, &groups, compression);
             let mut table = Table::open(&path, None).unwrap();

@@ -1,0 +1,76 @@
+use onnx_protobuf::{ModelProto, NodeProto};
+use protobuf::Message;
+
+use super::Weights;
+use crate::{Activation, Builder, Type, Value};
+
+/// The nodes of the program that `build` gives for rows `x` (4, 3), a weight `w` (2, 3) and a cotangent `ct` (4, 2).
+fn emitted(build: impl for<'g> FnOnce(&'g Builder, [Value<'g>; 3])) -> (Vec<NodeProto>, ModelProto) {
+    let b = Builder::new("emitted");
+    let shapes = [("x", [4, 3]), ("w", [2, 3]), ("ct", [4, 2])];
+    build(&b, shapes.map(|(name, shape)| b.input(name, Type::f32(shape))));
+    let program = b.finish().unwrap().emit(Weights::Inputs).unwrap();
+    let model = ModelProto::parse_from_bytes(&program.bytes).unwrap();
+    (model.graph.node.clone(), model)
+}
+
+fn outputs(node: &NodeProto) -> Vec<&str> {
+    node.output.iter().map(String::as_str).collect()
+}
+
+#[test]
+fn several_results_are_the_outputs_of_one_node() {
+    let (nodes, _) = emitted(|b, [x, _, ct]| {
+        let grads = ct.linear_grad_weight(Activation::None, x);
+        let results = grads.results();
+        b.output("weight", results[0]);
+        b.output("sum", results[1].exp());
+    });
+    assert_eq!(nodes.len(), 2);
+    assert_eq!((outputs(&nodes[0]).len(), outputs(&nodes[0])[0]), (2, "weight"));
+    assert_eq!(nodes[1].input, [outputs(&nodes[0])[1]], "the second result by its name");
+}
+
+#[test]
+fn a_result_that_nobody_takes_has_a_name_and_equal_parts_are_one_value() {
+    let (nodes, _) = emitted(|b, [x, _, ct]| {
+        let grads = ct.linear_grad_weight(Activation::Gelu, x);
+        b.output("bias", grads.results()[1]);
+        b.output("again", grads.results()[1]);
+    });
+    let grad = nodes.iter().find(|n| n.op_type == "LinearGradWeight").unwrap();
+    assert!(outputs(grad)[1] == "bias" && !outputs(grad)[0].is_empty(), "{:?}", outputs(grad));
+    let copy = nodes.iter().find(|n| n.op_type == "Identity").unwrap();
+    assert_eq!((copy.input.as_slice(), outputs(copy)), (["bias".to_owned()].as_slice(), vec!["again"]));
+}
+
+#[test]
+fn a_body_for_each_way_an_op_is_used() {
+    let (nodes, model) = emitted(|b, [x, w, ct]| {
+        b.output("plain", ct.linear_grad_input(w, None));
+        b.output("bent", ct.linear_grad_input(w, Some(x)));
+    });
+    let bodies: Vec<(&str, &str, usize)> =
+        model.functions.iter().map(|f| (f.name.as_str(), f.overload.as_str(), f.input.len())).collect();
+    assert_eq!(bodies, [("LinearGradInput", "", 2), ("LinearGradInput", "gelu", 3)]);
+    for node in nodes {
+        assert_eq!(if node.input.len() == 3 { "gelu" } else { "" }, node.overload);
+    }
+}
+
+#[test]
+fn what_nothing_uses_comes_last_and_backwards() {
+    let (nodes, _) = emitted(|b, [x, _, ct]| {
+        for (i, name) in ["first", "second", "third"].into_iter().enumerate() {
+            let used = (ct * (i as f64 + 2.0)).exp();
+            let [weight, bias] = crate::ops::modulation::pair(used.linear_grad_weight(Activation::None, x));
+            b.output(&format!("{name}.weight"), weight);
+            b.output(&format!("{name}.bias"), bias);
+        }
+    });
+    let kinds: Vec<&str> = nodes.iter().map(|n| n.op_type.as_str()).collect();
+    let used = ["Mul", "Exp"].repeat(3);
+    assert_eq!(kinds, [used, vec!["LinearGradWeight"; 3]].concat());
+    let names: Vec<&str> = nodes[6..].iter().map(|n| outputs(n)[0]).collect();
+    assert_eq!(names, ["third.weight", "second.weight", "first.weight"]);
+}

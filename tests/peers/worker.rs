@@ -1,0 +1,193 @@
+//! One side of the speed comparison: `mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS`.
+//!
+//! Sets up as `mudit train`, an engine or `mudit sample` does, runs once, says so, then runs whenever standard input
+//! has a line with a number of runs, and answers with their milliseconds. Idle, it blocks on that read and uses no core.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, Write as _, stdin, stdout};
+use std::sync::Arc;
+use std::time::Instant;
+
+use graph_builder::{DType, ExternalTensor, Type, Weights};
+use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use mudit::sampler::{NoiseSource, Sampler, Settings};
+use runtime::memory::peak_resident_bytes;
+use runtime::safetensors_file::SafetensorsReader;
+use runtime::{Arena, Binding, Runtime, RuntimeOptions, Session, SessionOptions};
+use serde_json::json;
+use train_engine::config::TrainConfig;
+use train_engine::data::{Batch, Dataset};
+use train_engine::random::{Purpose, Stream};
+use train_engine::step::parameter_layout;
+use train_engine::trainer::Trainer;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+type Work = Box<dyn FnMut() -> Result<()>>;
+
+/// The quickstart's own settings.
+const QUICKSTART: &str = include_str!("../../app/src/commands/quickstart.toml");
+/// Scale of guidance when sampling.
+const GUIDANCE: f64 = 4.0;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [kind, model, size, threads] = arguments.as_slice() else {
+        return Err("usage: mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS".into());
+    };
+    let (size, threads) = (size.parse()?, threads.parse()?);
+    let runtime = Runtime::start(&RuntimeOptions { offline: true, ..RuntimeOptions::default() })?;
+    let (mut work, flops) = match kind.as_str() {
+        "train" => training(&runtime, model, size, threads)?,
+        "forward" => forward(&runtime, model, size, threads)?,
+        "sample" => sampling(&runtime, model, size, threads)?,
+        other => return Err(format!("`{other}` is none of train, forward, sample").into()),
+    };
+    work()?;
+    let version = &runtime.library().version;
+    answer(&json!({ "ready": true, "flops": flops, "version": format!("onnxruntime {version}") }))?;
+    for line in stdin().lock().lines() {
+        let mut milliseconds = Vec::new();
+        for _ in 0..line?.trim().parse()? {
+            let start = Instant::now();
+            work()?;
+            milliseconds.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        answer(&json!({ "ms": milliseconds, "peak_rss_mb": peak_resident_bytes().map(|b| b as f64 / 1e6) }))?;
+    }
+    Ok(())
+}
+
+fn answer(value: &serde_json::Value) -> Result<()> {
+    let mut out = stdout().lock();
+    writeln!(out, "{value}")?;
+    Ok(out.flush()?)
+}
+
+/// Images that are never read: only their size and number of classes matter.
+struct Blank {
+    channels: usize,
+    side: usize,
+    classes: usize,
+}
+
+impl Dataset for Blank {
+    fn len(&self) -> usize {
+        1
+    }
+    fn channels(&self) -> usize {
+        self.channels
+    }
+    fn height(&self) -> usize {
+        self.side
+    }
+    fn width(&self) -> usize {
+        self.side
+    }
+    fn num_classes(&self) -> usize {
+        self.classes
+    }
+    fn class_names(&self) -> &[String] {
+        &[]
+    }
+    fn read(&self, _: usize, _: bool, _: &mut Stream, out: &mut [f32]) -> train_engine::Result<i64> {
+        out.fill(0.0);
+        Ok(0)
+    }
+}
+
+/// Whole optimizer steps: draws, forward, loss, backward, clip, AdamW, EMA.
+fn training(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) -> Result<(Work, f64)> {
+    let size = [format!("train.batch_size={batch}"), format!("train.threads={threads}")];
+    let (config, blank) = if model == "quickstart" {
+        (TrainConfig::parse(QUICKSTART, model, &size)?, Blank { channels: 1, side: 28, classes: 10 })
+    } else {
+        let text = format!(
+            "[model]\npreset = \"{model}\"\n[objective]\nkind = \"ddpm\"\n[mup]\nenabled = false\ninit = \"dit\"\n\
+             [data]\nkind = \"latents\"\npath = \"none\"\n[train]\nclip = 1.0\n"
+        );
+        let dit = DitConfig::resolve(model)?;
+        let blank = Blank { channels: dit.in_channels, side: dit.input_size, classes: dit.num_classes };
+        (TrainConfig::parse(&text, model, &size)?, blank)
+    };
+    let dit = config.model_config(&blank)?;
+    let mut trainer = Trainer::new(runtime, &config, &dit)?;
+    let flops = trainer.compiled().cost.flops as f64;
+    let mut x0 = vec![0.0; batch * blank.image_len()];
+    Stream::new(0, Purpose::SampleInit, 0, 0).fill_normal(&mut x0);
+    let y = (0..batch).map(|i| (i % blank.classes) as i64).collect();
+    let mut images = Batch { step: 0, indices: vec![0; batch], x0, y };
+    let work = move || {
+        let (loss, update) = trainer.step(&images)?;
+        images.step += 1;
+        if update.finite && loss.loss.is_finite() { Ok(()) } else { Err("the loss is not finite".into()) }
+    };
+    Ok((Box::new(work), flops))
+}
+
+/// Parameters of the size that trained ones have.
+fn parameters(model: &DitConfig) -> Result<Arena> {
+    let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
+    let mut arena = Arena::zeros(parameter_layout(&graph)?)?;
+    for (i, view) in arena.views_mut().into_iter().enumerate() {
+        Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
+        for value in view.iter_mut() {
+            *value *= 0.02;
+        }
+    }
+    Ok(arena)
+}
+
+/// The `denoise` program of an engine: parameters are initializers that point into a safetensors file.
+fn forward(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) -> Result<(Work, f64)> {
+    const FILE: &str = "model.safetensors";
+    let dit = DitConfig::resolve(model)?;
+    let directory = tempfile::tempdir()?;
+    let arena = parameters(&dit)?;
+    arena.write_safetensors(directory.path().join(FILE), &BTreeMap::new())?;
+    let reader = SafetensorsReader::open(directory.path().join(FILE))?;
+    let mut tensors = BTreeMap::new();
+    for (name, entry) in arena.layout().entries() {
+        let range = reader.byte_range(name)?;
+        let ty = Type::new(DType::F32, entry.shape.clone());
+        let place = ExternalTensor { ty, offset: range.start, length: range.end - range.start };
+        tensors.insert(name.clone(), place);
+    }
+    drop(arena);
+    let graph = program(&dit, ProgramKind::Denoise, batch, Guidance::Off)?.optimised()?;
+    let emitted = graph.emit(Weights::External { file: FILE, tensors: &tensors })?;
+    let weights = runtime::Weights::Directory(directory.path().to_path_buf());
+    let options = SessionOptions { threads, ..SessionOptions::default() };
+    let session = Session::load(runtime, &emitted, &weights, &options)?;
+    let mut binding = Binding::owned(&session)?;
+    Stream::new(0, Purpose::SampleInit, 0, 0).fill_normal(binding.input_f32("x")?);
+    for (i, (t, y)) in [(999.0, 1), (500.0, 2), (1.0, 3)].into_iter().cycle().take(batch).enumerate() {
+        binding.input_f32("t")?[i] = t;
+        binding.input_i64("y")?[i] = y;
+    }
+    let flops = graph.cost().flops as f64;
+    let work = move || {
+        binding.run()?;
+        let finite = binding.output_f32("out")?.iter().all(|v| v.is_finite());
+        // The files live as long as the session that maps them.
+        if finite && directory.path().exists() { Ok(()) } else { Err("the answer is not finite".into()) }
+    };
+    Ok((Box::new(work), flops))
+}
+
+/// One image by DDIM with guidance on all channels.
+fn sampling(runtime: &Arc<Runtime>, model: &str, steps: usize, threads: usize) -> Result<(Work, f64)> {
+    let mut dit = DitConfig::resolve(model)?;
+    dit.objective = Objective::Ddpm;
+    let arena = parameters(&dit)?.into_shared();
+    let solver = Solver::new(SolverKind::Ddim, steps);
+    let settings = Settings { solver, guidance: GUIDANCE, guided: Guidance::All, batch: 1, threads };
+    let mut sampler = Sampler::new(runtime, &dit, &arena, &settings)?;
+    let flops = program(&dit, ProgramKind::Step, 1, Guidance::All)?.optimised()?.cost().flops as f64;
+    let mut seed = 0;
+    let work = move || {
+        seed += 1;
+        let image = sampler.run(&[7], NoiseSource::Seeded { seed, first: 0 }, None, &mut |_| {})?;
+        if image.iter().all(|v| v.is_finite()) { Ok(()) } else { Err("the image is not finite".into()) }
+    };
+    Ok((Box::new(work), flops * steps as f64))
+}

@@ -9,7 +9,7 @@ use image::{DynamicImage, ImageFormat, RgbImage};
 use mudit::fid::metrics::numpy_random::Mt19937;
 use mudit::fid::source::{OpenOptions, open};
 use mudit::fid::statistics::Statistics;
-use mudit::torch_file::TorchFile;
+use mudit::torch_file::{ElementType, TorchFile};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
@@ -119,7 +119,8 @@ fn read(path: &Path, ending: &str, kind: &str) -> anyhow::Result<()> {
     }
     if ending == "pth" {
         let mut file = TorchFile::open(path)?;
-        let names: Vec<String> = file.tensors().map(|(name, ..)| name.to_owned()).collect();
+        let real = file.tensors().filter(|(_, element, _)| *element != ElementType::I64);
+        let names: Vec<String> = real.map(|(name, ..)| name.to_owned()).collect();
         return Ok(names.iter().try_for_each(|name| file.read_f32(name).map(drop))?);
     }
     let place = if ending == "png" || ending == "jpg" { path.parent().unwrap() } else { path };

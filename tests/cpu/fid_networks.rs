@@ -110,6 +110,10 @@ fn every_tap_of_every_preset_is_what_the_tools_compute() {
     println!("worst feature: {:.1e}, {}", worst.0, worst.1);
 }
 
+/// Pillow 13 does the two passes of tall images in the other order than the versions before it, which rounds elsewhere:
+/// by two units in the last place of a pixel of 255, on the network's scale.
+const OTHER_ORDER: f32 = 2.5e-7;
+
 #[test]
 fn resized_images_are_the_tools_to_the_bit() {
     let fixture = fixture();
@@ -120,7 +124,15 @@ fn resized_images_are_the_tools_to_the_bit() {
             let out = preset.network_input(&batch(&pixels, size)).unwrap();
             let rows = (0..3).flat_map(|c| ROWS.map(|row| &out[(c * side + row) * side..][..side]));
             let got: Vec<f32> = rows.flatten().copied().collect();
-            assert_eq!(got, fixture[&format!("{preset}.{i}.rows")].to_f32(), "{preset}, {size:?}");
+            let want = fixture[&format!("{preset}.{i}.rows")].to_f32();
+            let apart = |(a, b): (&f32, &f32)| (a - b).abs();
+            let worst = got.iter().zip(&want).map(apart).fold(0.0, f32::max);
+            let allowed = if preset == Preset::Clean && size[0] > size[1] && size[0] > side {
+                OTHER_ORDER
+            } else {
+                0.0
+            };
+            assert!(worst <= allowed, "{preset}, {size:?}: up to {worst:e} apart");
         }
     }
 }

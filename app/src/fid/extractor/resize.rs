@@ -15,8 +15,9 @@ pub(super) enum Filter {
     /// PyTorch's `interpolate(mode="bilinear", align_corners=False)`: centres of pixels are half a pixel in, no
     /// antialiasing. Values are on 0..=1 meanwhile, as pytorch-fid has them.
     TorchBilinear,
-    /// Pillow's bicubic filter (a = −½) on f32 images: it widens when it shrinks, so it is antialiased; sums in f64, rows
-    /// first, each pass rounded to f32; the result is cut to 0..=255, as in clean-fid.
+    /// Pillow's bicubic filter (a = −½) on f32 images: it widens when it shrinks, so it is antialiased; sums in f64, along
+    /// rows first, each pass rounded to f32; the result is cut to 0..=255, as in clean-fid. (Pillow 13 takes tall images
+    /// along columns first: up to two units in the last place apart.)
     PillowBicubic,
 }
 

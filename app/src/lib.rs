@@ -3,12 +3,14 @@
 //! | module | holds |
 //! |---|---|
 //! | [`commands`] | one module a command: resolve, call, report |
+//! | [`fid`] | feature networks and the distances between image sets |
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
 //! | [`profile`] | executed nodes joined with the graph: where the time goes |
 //! | [`roof`] | what this machine can do at best, measured |
 //! | [`serve`] | the sampling server |
 //! | [`render`] | pictures, plots, arrays, progress |
 //! | [`external`] | where the tensors lie that programs point to |
+//! | [`torch_file`] | PyTorch's files, read without executing anything |
 //! | [`console`] | standard output and error, the only place that prints |
 //!
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
@@ -17,11 +19,13 @@
 pub mod commands;
 pub mod console;
 pub mod external;
+pub mod fid;
 pub mod profile;
 pub mod render;
 pub mod roof;
 pub mod sampler;
 pub mod serve;
+pub mod torch_file;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -54,6 +54,7 @@ pub use onnx::{ExternalTensor, Weights};
 pub use op::{Cost, Op};
 pub use ops::activation::Activation;
 pub use ops::patch::PatchOrder;
+pub use ops::window::Window;
 pub use program::{OnnxProgram, TensorSpec};
 pub use role::Role;
 pub use shape::{DType, Shape, Type};

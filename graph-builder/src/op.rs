@@ -7,8 +7,9 @@ use crate::eval::Array;
 use crate::onnx::Emitter;
 use crate::ops::activation::GeluGrad;
 use crate::ops::attention::{Attention, AttentionGrad};
+use crate::ops::conv::{Conv, ConvTranspose};
 use crate::ops::elementwise::{
-    Add, Cast, Cos, Div, Equal, Exp, Gelu, Less, Log, Maximum, Mul, Neg, Select, Sigmoid, Sin, Sqrt,
+    Add, Cast, Cos, Div, Equal, Exp, Gelu, Less, Log, Maximum, Mul, Neg, Relu, Select, Sigmoid, Sin, Sqrt,
     StopGradient, Sub, Tanh,
 };
 use crate::ops::index::Gather;
@@ -19,6 +20,7 @@ use crate::ops::linear::{Linear, LinearGateResidual, LinearGradInput, LinearGrad
 use crate::ops::modulation::{GateResidual, GateResidualGrad, LayerNormModulate, LayerNormModulateGrad};
 use crate::ops::nn::{LayerNorm, LayerNormGrad, Softmax, SoftmaxGrad};
 use crate::ops::patch::{Patchify, Unpatchify};
+use crate::ops::pool::{AveragePool, MaxPool};
 use crate::ops::reduce::{Mean, Sum};
 use crate::ops::several::{After, Part, Split};
 use crate::shape::{Shape, Type};
@@ -113,12 +115,13 @@ macro_rules! ops {
 
 ops! {
     Input(Input), Parameter(ParameterRef), Constant(Constant),
-    Neg(Neg), Exp(Exp), Log(Log), Sqrt(Sqrt), Sin(Sin), Cos(Cos), Tanh(Tanh), Sigmoid(Sigmoid), Gelu(Gelu),
+    Neg(Neg), Exp(Exp), Log(Log), Sqrt(Sqrt), Sin(Sin), Cos(Cos), Tanh(Tanh), Sigmoid(Sigmoid), Gelu(Gelu), Relu(Relu),
     Cast(Cast), StopGradient(StopGradient),
     Add(Add), Sub(Sub), Mul(Mul), Div(Div), Maximum(Maximum), Less(Less), Equal(Equal), Select(Select),
     Sum(Sum), Mean(Mean),
     Reshape(Reshape), Transpose(Transpose), Broadcast(Broadcast), Slice(Slice), Concat(Concat), Pad(Pad),
     MatMul(MatMul),
+    Conv(Conv), ConvTranspose(ConvTranspose), MaxPool(MaxPool), AveragePool(AveragePool),
     Gather(Gather),
     Softmax(Softmax), LayerNorm(LayerNorm),
     GeluGrad(GeluGrad), SoftmaxGrad(SoftmaxGrad), LayerNormGrad(LayerNormGrad),

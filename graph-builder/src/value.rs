@@ -1,6 +1,7 @@
 //! The copyable handle on a value, with one method an op.
 
 mod fused;
+mod image;
 
 use std::ops;
 
@@ -115,6 +116,12 @@ impl<'g> Value<'g> {
     #[track_caller]
     pub fn gelu(self) -> Self {
         self.unary(ew::Gelu)
+    }
+
+    /// `max(x, 0)`.
+    #[track_caller]
+    pub fn relu(self) -> Self {
+        self.unary(ew::Relu)
     }
 
     /// `x²`.

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`library`] | finding, fetching and loading ONNX Runtime once per process: [`Runtime`] |
 //! | [`session`] | a loaded program whose signature was checked: [`Session`] |
+//! | [`foreign`] | models that somebody else made: [`ForeignModel`] |
 //! | [`arena`] | one allocation for all parameters (or gradients, …), a named view each: [`Arena`] |
 //! | [`binding`] | a program bound once to arenas and buffers, then run without copies: [`Binding`] |
 //! | [`update`] | gradient norm, clip, AdamW and EMA over arenas in one sweep: [`AdamW`] |
@@ -28,6 +29,7 @@ mod dylib;
 pub mod engine;
 pub mod error;
 pub mod file;
+pub mod foreign;
 mod huge_pages;
 pub mod kernels;
 pub mod library;
@@ -47,6 +49,7 @@ pub use binding::{Binding, BindingBuilder};
 pub use device::Device;
 pub use engine::{Engine, EngineManifest};
 pub use error::{Result, RuntimeError};
+pub use foreign::{ForeignModel, Port};
 pub use library::{LibraryInfo, LibrarySource, Runtime, RuntimeOptions};
 pub use provider::Provider;
 pub use session::{Optimization, Session, SessionOptions, Weights};

@@ -220,11 +220,15 @@ impl Session {
     }
 }
 
-fn load_error(program: &str, error: &dyn fmt::Display) -> RuntimeError {
+pub(crate) fn load_error(program: &str, error: &dyn fmt::Display) -> RuntimeError {
     RuntimeError::Load { program: program.to_owned(), reason: error.to_string() }
 }
 
-fn builder(runtime: &Arc<Runtime>, options: &SessionOptions, program: &str) -> Result<SessionBuilder> {
+pub(crate) fn builder(
+    runtime: &Arc<Runtime>,
+    options: &SessionOptions,
+    program: &str,
+) -> Result<SessionBuilder> {
     options.provider.check()?;
     configure(runtime, options).map_err(|e| load_error(program, &e))
 }

@@ -4,15 +4,18 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use mudit::commands::Command;
+use mudit::fid::metrics::moments::Gaussian;
+use mudit::fid::statistics::Statistics;
 
 use crate::process::{Mudit, mudit};
 use crate::scene::Scene;
 use crate::tiny_run::idx;
 
 /// A run of each command that succeeds without any network.
-const RUNS: [&str; 13] = [
+const RUNS: [&str; 14] = [
     "quickstart --offline --out quick --minutes 0.01 --set data.path=fashion --set train.batch_size=8 \
-     --set model.hidden_size=16 --set model.depth=1 --set model.num_heads=2 --set sample.steps=2 --set train.warmup_steps=1",
+     --set model.hidden_size=16 --set model.depth=1 --set model.num_heads=2 --set sample.steps=2 --set train.warmup_steps=1 \
+     --fid-images 0",
     "doctor --json",
     "inspect DiT-S/8@8x8x1:10 --json",
     "profile DiT-S/8@8x8x1:10 --offline --batch 2 --repeat 2 --svg p.svg --json",
@@ -27,6 +30,7 @@ const RUNS: [&str; 13] = [
     "sweep run --offline --config sweep.toml --out w --json",
     "transfer --offline --config sweep.toml --out t --json",
     "data check --offline --kind idx --path data --grid g.png --json",
+    "fid calc statistics.npz --ref statistics.npz --out fid.json --json",
 ];
 
 /// Commands that do not end by themselves or need a server; `serve/process.rs` runs them.
@@ -38,6 +42,9 @@ fn every_command_runs() {
     fashion(&scene);
     let rates = "[parameters]\n\"train.learning_rate\" = { octaves = [-9, -8] }\n";
     scene.write("sweep.toml", format!("config = \"run.toml\"\n{rates}[target]\n\"train.seed\" = 1\n"));
+    let pool = Gaussian::new(vec![0.0; 2], &[1.0, 0.5, 0.5, 1.0]).unwrap();
+    let statistics = Statistics { pool, spatial: None, features: Vec::new(), about: None };
+    statistics.write(&scene.path("statistics.npz")).unwrap();
     for line in RUNS {
         let text = scene.mudit(line).succeeds();
         assert!(!text.is_empty(), "{line}");

@@ -3,6 +3,12 @@
 
 mod app;
 mod engines;
+mod fid_command;
+mod fid_extractors;
+mod fid_inputs;
+mod fid_metrics;
+mod fid_networks;
+mod fid_speed;
 mod file_errors;
 mod fused_rows;
 mod gradients;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use graph_builder::error::Place;
-use graph_builder::{Activation, Builder, DType, Dim, GraphError, Init, Op, PatchOrder, Type, Value};
+use graph_builder::{Activation, Builder, DType, Dim, GraphError, Init, Op, PatchOrder, Type, Value, Window};
 
 use crate::op_rows::rows;
 use crate::op_table::variant;
@@ -83,7 +83,7 @@ macro_rules! more {
 fn refusals() -> Vec<Refused> {
     let unary = unary!(
         "Exp" exp, "Log" log, "Sqrt" sqrt, "Sin" sin, "Cos" cos, "Tanh" tanh, "Sigmoid" sigmoid, "Gelu" gelu,
-        "StopGradient" stop_gradient, "Sigmoid" silu
+        "Relu" relu, "StopGradient" stop_gradient, "Sigmoid" silu
     );
     let binary = binary!(
         "Add" | a,
@@ -133,6 +133,25 @@ fn refusals() -> Vec<Refused> {
         "Gather" "C1" |b| x(b, [4, 2]).gather(x(b, [3]));
         "Gather" "C1" |b| x(b, [4, 2]).gather(whole(b, [3, 1]));
         "Gather" "C2" |b| x(b, []).gather(whole(b, [3]));
+        "Conv" "C1" |b| whole(b, [1, 1, 2, 2]).conv(x(b, [1, 1, 2, 2]), None, Window::default());
+        "Conv" "C1" |b| x(b, [1, 1, 2, 2]).conv(x(b, [1, 1, 2, 2]), Some(whole(b, [1])), Window::default());
+        "Conv" "C2" |b| x(b, [1, 2, 2]).conv(x(b, [1, 1, 2, 2]), None, Window::default());
+        "Conv" "C2" |b| x(b, [1, 1, 2, 2]).conv(x(b, [3, 1, 2, 2]), Some(x(b, [2])), Window::default());
+        "Conv" "C3" |b| x(b, [1, 2, 2, 2]).conv(x(b, [1, 3, 2, 2]), None, Window::default());
+        "Conv" "C4" |b| x(b, [1, 1, 2, 2]).conv(x(b, [1, 1, 3, 3]), None, Window::padded(0, 1));
+        "Conv" "C4" |b| x(b, [1, 1, 2, 2]).conv(x(b, [1, 1, 1, 1]), None, Window::strided(0));
+        "ConvTranspose" "C1" |b| x(b, [1, 1, 2, 2]).conv_transpose(whole(b, [1, 1, 1, 1]), [2, 2], Window::default());
+        "ConvTranspose" "C2" |b| x(b, [1, 1, 2, 2]).conv_transpose(x(b, [1, 1]), [2, 2], Window::default());
+        "ConvTranspose" "C3" |b| x(b, [1, 2, 2, 2]).conv_transpose(x(b, [3, 2, 1, 1]), [2, 2], Window::default());
+        "ConvTranspose" "C4" |b| x(b, [1, 1, 2, 2]).conv_transpose(x(b, [1, 1, 3, 3]), [5, 4], Window::default());
+        "MaxPool" "C1" |b| whole(b, [1, 1, 2, 2]).max_pool([1, 1], Window::default());
+        "MaxPool" "C1" |b| x(b, [2, 2]).max_pool([1, 1], Window::default());
+        "MaxPool" "C2" |b| x(b, [1, 1, 4, 4]).max_pool([2, 2], Window { dilations: [2, 2], ..Window::default() });
+        "MaxPool" "C3" |b| x(b, [1, 1, 4, 4]).max_pool([5, 1], Window::default());
+        "MaxPool" "C3" |b| x(b, [1, 1, 4, 4]).max_pool([2, 2], Window::padded(2, 0));
+        "AveragePool" "C1" |b| x(b, [2, 2]).average_pool([1, 1], Window::default(), true);
+        "AveragePool" "C2" |b| x(b, [1, 1, 4, 4]).average_pool([2, 2], Window { dilations: [1, 2], ..Window::default() }, true);
+        "AveragePool" "C3" |b| x(b, [1, 1, 4, 4]).average_pool([2, 2], Window::strided(0), false);
         "Softmax" "C1" |b| whole(b, [2]).softmax();
         "Softmax" "C2" |b| x(b, []).softmax();
         "LayerNorm" "C1" |b| whole(b, [2]).layer_norm(1e-6);

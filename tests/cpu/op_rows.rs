@@ -1,6 +1,6 @@
 //! The rows of the op table.
 
-use graph_builder::{DType, Type};
+use graph_builder::{DType, Type, Window};
 use mudit_tests::tolerance::{DERIVATIVE, LONG_OP, OP};
 
 use crate::op_table::{Build, Operand, Range, Row, Slope, Traffic};
@@ -81,8 +81,18 @@ impl Row {
 
 /// All rows. An elementwise op has a plain row of 2·3·4 = 24 elements; broadcasting ops have one more a pattern.
 pub(crate) fn rows() -> Vec<Row> {
-    let plain =
-        [leaves(), unary(), binary(), choices(), reductions(), layout(), products(), normalisations()];
+    let plain = [
+        leaves(),
+        unary(),
+        binary(),
+        choices(),
+        reductions(),
+        layout(),
+        products(),
+        convolutions(),
+        pools(),
+        normalisations(),
+    ];
     plain.into_iter().flatten().chain(crate::fused_rows::rows()).collect()
 }
 
@@ -119,6 +129,7 @@ fn unary() -> Vec<Row> {
         row("Sigmoid", "f32", x(), 24, |_, a| a[0].sigmoid()),
         row("Gelu", "f32", x(), 8 * 24, |_, a| a[0].gelu()),
         row("Gelu", "scalar", vec![unit([])], 8, |_, a| a[0].gelu()),
+        row("Relu", "f32", vec![steps([2, 3, 4], 0.05)], 24, |_, a| a[0].relu()),
         row("StopGradient", "f32", x(), 0, |_, a| a[0].stop_gradient()).flat(),
         row("Cast", "f32 to i64", vec![quarters(DType::F32, [3, 7])], 0, |_, a| a[0].cast(DType::I64)).flat(),
         row("Cast", "f32 to bool", vec![quarters(DType::F32, [3, 7])], 0, |_, a| a[0].cast(DType::Bool))
@@ -232,6 +243,102 @@ fn products() -> Vec<Row> {
     add("leading axes grow", unit([2, 1, 3, 4]), unit([3, 4, 2]), 2 * 3 * 3 * 4 * 2);
     add("a matrix and a batch", unit([3, 4]), unit([2, 4, 5]), 2 * 3 * 4 * 5);
     add("long rows", unit([2, 700]), unit([700, 3]), 2 * 700 * 3);
+    rows
+}
+
+/// Strides that leave pixels over, unequal padding, a rectangular window with gaps.
+const UNEVEN: Window = Window { strides: [2, 3], pads: [[1, 0], [2, 1]], dilations: [1, 2] };
+
+fn convolutions() -> Vec<Row> {
+    let mut rows = Vec::new();
+    let mut add = |op, case, operands, macs, bias, build: Build| {
+        rows.push(row(op, case, operands, 2 * macs + bias, build).macs(macs).long());
+    };
+    add("Conv", "1 by 1", vec![unit([2, 3, 4, 5]), unit([2, 3, 1, 1])], 2 * 2 * 20 * 3, 0, |_, a| {
+        a[0].conv(a[1], None, Window::default())
+    });
+    let operands = || vec![unit([2, 3, 5, 4]), unit([4, 3, 3, 3]), unit([4])];
+    add("Conv", "same size, bias", operands(), 2 * 4 * 20 * 27, 160, |_, a| {
+        a[0].conv(a[1], Some(a[2]), Window::padded(1, 1))
+    });
+    add("Conv", "every second", operands(), 2 * 4 * 2 * 27, 16, |_, a| {
+        a[0].conv(a[1], Some(a[2]), Window::strided(2))
+    });
+    add("Conv", "1 by 7", vec![unit([1, 2, 3, 5]), unit([3, 2, 1, 7])], 3 * 15 * 14, 0, |_, a| {
+        a[0].conv(a[1], None, Window::padded(0, 3))
+    });
+    add("Conv", "uneven", vec![unit([2, 2, 6, 9]), unit([3, 2, 3, 4])], 2 * 3 * 3 * 2 * 24, 0, |_, a| {
+        a[0].conv(a[1], None, UNEVEN)
+    });
+    add("Conv", "wider padding than window", vec![unit([1, 1, 1, 2]), unit([1, 1, 2, 1])], 24, 0, |_, a| {
+        a[0].conv(a[1], None, Window { strides: [3, 1], ..Window::padded(3, 2) })
+    });
+    add(
+        "ConvTranspose",
+        "1 by 1",
+        vec![unit([2, 2, 4, 5]), unit([2, 3, 1, 1])],
+        2 * 2 * 20 * 3,
+        0,
+        |_, a| a[0].conv_transpose(a[1], [4, 5], Window::default()),
+    );
+    let operands = || vec![unit([2, 4, 2, 2]), unit([4, 3, 3, 3])];
+    add("ConvTranspose", "every second", operands(), 2 * 4 * 4 * 27, 0, |_, a| {
+        a[0].conv_transpose(a[1], [6, 5], Window::strided(2))
+    });
+    add(
+        "ConvTranspose",
+        "uneven",
+        vec![unit([2, 3, 3, 2]), unit([3, 2, 3, 4])],
+        2 * 3 * 6 * 24,
+        0,
+        |_, a| a[0].conv_transpose(a[1], [6, 9], UNEVEN),
+    );
+    rows
+}
+
+fn pools() -> Vec<Row> {
+    // Values so far apart that no step of a numerical derivative changes which of them is the largest.
+    let far = |shape: [usize; 4]| vec![real(shape, -100.0, 100.0)];
+    let mut rows = vec![
+        row("MaxPool", "halves", far([2, 3, 4, 6]), 36 * 4, |_, a| a[0].max_pool([2, 2], Window::strided(2))),
+        row("MaxPool", "overlapping", far([2, 2, 7, 7]), 36 * 9, |_, a| {
+            a[0].max_pool([3, 3], Window::strided(2))
+        }),
+        row("MaxPool", "same size", far([1, 2, 3, 4]), 24 * 9, |_, a| {
+            a[0].max_pool([3, 3], Window::padded(1, 1))
+        }),
+        // Padding is no zero: it must not win over negative values.
+        row("MaxPool", "below zero", vec![real([1, 1, 4, 4], -100.0, -50.0)], 16 * 9, |_, a| {
+            a[0].max_pool([3, 3], Window::padded(1, 1))
+        }),
+        row("MaxPool", "one row", far([1, 1, 1, 5]), 5 * 9, |_, a| {
+            a[0].max_pool([3, 3], Window::padded(1, 1))
+        }),
+        row("AveragePool", "all", vec![unit([2, 3, 4, 5])], 6 * 20, |_, a| {
+            a[0].average_pool([4, 5], Window::default(), false)
+        })
+        .long(),
+    ];
+    rows.push(row("MaxPool", "uneven", far([2, 2, 7, 9]), 2 * 2 * 3 * 3 * 12, |_, a| {
+        a[0].max_pool([3, 4], Window { dilations: [1, 1], ..UNEVEN })
+    }));
+    let same = || vec![unit([2, 2, 5, 4])];
+    let cost = 2 * 2 * 20 * 9;
+    rows.push(row("AveragePool", "without padding", same(), cost, |_, a| {
+        a[0].average_pool([3, 3], Window::padded(1, 1), false)
+    }));
+    rows.push(row("AveragePool", "with padding", same(), cost, |_, a| {
+        a[0].average_pool([3, 3], Window::padded(1, 1), true)
+    }));
+    for (case, build) in [
+        (
+            "uneven without",
+            (|_, a| a[0].average_pool([3, 4], Window { dilations: [1, 1], ..UNEVEN }, false)) as Build,
+        ),
+        ("uneven with", |_, a| a[0].average_pool([3, 4], Window { dilations: [1, 1], ..UNEVEN }, true)),
+    ] {
+        rows.push(row("AveragePool", case, vec![unit([2, 2, 7, 9])], 2 * 2 * 3 * 3 * 12, build));
+    }
     rows
 }
 

@@ -13,6 +13,7 @@
 //! | [`step`] | the compiled training step, bound to arenas |
 //! | [`trainer`] | the loop |
 //! | [`sweep`] | many runs over settings on few compiled steps; whether optima stay |
+//! | [`classifier`] | the small classifier whose features measure small images |
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
 //! | [`checkpoint`] | directories that appear whole or not at all, and the run's lock |
 //! | [`metrics`], [`tensorboard`] | what is logged |
@@ -20,6 +21,7 @@
 //! | [`error`] | what can go wrong |
 
 pub mod checkpoint;
+pub mod classifier;
 pub mod config;
 pub mod coordinates;
 pub mod data;

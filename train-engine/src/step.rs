@@ -67,6 +67,47 @@ pub struct StepLoss {
     pub vb: Vec<f32>,
 }
 
+/// A graph that is compiled, loaded and bound: its parameters are read from one arena, its outputs `grad.<parameter>` are
+/// written to another.
+#[derive(Debug)]
+pub(crate) struct BoundGraph {
+    pub(crate) binding: Binding,
+    pub(crate) parameters: SharedArena,
+    pub(crate) gradients: SharedArena,
+    /// Work of one run, counted from the graph; what is computed again is not counted twice.
+    pub(crate) cost: Cost,
+    /// Names of the outputs.
+    pub(crate) outputs: Vec<String>,
+}
+
+impl BoundGraph {
+    /// Compiles a graph; parameters are zero.
+    pub(crate) fn compile(
+        runtime: &Arc<Runtime>,
+        graph: &Graph,
+        recompute: Recompute,
+        options: &SessionOptions,
+    ) -> Result<Self> {
+        let optimised = graph.optimised().map_err(models::ModelError::from)?;
+        let cost = optimised.cost();
+        let optimised = recompute.apply(optimised)?;
+        let emitted = optimised.emit(Weights::Inputs).map_err(models::ModelError::from)?;
+        let layout = parameter_layout(graph)?;
+        let trainable = |name: &str, _: &graph_builder::Shape| {
+            graph.parameters().iter().any(|p| p.trainable && p.name == name)
+        };
+        let gradient_layout = Arc::new(trainable_layout(&layout, trainable)?);
+        let session = Session::load(runtime, &emitted, &runtime::Weights::Inside, options)?;
+        let parameters = Arena::zeros(layout)?.into_shared();
+        let gradients = Arena::zeros(gradient_layout)?.into_shared();
+        let mut builder = Binding::builder(&session);
+        builder.bind_inputs_by_name(&parameters)?;
+        builder.bind_outputs_by_name(&gradients, "grad.")?;
+        let outputs = emitted.outputs.into_iter().map(|o| o.name).collect();
+        Ok(Self { binding: builder.finish()?, parameters, gradients, cost, outputs })
+    }
+}
+
 /// The `train-step` program of a model, bound to its parameters and gradients.
 #[derive(Debug)]
 pub struct CompiledStep {
@@ -110,26 +151,12 @@ impl CompiledStep {
     ) -> Result<Self> {
         let start = Instant::now();
         let graph = program(model, ProgramKind::TrainStep, batch, Guidance::Off)?;
-        let optimised = graph.optimised().map_err(models::ModelError::from)?;
-        let cost = optimised.cost();
-        let optimised = recompute.apply(optimised)?;
-        let emitted = optimised.emit(Weights::Inputs).map_err(models::ModelError::from)?;
-        let layout = parameter_layout(&graph)?;
-        let trainable = |name: &str, _: &graph_builder::Shape| {
-            graph.parameters().iter().any(|p| p.trainable && p.name == name)
-        };
-        let gradient_layout = Arc::new(trainable_layout(&layout, trainable)?);
-        let session = Session::load(runtime, &emitted, &runtime::Weights::Inside, options)?;
-        let parameters = Arena::zeros(layout)?.into_shared();
-        let gradients = Arena::zeros(gradient_layout)?.into_shared();
-        let mut builder = Binding::builder(&session);
-        builder.bind_inputs_by_name(&parameters)?;
-        builder.bind_outputs_by_name(&gradients, "grad.")?;
-        let mut binding = builder.finish()?;
+        let BoundGraph { mut binding, parameters, gradients, cost, outputs } =
+            BoundGraph::compile(runtime, &graph, recompute, options)?;
         for (name, neutral) in HYPERPARAMETERS {
             binding.set_input(name, &[neutral])?;
         }
-        let has_vb = emitted.outputs.iter().any(|o| o.name == "loss.vb");
+        let has_vb = outputs.iter().any(|name| name == "loss.vb");
         let compile_time = start.elapsed();
         let width_multiplier = model.width_multiplier();
         let mut step = Self {

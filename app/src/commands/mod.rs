@@ -6,6 +6,7 @@ mod convert;
 mod coord_check;
 mod data;
 mod doctor;
+mod fid;
 mod inspect;
 mod mup_table;
 mod observer;
@@ -14,6 +15,7 @@ mod quickstart;
 mod replay;
 mod sample;
 mod serve;
+mod solving;
 mod sweep;
 mod train;
 mod transfer;
@@ -61,6 +63,8 @@ pub enum Command {
     Convert(convert::ConvertArgs),
     /// Fetch, check and look at data sets.
     Data(data::DataArgs),
+    /// Measure how far samples are from real images: FID, sFID, IS, precision, recall, KID.
+    Fid(fid::FidArgs),
 }
 
 impl Command {
@@ -85,6 +89,7 @@ impl Command {
             Self::Transfer(args) => args.run(),
             Self::Convert(args) => args.run(),
             Self::Data(args) => args.run(),
+            Self::Fid(args) => args.run(),
         }
     }
 

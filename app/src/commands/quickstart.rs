@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use models::Guidance;
+use models::{Guidance, Solver};
 use runtime::Runtime;
 use serde_json::json;
 use train_engine::config::TrainConfig;
@@ -14,6 +14,8 @@ use train_engine::signals::StopSignal;
 use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE, Trainer};
 
 use super::Machine;
+use super::fid;
+use super::fid::quick::{self, Distances};
 use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance, solver};
 use super::train::draw_loss;
 use super::weights::{self, Which};
@@ -31,6 +33,9 @@ pub struct QuickstartArgs {
     /// The run's directory.
     #[arg(long, default_value = "runs/quickstart")]
     out: PathBuf,
+    /// Pictures that are made to measure their distance to real images; 0 leaves that out.
+    #[arg(long, default_value_t = 1000)]
+    fid_images: u64,
     /// Overrides of the settings, such as `train.seed=1`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
@@ -43,6 +48,8 @@ pub struct QuickstartArgs {
 
 /// The settings without the number of steps.
 const SETTINGS: &str = include_str!("quickstart.toml");
+/// Steps of the pictures whose distance is measured: half of the shown ones', to be done in a minute.
+const DISTANCE_STEPS: usize = 25;
 /// Steps before the clock starts.
 const WARM_UP: u64 = 3;
 /// Seconds that the speed is measured for, at most, and as a part of the whole training.
@@ -94,12 +101,15 @@ impl QuickstartArgs {
             draw_loss(&self.out)?;
             self.draw(&runtime, &config, &pictures)?;
         }
+        let distances = (self.fid_images > 0).then(|| self.distances(&runtime, &config)).transpose()?;
         if self.json {
             return console::json(&json!({
                 "run": self.out, "steps": config.train.steps, "pictures": pictures,
                 "already_finished": outcome == Outcome::AlreadyFinished,
                 "seconds": pace.map(|p| p.seconds), "images_per_s": pace.map(|p| p.images_per_s),
                 "gflops_per_s": pace.map(|p| p.gflops_per_s),
+                "fid_images": self.fid_images, "fid": distances.map(|d| d.samples),
+                "fid_of_training_images": distances.map(|d| d.floor), "fid_of_noise": distances.map(|d| d.noise),
             }));
         }
         match pace {
@@ -112,13 +122,23 @@ impl QuickstartArgs {
             ))?,
             None => console::out(&format!("{run} is finished: it has its {} steps", config.train.steps))?,
         }
+        if let Some(d) = distances {
+            console::out(&format!(
+                "Fréchet distance to the test set, {} images: {:.1} (real training images {:.1}, noise {:.0})",
+                self.fid_images, d.samples, d.floor, d.noise
+            ))?;
+        }
         for (file, what) in [
             ("samples.png", "pictures, one class a column"),
             ("loss.svg", "the loss"),
             ("metrics.jsonl", "every logged step"),
             ("checkpoints/latest/", "the model, its average, the optimizer"),
             (RUN_CONFIG_FILE, "all settings"),
+            ("fid.json", "the distance, and how it was measured"),
         ] {
+            if !self.out.join(file).exists() {
+                continue;
+            }
             console::out(&format!("  {:40} {what}", self.out.join(file).display()))?;
         }
         console::out("next:")?;
@@ -159,6 +179,22 @@ impl QuickstartArgs {
         }
         let per_second = timed as f64 / start.elapsed().as_secs_f64();
         Ok(((wanted - start.elapsed().as_secs_f64()).max(1.0) * per_second).ceil() as u64)
+    }
+
+    /// How far the pictures are from real ones.
+    fn distances(&self, runtime: &Arc<Runtime>, config: &TrainConfig) -> anyhow::Result<Distances> {
+        let loaded = weights::open(&self.out, Which::Ema)?;
+        let section = &config.sample;
+        let kind = solver(section, loaded.model.objective).kind;
+        let settings = Settings {
+            solver: Solver::new(kind, DISTANCE_STEPS.min(section.steps)),
+            guidance: guidance(section.guidance, &loaded.model),
+            guided: Guidance::All,
+            batch: SAMPLE_BATCH,
+            threads: config.train.threads,
+        };
+        let recipe = fid::set::recipe(&self.out, &loaded, &settings, config.train.seed, self.fid_images)?;
+        quick::distances(runtime, &self.out, config.data.path.as_deref(), recipe, self.machine)
     }
 
     fn draw(

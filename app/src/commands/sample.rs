@@ -8,19 +8,20 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
-use models::{DitConfig, Guidance, Solver, SolverKind, Spacing};
+use models::{DitConfig, Solver};
 use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
 use serde_json::json;
 
+use super::Machine;
+use super::solving::Solving;
 use super::weights::{self, Which};
-use super::{Machine, guided_channels};
 use crate::Usage;
 use crate::console;
 use crate::render::arrays::SampleArchive;
 use crate::render::grid::{Caption, Column, grid, save_png};
 use crate::render::pixels;
 use crate::render::progress::{Job, Progress};
-use crate::sampler::{NoiseSource, Sampler, Settings, default_guided, default_sampler, default_steps};
+use crate::sampler::{NoiseSource, Sampler, Settings};
 
 /// Arguments of `mudit sample`.
 #[derive(Debug, Args)]
@@ -31,24 +32,8 @@ pub struct SampleArgs {
     /// Which parameters: the moving average or the model's own.
     #[arg(long, value_enum, default_value = "ema")]
     weights: Which,
-    /// ddpm, ddim, dpm++2m (DDPM models); euler, heun, sde (flow models). Default: ddpm or euler.
-    #[arg(long, alias = "solver")]
-    sampler: Option<SolverKind>,
-    /// Number of steps, or a spacing such as `ddim50` or `10,20,30`. Default 250 for ddpm, else 50.
-    #[arg(long)]
-    steps: Option<Spacing>,
-    /// Noise of ddim, from 0 (none) to 1.
-    #[arg(long, default_value_t = 0.0)]
-    eta: f64,
-    /// Time shift of flow solvers.
-    #[arg(long, default_value_t = 1.0)]
-    shift: f64,
-    /// Scale of classifier-free guidance; 1 is none.
-    #[arg(long, default_value_t = 1.5, visible_alias = "guidance", aliases = ["cfg-scale", "guidance-scale"])]
-    cfg: f64,
-    /// Channels that guidance changes: a number or `all`. Default 3 for DDPM models as in the reference, else all.
-    #[arg(long, value_parser = guided_channels, aliases = ["guided-channels", "guidance-channels"])]
-    cfg_channels: Option<Guidance>,
+    #[command(flatten)]
+    solving: Solving,
     /// Classes by number or name, repeated in turn; default all.
     #[arg(long, value_delimiter = ',')]
     classes: Vec<String>,
@@ -105,7 +90,7 @@ impl SampleArgs {
         }
         let loaded = weights::open(&self.checkpoint, self.weights)?;
         let model = &loaded.model;
-        let solver = self.solver(model);
+        let solver = self.solving.solver(model);
         let plan = solver.plan(model.objective, model.learn_sigma)?;
         let image = [model.in_channels, model.input_size, model.input_size];
         let (labels, given) = match &self.noise {
@@ -117,16 +102,11 @@ impl SampleArgs {
             None => (self.labels(model)?, None),
         };
         let n = labels.len();
-        if self.cfg != 1.0 && model.null_class().is_none() {
-            return Err(
-                Usage("the model has no null class, so it cannot be guided: use --cfg 1".into()).into()
-            );
-        }
-        let guided = self.cfg_channels.unwrap_or(default_guided(model.objective));
+        let guided = self.solving.guided(model)?;
         let runtime = self.machine.runtime()?;
         let settings = Settings {
             solver: solver.clone(),
-            guidance: self.cfg,
+            guidance: self.solving.cfg,
             guided,
             batch: self.batch.min(n),
             threads: self.machine.threads,
@@ -156,7 +136,7 @@ impl SampleArgs {
         if self.json {
             return console::json(&json!({
                 "images": n, "seconds": seconds, "images_per_s": n as f64 / seconds, "files": written,
-                "sampler": solver.kind.name(), "steps": sampler.steps(), "cfg": self.cfg, "seed": self.seed,
+                "sampler": solver.kind.name(), "steps": sampler.steps(), "cfg": self.solving.cfg, "seed": self.seed,
                 "weights": loaded.file,
             }));
         }
@@ -167,12 +147,6 @@ impl SampleArgs {
             sampler.steps()
         ))?;
         written.into_iter().try_for_each(|path| console::out(&path.display().to_string()))
-    }
-
-    fn solver(&self, model: &DitConfig) -> Solver {
-        let kind = self.sampler.unwrap_or(default_sampler(model.objective));
-        let steps = self.steps.clone().unwrap_or(Spacing::even(default_steps(kind)));
-        Solver { eta: self.eta, shift: self.shift, ..Solver::new(kind, steps) }
     }
 
     fn labels(&self, model: &DitConfig) -> anyhow::Result<Vec<i64>> {
@@ -202,7 +176,7 @@ impl SampleArgs {
         let shape = [n, c, side, side];
         let meta = BTreeMap::from([
             ("sampler".to_owned(), solver.kind.to_string()),
-            ("cfg".to_owned(), self.cfg.to_string()),
+            ("cfg".to_owned(), self.solving.cfg.to_string()),
             ("seed".to_owned(), self.seed.to_string()),
         ]);
         for path in &self.out {
@@ -210,7 +184,7 @@ impl SampleArgs {
                 Some(Ending::Png) => {
                     let names: Vec<String> = model.class_names.clone().unwrap_or_default();
                     let columns = Column::by_class(labels, &names, n);
-                    let title = format!("{} {steps} steps, guidance {}", solver.kind, self.cfg);
+                    let title = format!("{} {steps} steps, guidance {}", solver.kind, self.solving.cfg);
                     let caption = Caption { title: Some(title), note: None };
                     save_png(&grid(images, shape, &columns, &caption)?, path)?;
                 }
@@ -255,7 +229,7 @@ fn ending(path: &Path) -> Option<Ending> {
 }
 
 /// A class by number or name.
-fn class(text: &str, model: &DitConfig) -> anyhow::Result<i64> {
+pub(super) fn class(text: &str, model: &DitConfig) -> anyhow::Result<i64> {
     if let Ok(number) = text.parse::<usize>() {
         if number < model.num_classes {
             return Ok(number as i64);

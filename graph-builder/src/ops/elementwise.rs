@@ -99,6 +99,13 @@ unary!(/// GELU, tanh approximation: `½x(1 + tanh(√(2/π)(x + 0.044715x³)))`
     Gelu, "Gelu", 8, gelu,
     |x, _, ct| Grad::Value(x.gelu_grad(ct)),
     vec![Attribute::text("approximate", "tanh")]);
+unary!(/// `max(x, 0)`; its slope at 0 is 0.
+    Relu, "Relu", 1, |x| x.max(0.0),
+    |x, _, ct| {
+        let zero = x.builder().constant(x.ty().dtype, [0; 0], vec![0.0]);
+        Grad::Value(zero.less(x).select(ct, zero))
+    },
+    vec![]);
 unary!(/// Identity whose gradient is zero.
     StopGradient, "Identity", 0, |x| x, |_, _, _| Grad::Zero, vec![]);
 

@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod conv;
 pub mod elementwise;
 pub mod index;
 pub mod layout;
@@ -11,5 +12,7 @@ pub mod linear;
 pub mod modulation;
 pub mod nn;
 pub mod patch;
+pub mod pool;
 pub mod reduce;
 pub mod several;
+pub mod window;

@@ -1,0 +1,154 @@
+//! The header of an array in an `.npz`, and whole small arrays.
+
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, bail, ensure};
+use zip::ZipArchive;
+
+use super::{inside, open_file};
+
+/// No header that NumPy writes is longer, in bytes.
+const MAX_HEADER: usize = 1 << 16;
+
+/// Element types that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Element {
+    U8,
+    F32,
+    F64,
+}
+
+impl Element {
+    /// Bytes of an element.
+    pub(crate) fn size(self) -> usize {
+        match self {
+            Self::U8 => 1,
+            Self::F32 => 4,
+            Self::F64 => 8,
+        }
+    }
+}
+
+/// What an array is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) element: Element,
+    pub(crate) shape: Vec<usize>,
+    /// Bytes before the data.
+    pub(crate) bytes: u64,
+}
+
+impl Header {
+    /// Bytes of the data.
+    pub(crate) fn data_bytes(&self) -> anyhow::Result<u64> {
+        let product = self.shape.iter().try_fold(self.element.size() as u64, |a, d| a.checked_mul(*d as u64));
+        let product = product.filter(|bytes| *bytes < u64::MAX / 2);
+        product.with_context(|| format!("no file holds an array of shape {:?}", self.shape))
+    }
+}
+
+/// Reads a header and leaves the reader at the data.
+pub(crate) fn header(reader: &mut impl Read) -> anyhow::Result<Header> {
+    let mut bytes = vec![0; 12];
+    reader.read_exact(&mut bytes[..10]).context("it is cut short")?;
+    ensure!(bytes.starts_with(b"\x93NUMPY"), "it is no NumPy array");
+    let (before, length) = if bytes[6] == 1 {
+        (10, u16::from_le_bytes([bytes[8], bytes[9]]) as usize)
+    } else {
+        reader.read_exact(&mut bytes[10..]).context("it is cut short")?;
+        (12, u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]) as usize)
+    };
+    ensure!(length <= MAX_HEADER, "its header says to have {length} bytes, at most {MAX_HEADER} are read");
+    bytes.resize(before + length, 0);
+    reader.read_exact(&mut bytes[before..]).context("its header is cut short")?;
+    let text = str::from_utf8(&bytes[before..]).context("its header is no text")?;
+    let (element, shape) = description(text)?;
+    Ok(Header { element, shape, bytes: bytes.len() as u64 })
+}
+
+/// Reads `{'descr': '|u1', 'fortran_order': False, 'shape': (4, 8, 8, 3), }`.
+fn description(text: &str) -> anyhow::Result<(Element, Vec<usize>)> {
+    let after = |key: &str| {
+        let found = text.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
+        found.with_context(|| format!("its header has no `{key}`"))
+    };
+    let kind = after("descr")?.split('\'').nth(1).unwrap_or_default();
+    let element = match kind {
+        "|u1" | "<u1" | "u1" => Element::U8,
+        "<f4" => Element::F32,
+        "<f8" => Element::F64,
+        _ => bail!("its elements are `{kind}`, expected bytes (|u1) or little-endian floats (<f4, <f8)"),
+    };
+    ensure!(after("fortran_order")?.starts_with("False"), "it is stored column by column (Fortran order)");
+    let tuple = after("shape")?.strip_prefix('(').and_then(|rest| rest.split_once(')'));
+    let sizes = tuple.map(|(sizes, _)| sizes.split(',').map(str::trim).filter(|s| !s.is_empty()));
+    let shape = sizes.and_then(|sizes| sizes.map(|s| s.parse().ok()).collect::<Option<Vec<usize>>>());
+    Ok((element, shape.context("its shape cannot be read")?))
+}
+
+/// What an element of a file becomes.
+pub(crate) trait Number: Sized {
+    fn from_f32(x: f32) -> Self;
+    fn from_f64(x: f64) -> Self;
+}
+
+impl Number for f32 {
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    fn from_f64(x: f64) -> Self {
+        x as f32
+    }
+}
+
+impl Number for f64 {
+    fn from_f32(x: f32) -> Self {
+        x.into()
+    }
+    fn from_f64(x: f64) -> Self {
+        x
+    }
+}
+
+/// Shape and values of a float array of an `.npz`, if it is there; `allowed` bounds its number of elements.
+pub(crate) fn read_floats<T: Number>(
+    archive: &mut ZipArchive<std::fs::File>,
+    path: &Path,
+    name: &str,
+    allowed: u64,
+) -> anyhow::Result<Option<(Vec<usize>, Vec<T>)>> {
+    let at = || inside(path, name);
+    let Some(index) = archive.index_for_name(&format!("{name}.npy")) else { return Ok(None) };
+    let mut entry = archive.by_index(index).with_context(at)?;
+    let header = header(&mut entry).with_context(at)?;
+    let bytes = header.data_bytes().with_context(at)?;
+    ensure!(
+        bytes / header.element.size() as u64 <= allowed,
+        "{}: shape {:?} is larger than any statistics",
+        at(),
+        header.shape
+    );
+    let mut data = Vec::new();
+    // The file's own length, not the header, decides about memory.
+    (&mut entry).take(bytes).read_to_end(&mut data).with_context(at)?;
+    ensure!(
+        data.len() as u64 == bytes && entry.read(&mut [0]).with_context(at)? == 0,
+        "{}: shape {:?} needs {bytes} bytes, the file has {}",
+        at(),
+        header.shape,
+        data.len()
+    );
+    let values = match header.element {
+        Element::U8 => bail!("{}: bytes, expected numbers", at()),
+        Element::F32 => data.as_chunks().0.iter().map(|b| T::from_f32(f32::from_le_bytes(*b))).collect(),
+        Element::F64 => data.as_chunks().0.iter().map(|b| T::from_f64(f64::from_le_bytes(*b))).collect(),
+    };
+    Ok(Some((header.shape, values)))
+}
+
+/// Opens an `.npz`.
+pub(crate) fn open_npz(path: &Path) -> anyhow::Result<ZipArchive<std::fs::File>> {
+    ZipArchive::new(open_file(path)?)
+        .with_context(|| format!("{} is no usable .npz (a zip of NumPy arrays)", path.display()))
+}

@@ -1,0 +1,100 @@
+"""Whole runs on real pictures with the same random weights: `mudit fid` beside torch-fidelity's and pytorch-fid's commands.
+
+    python tests/peers/fid_whole.py MUDIT FASHION [IMAGES]     # needs torch, torch-fidelity, pytorch-fid, safetensors
+
+FASHION is the directory of Fashion-MNIST's idx files: test images are the reference, training images the samples, grey turned
+to colour, as PNG files. torch-fidelity: Inception score, precision, recall and KID from the same files with its own reader,
+resizer, network and sums. pytorch-fid: its `--save-stats` files, which `mudit fid calc` then compares. The Fréchet distances of
+so few images have no stable matrix square root; the value of record is the nuclear norm of the product of centred vectors, in
+float64, from torch-fidelity's features (`fid_frechet.py` compares with `sqrtm` where that is defined). Exit 1 above 1e-4: the
+features, not the metrics, differ in f32; the metrics' own 1e-6 on equal features is proven by `tests/cpu/fid_metrics.rs`.
+"""
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import torch_fidelity
+from PIL import Image
+from torch_fidelity.datasets import ImagesPathDataset
+
+from fid_metrics import by_vectors
+from fid_networks import Tools, weights
+
+LIMIT = 1e-4
+
+
+def pictures(source, name, count, folder):
+    folder.mkdir()
+    files = list(source.glob(f"{name}-images*"))
+    data = files[0].read_bytes()
+    if files[0].suffix == ".gz":
+        import gzip
+        data = gzip.decompress(data)
+    pixels = np.frombuffer(data, np.uint8, offset=16).reshape(-1, 28, 28)[:count]
+    for i, p in enumerate(pixels):
+        Image.fromarray(p).convert("RGB").save(folder / f"{i:05}.png")
+
+
+def run(*command):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def torch_fidelity_features(tools, folder):
+    images = ImagesPathDataset(sorted(folder.glob("*.png")))
+    with torch.no_grad():
+        return np.concatenate([tools.fidelity(torch.stack([images[i] for i in range(k, min(k + 10, len(images)))]))[0].numpy()
+                               for k in range(0, len(images), 10)]).astype(np.float64)
+
+
+def main():
+    mudit, source = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    count = int(sys.argv[3]) if len(sys.argv) > 3 else 150
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        tools = Tools(weights(), scratch)
+        real, fake, net = scratch / "real", scratch / "fake", scratch / "published.pth"
+        pictures(source, "t10k", count, real)
+        pictures(source, "train", count, fake)
+        options = ["--network", net, "--few", "--offline", "--json"]
+        run(mudit, "fid", "ref", real, "--out", scratch / "ref.npz", *options)
+        ours = run(mudit, "fid", "calc", fake, "--ref", scratch / "ref.npz", "--out", scratch / "a.json",
+                   "--is-splits", "torch-fidelity", *options)["metrics"]
+        theirs = torch_fidelity.calculate_metrics(
+            input1=str(fake), input2=str(real), cuda=False, isc=True, kid=True, prc=True, batch_size=10, verbose=False,
+            feature_extractor_weights_path=str(net), kid_subset_size=count, cache=False)
+        x, y = (torch_fidelity_features(tools, f) for f in (fake, real))
+        rows = [("IS", ours["inception_score"]["mean"], theirs["inception_score_mean"]),
+                ("IS deviation", ours["inception_score"]["std"], theirs["inception_score_std"]),
+                ("KID", ours["kid"]["mean"], theirs["kernel_inception_distance_mean"]),
+                ("precision", ours["manifold"]["precision"], theirs["precision"]),
+                ("recall", ours["manifold"]["recall"], theirs["recall"]),
+                ("FID", ours["fid"], by_vectors(x, y))]
+        # pytorch-fid's own statistics of the same files.
+        run(mudit, "fid", "ref", real, "--out", scratch / "p.npz", "--preset", "pytorch-fid", *options)
+        from pytorch_fid.fid_score import compute_statistics_of_path
+        mu, sigma = compute_statistics_of_path(str(real), tools.pytorch_fid, 10, 2048, "cpu", 1)
+        np.savez(scratch / "theirs.npz", mu=mu, sigma=sigma)
+        stats = np.load(scratch / "p.npz")
+        rows += [(f"pytorch-fid {k}", float(np.linalg.norm(stats[k] - v)) + np.linalg.norm(v), float(np.linalg.norm(v)))
+                 for k, v in (("mu", mu), ("sigma", sigma))]
+        own = run(mudit, "fid", "calc", scratch / "theirs.npz", "--ref", scratch / "p.npz", "--out", scratch / "b.json", "--json")
+    worst = 0.0
+    for name, got, want in rows:
+        error = abs(got - want) / max(abs(want), 1e-12)
+        worst = max(worst, error)
+        print(f"{name:18} {got:.9g} against {want:.9g}: relative difference {error:.1e}")
+    spread = float(np.trace(sigma))
+    print(f"distance of pytorch-fid's statistics from mudit's of the same files: {own['metrics']['fid']:.2e} (trace {spread:.3g})")
+    print(f"worst {worst:.1e}, at most {LIMIT:.0e}, {count} + {count} images")
+    sys.exit(0 if worst <= LIMIT else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The server's figures: throughput against one request at a time and against a PyTorch loop behind FastAPI, behaviour at
-80 % load and at three times overload, and the time until a client that goes away is noticed.
+80 % load and at three times overload, the time until a client that goes away is noticed, and the bytes of images in 30 mixes.
 
-    python serve_bench.py throughput|load|overload|cancel MUDIT CHECKPOINT OUT.jsonl [PEER_PYTHON]
+    python serve_bench.py throughput|load|overload|cancel|same MUDIT CHECKPOINT OUT.jsonl [PEER_PYTHON]
     python serve_bench.py report OUT.jsonl
 
 Each part takes 30 to 90 s, starts its own servers and appends its figures to OUT.jsonl. `throughput` and the measurement of
@@ -9,6 +9,7 @@ what saturation is lift the limit of the queue, all else runs with the defaults.
 """
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -164,9 +166,39 @@ def cancel(binary, checkpoint, out, python):
                          "step_ms": 1e3 * info["seconds"], "rows_after_that": max(rows), "largest_batch": info["rows"]})
 
 
+def image(server, **body):
+    sent = urllib.request.Request(f"{server.url}/v1/images/generations", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(sent, timeout=120) as answer:
+        return [d["b64_json"] for d in json.load(answer)["data"]]
+
+
+def same(binary, checkpoint, out, python):
+    subjects = [dict(class_label=c, seed=7, steps=n, guidance_scale=g, sampler=s)
+                for c, n, g, s in ((8, 25, 3, "euler"), (8, 25, 1, "euler"), (7, 10, 4.5, "heun"), (2, 50, 1.5, "sde"))]
+    draw, compared = random.Random(0), 0
+    with mudit(binary, checkpoint, *UNLIMITED) as server, ThreadPoolExecutor(32) as pool:
+        alone = [image(server, **s) for s in subjects]
+        assert len({a[0] for a in alone}) == len(alone)
+        for mix in range(30):
+            others = [dict(class_label=draw.randrange(10), seed=draw.randrange(10**6), steps=draw.randint(2, 60), n=draw.randint(1, 4),
+                           guidance_scale=draw.choice([1, 2, 7.5])) for _ in range(draw.randint(1, 24))]
+            asked = others + subjects
+            draw.shuffle(asked)
+            answers = list(pool.map(lambda body: image(server, **body), asked))
+            for subject, want in zip(subjects, alone):
+                assert answers[asked.index(subject)] == want, (mix, subject)
+                compared += 1
+    # Another process, with other batch sizes and threads.
+    with mudit(binary, checkpoint, "--max-rows", "3", "--threads", "1") as server:
+        for subject, want in zip(subjects, alone):
+            assert image(server, **subject) == want, subject
+            compared += 1
+    note(out, "same", {"compared": compared, "mixes": 30, "equal": True})
+
+
 def report(out):
     r = read(out)
-    t, l, o, c = (r[k] for k in ("throughput", "load", "overload", "cancel"))
+    t, l, o, c, s = (r[k] for k in ("throughput", "load", "overload", "cancel", "same"))
     memory = lambda f: ", ".join(f"{f['memory_each_5_s'][i]:.0f}" for i in (0, 5, -1))
     print(f"""| | image-steps/s | |
 |---|---:|---|
@@ -184,7 +216,9 @@ def report(out):
 | memory after 5, 30, 60 s, MB | {memory(l)} | {memory(o)} |
 
 p99 at overload / at 80 % load: {o['p99_ms'] / l['p99_ms']:.2f}. A client that goes away: noticed after {c['median_ms']:.1f} ms
-(worst of {c['clients']}: {c['worst_ms']:.1f} ms), a step of the largest batch takes {c['step_ms']:.1f} ms; {c['rows_after_that']:.0f} rows were computed after that.""")
+(worst of {c['clients']}: {c['worst_ms']:.1f} ms), a step of the largest batch takes {c['step_ms']:.1f} ms; {c['rows_after_that']:.0f} rows were computed after that.
+
+{s['compared']} images compared in {s['mixes']} mixes and after a restart with other batch sizes and threads: the same bytes as alone.""")
 
 
 if __name__ == "__main__":
@@ -192,5 +226,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "report":
         report(sys.argv[2])
     else:
-        part = {"throughput": throughput, "load": load, "overload": overload, "cancel": cancel}[sys.argv[1]]
+        part = {"throughput": throughput, "load": load, "overload": overload, "cancel": cancel, "same": same}[sys.argv[1]]
         part(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5] if len(sys.argv) > 5 else sys.executable)

@@ -97,14 +97,13 @@ impl Metrics {
         page.one("rows_run_total", "counter", "rows of all batches", stats.rows_run as f64);
         for (name, help, value) in [
             ("queue_image_steps", "image-steps that are accepted and not done", 0),
-            ("queue_limit_image_steps", "most image-steps that are accepted", 1),
+            ("queue_limit_image_steps", "most image-steps that are accepted beyond a full batch", 1),
             ("image_steps_per_second", "measured rate with full batches", 2),
-            ("queue_fill", "share of the queue that is taken; what to scale by", 3),
+            ("queue_fill", "how near the next refusal is, from 1 on orders are refused; what to scale by", 3),
         ] {
             page.family(name, "gauge", help);
             for (model, l) in models.iter().zip(&load) {
-                let fill = l.waiting as f64 / (l.limit as f64).max(1.0);
-                let values = [l.waiting as f64, l.limit as f64, l.rate, fill];
+                let values = [l.waiting as f64, l.limit as f64, l.rate, l.fill];
                 page.value(name, &[("model", model)], values[value]);
             }
         }

@@ -87,6 +87,12 @@ impl Backlog {
     pub(super) fn rate(&self) -> f64 {
         self.rate
     }
+
+    /// How near the next refusal is: 1 where both the rows of the largest batch and the queue are taken.
+    pub(super) fn fill(&self) -> f64 {
+        let share = |part: u64, whole: u64| part as f64 / (whole as f64).max(1.0);
+        share(self.rows, self.slots).min(share(self.waiting, self.limit))
+    }
 }
 
 #[cfg(test)]
@@ -118,8 +124,10 @@ mod tests {
         for _ in 0..4 {
             backlog.accept(500, 2).unwrap();
         }
+        assert_eq!(backlog.fill(), 1.0);
         assert_eq!(retry(backlog.accept(500, 2)), Duration::from_secs(200));
         backlog.release(500, 2);
+        assert_eq!(backlog.fill(), 0.75);
         backlog.accept(500, 2).unwrap();
     }
 

@@ -252,8 +252,12 @@ impl Batcher {
     /// The work of each model.
     pub fn load(&self) -> Vec<Load> {
         let state = self.shared.lock();
-        let load =
-            |(_, b): &(Curve, Backlog)| Load { waiting: b.waiting(), limit: b.limit(), rate: b.rate() };
+        let load = |(_, b): &(Curve, Backlog)| Load {
+            waiting: b.waiting(),
+            limit: b.limit(),
+            rate: b.rate(),
+            fill: b.fill(),
+        };
         state.models.iter().map(load).collect()
     }
 
@@ -277,30 +281,6 @@ impl Batcher {
 impl Default for Batcher {
     fn default() -> Self {
         Self::new()
-    }
-}
-
-impl Refusal {
-    /// A word for counters.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Full { .. } => "full",
-            Self::Loading => "loading",
-            Self::Draining => "draining",
-        }
-    }
-}
-
-impl Failure {
-    /// A word for counters.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Cancelled => "cancelled",
-            Self::Deadline => "deadline",
-            Self::Engine(_) => "engine",
-            Self::NotFinite(_) => "not_finite",
-            Self::Stopped => "stopped",
-        }
     }
 }
 

@@ -146,5 +146,29 @@ pub enum Refusal {
     Draining,
 }
 
+impl Refusal {
+    /// A word for counters.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Full { .. } => "full",
+            Self::Loading => "loading",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+impl Failure {
+    /// A word for counters.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Cancelled => "cancelled",
+            Self::Deadline => "deadline",
+            Self::Engine(_) => "engine",
+            Self::NotFinite(_) => "not_finite",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// Receives an order's events. It is called between steps, so it must not wait.
 pub type Sink = Box<dyn Fn(Event) + Send + Sync>;

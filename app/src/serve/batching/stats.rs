@@ -75,4 +75,6 @@ pub struct Load {
     pub limit: u64,
     /// Measured image-steps a second with full batches.
     pub rate: f64,
+    /// How near the next refusal is; from 1 on, orders are refused.
+    pub fill: f64,
 }

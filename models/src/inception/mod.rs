@@ -71,8 +71,8 @@ pub fn features(n: usize, side: usize, taps: Taps) -> Result<Graph, ModelError> 
     let x = s.within("Mixed_6d", |s| block_c(s, x, 160)); // (N, 768, 17, 17)
     let x = s.within("Mixed_6e", |s| block_c(s, x, 192)); // (N, 768, 17, 17)
     let x = s.within("Mixed_7a", |s| block_d(s, x)); // (N, 1280, 8, 8)
-    let x = s.within("Mixed_7b", |s| block_e(s, x, mean_around(x))); // (N, 2048, 8, 8)
-    let x = s.within("Mixed_7c", |s| block_e(s, x, x.max_pool([3, 3], Window::padded(1, 1)))); // (N, 2048, 8, 8)
+    let x = s.within("Mixed_7b", |s| block_e(s, x, |s| mean_branch(s, x, 192))); // (N, 2048, 8, 8)
+    let x = s.within("Mixed_7c", |s| block_e(s, x, |s| largest_branch(s, x))); // (N, 2048, 8, 8)
     let pool = x.mean(&[2, 3]).reshape([n, POOL]); // (N, 2048)
     b.output("pool", pool);
     if let Some(spatial) = spatial {
@@ -86,8 +86,8 @@ pub fn features(n: usize, side: usize, taps: Taps) -> Result<Graph, ModelError> 
     Ok(b.finish()?)
 }
 
-/// A convolution with its folded normalisation, then ReLU.
-fn conv<'g>(
+/// A convolution with its folded normalisation.
+fn linear<'g>(
     s: &Scope<'g>,
     name: &str,
     x: Value<'g>,
@@ -99,8 +99,28 @@ fn conv<'g>(
         let dims = [filters, x.dim(1), kernel[0], kernel[1]].map(Dim::Fixed);
         let weight = s.frozen("weight", &dims, Init::KaimingNormal);
         let bias = s.frozen("bias", &[Dim::Fixed(filters)], Init::Zeros);
-        x.conv(weight, Some(bias), window).relu()
+        x.conv(weight, Some(bias), window)
     })
+}
+
+/// A convolution with its folded normalisation, then ReLU.
+fn conv<'g>(
+    s: &Scope<'g>,
+    name: &str,
+    x: Value<'g>,
+    filters: usize,
+    kernel: [usize; 2],
+    window: Window,
+) -> Value<'g> {
+    linear(s, name, x, filters, kernel, window).relu()
+}
+
+/// The branch that takes the mean of the 3 × 3 pixels around each, without the padding's zeros, then a 1 × 1 convolution.
+///
+/// Both are linear and such a mean leaves the bias as it is, so the mean is taken last, of fewer channels.
+fn mean_branch<'g>(s: &Scope<'g>, x: Value<'g>, filters: usize) -> Value<'g> {
+    let y = linear(s, "branch_pool", x, filters, [1, 1], Window::default());
+    y.average_pool([3, 3], Window::padded(1, 1), false).relu()
 }
 
 /// A convolution that keeps the image's size.
@@ -111,11 +131,6 @@ fn same<'g>(s: &Scope<'g>, name: &str, x: Value<'g>, filters: usize, kernel: [us
 /// A 3 × 3 convolution that halves the image.
 fn halving<'g>(s: &Scope<'g>, name: &str, x: Value<'g>, filters: usize) -> Value<'g> {
     conv(s, name, x, filters, [3, 3], Window::strided(2))
-}
-
-/// The mean of the 3 × 3 pixels around each, without the padding's zeros.
-fn mean_around(x: Value<'_>) -> Value<'_> {
-    x.average_pool([3, 3], Window::padded(1, 1), false)
 }
 
 fn halved(x: Value<'_>) -> Value<'_> {
@@ -138,7 +153,7 @@ fn block_a<'g>(s: &Scope<'g>, x: Value<'g>, pool_filters: usize) -> Value<'g> {
     let three = same(s, "branch3x3dbl_1", x, 64, [1, 1]);
     let three = same(s, "branch3x3dbl_2", three, 96, [3, 3]);
     let three = same(s, "branch3x3dbl_3", three, 96, [3, 3]);
-    let pool = same(s, "branch_pool", mean_around(x), pool_filters, [1, 1]);
+    let pool = mean_branch(s, x, pool_filters);
     one.concat(&[five, three, pool], 1) // (N, 224 + pool, H, W)
 }
 
@@ -160,7 +175,7 @@ fn block_c<'g>(s: &Scope<'g>, x: Value<'g>, inner: usize) -> Value<'g> {
     let double = same(s, "branch7x7dbl_3", double, inner, [1, 7]);
     let double = same(s, "branch7x7dbl_4", double, inner, [7, 1]);
     let double = same(s, "branch7x7dbl_5", double, 192, [1, 7]);
-    let pool = same(s, "branch_pool", mean_around(x), 192, [1, 1]);
+    let pool = mean_branch(s, x, 192);
     one.concat(&[seven, double, pool], 1) // (N, 768, H, W)
 }
 
@@ -174,8 +189,13 @@ fn block_d<'g>(s: &Scope<'g>, x: Value<'g>) -> Value<'g> {
     three.concat(&[seven, halved(x)], 1) // (N, 512 + C, H/2, W/2)
 }
 
+/// The largest of the 3 × 3 pixels around each, then a 1 × 1 convolution.
+fn largest_branch<'g>(s: &Scope<'g>, x: Value<'g>) -> Value<'g> {
+    same(s, "branch_pool", x.max_pool([3, 3], Window::padded(1, 1)), 192, [1, 1])
+}
+
 /// The last blocks differ in how they pool.
-fn block_e<'g>(s: &Scope<'g>, x: Value<'g>, pooled: Value<'g>) -> Value<'g> {
+fn block_e<'g>(s: &Scope<'g>, x: Value<'g>, pooled: impl Fn(&Scope<'g>) -> Value<'g>) -> Value<'g> {
     let one = same(s, "branch1x1", x, 320, [1, 1]);
     let three = same(s, "branch3x3_1", x, 384, [1, 1]);
     let three_a = same(s, "branch3x3_2a", three, 384, [1, 3]);
@@ -184,8 +204,7 @@ fn block_e<'g>(s: &Scope<'g>, x: Value<'g>, pooled: Value<'g>) -> Value<'g> {
     let double = same(s, "branch3x3dbl_2", double, 384, [3, 3]);
     let double_a = same(s, "branch3x3dbl_3a", double, 384, [1, 3]);
     let double_b = same(s, "branch3x3dbl_3b", double, 384, [3, 1]);
-    let pool = same(s, "branch_pool", pooled, 192, [1, 1]);
-    one.concat(&[three_a, three_b, double_a, double_b, pool], 1) // (N, 2048, H, W)
+    one.concat(&[three_a, three_b, double_a, double_b, pooled(s)], 1) // (N, 2048, H, W)
 }
 
 /// Seven channels of a raw 1×1 convolution, flattened as (y, x, channel).

@@ -86,6 +86,12 @@ impl Plan {
     ) {
         let [height, width] = self.from;
         let len = height * width * channels;
+        if let Pixels::U8(all) = pixels
+            && self.rows.same
+            && self.columns.same
+        {
+            return self.look_up(&all[index * len..(index + 1) * len], channels, scale, out);
+        }
         let mut plane = vec![0.0; height * width];
         for (channel, out) in out.chunks_mut(self.to[0] * self.to[1]).enumerate().take(channels) {
             let at = index * len + channel;
@@ -111,6 +117,17 @@ impl Plan {
             }
             for value in out {
                 *value = scale(channel, *value);
+            }
+        }
+    }
+
+    /// What [`run`](Self::run) does to bytes of an image that has its size already: one look-up each.
+    fn look_up(&self, pixels: &[u8], channels: usize, scale: impl Fn(usize, f32) -> f32, out: &mut [f32]) {
+        let unit = if self.filter == Filter::TorchBilinear { 255.0 } else { 1.0 };
+        for (channel, out) in out.chunks_mut(self.to[0] * self.to[1]).enumerate().take(channels) {
+            let table: [f32; 256] = std::array::from_fn(|byte| scale(channel, byte as f32 / unit));
+            for (out, pixel) in out.iter_mut().zip(pixels.chunks_exact(channels)) {
+                *out = table[usize::from(pixel[channel])];
             }
         }
     }

@@ -74,7 +74,7 @@ impl SmallNetwork {
     pub(super) fn features(&mut self, images: &ImageBatch<'_>) -> anyhow::Result<Features> {
         ensure!(
             (images.height, images.width) == (FASHION.height, FASHION.width),
-            "images are {}x{}, the fashion classifier takes {}x{}: use another preset or --onnx",
+            "images are {}x{}, the fashion classifier takes {}x{}: use another preset, or a network of your own by --network",
             images.height,
             images.width,
             FASHION.height,

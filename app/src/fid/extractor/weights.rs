@@ -65,7 +65,7 @@ fn directory() -> anyhow::Result<PathBuf> {
 impl Published {
     fn by_hand(&self, directory: &Path) -> String {
         format!(
-            "download {} elsewhere and put it into {} (or give its path with --weights)",
+            "download {} elsewhere and put it into {} (or give its path with --network)",
             self.address,
             directory.display()
         )

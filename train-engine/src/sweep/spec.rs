@@ -171,7 +171,7 @@ impl SweepSpec {
         Ok(spec)
     }
 
-    /// All combinations of values, in order: the last parameter changes first.
+    /// All combinations of values, keys by name: the last changes first.
     pub(super) fn points(&self) -> Vec<Overrides> {
         let crossed = |points: Vec<Overrides>, key: &String, values: Vec<toml::Value>| -> Vec<Overrides> {
             let with = |point: &Overrides, value: &toml::Value| {

@@ -140,7 +140,7 @@ fn a_given_classifier_is_used_and_other_sizes_are_refused() {
     let graph = shape.features(1).unwrap();
     let layout = train_engine::step::parameter_layout(&graph).unwrap();
     let mut arena = runtime::Arena::zeros(Arc::clone(&layout)).unwrap();
-    train_engine::mup::draw_parameters(&graph, 1, &mut arena).unwrap();
+    train_engine::mup::draw_parameters(&graph, 1, 1.0, &mut arena).unwrap();
     arena.write_safetensors(&path, &std::collections::BTreeMap::new()).unwrap();
     let network = Network::Fashion { weights: Some(path.clone()), seed: 0, offline: true };
     let taps = Taps { spatial: false, logits: true };

@@ -192,9 +192,8 @@ fn twenty_kills_lose_no_finished_trial_and_repeat_none() {
         let worker = sweep(&tiny, "run", "s", &["--set", "train.steps=60"]).start();
         // From its first trial on, at any moment of the next ones.
         let begins = || counts(&folder).values().map(|(started, _)| started).sum::<usize>() > before;
-        if !worker.until(WATCH, begins) {
-            panic!("all trials were done after {killed} kills: {}", worker.wait());
-        }
+        let begun = worker.until(WATCH, begins);
+        assert!(begun, "all trials were done after {killed} kills: {}", worker.wait());
         let delay = Duration::from_millis(draws.below(250) as u64);
         let begin = Instant::now();
         worker.until(WATCH, || begin.elapsed() > delay);

@@ -68,6 +68,7 @@ def main():
                    "--is-splits", "torch-fidelity", *options)["metrics"]
         theirs = torch_fidelity.calculate_metrics(
             input1=str(fake), input2=str(real), cuda=False, isc=True, kid=True, prc=True, batch_size=10, verbose=False,
+            feature_extractor="inception-v3-compat", feature_layer_prc="2048",
             feature_extractor_weights_path=str(net), kid_subset_size=count, cache=False)
         x, y = (torch_fidelity_features(tools, f) for f in (fake, real))
         rows = [("IS", ours["inception_score"]["mean"], theirs["inception_score_mean"]),

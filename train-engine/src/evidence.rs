@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::data::Batch;
 use crate::error::{Result, TrainError};
+use crate::mup::Stamp;
 use crate::step::{CompiledStep, StepInputs, StepLoss, read_lock};
 
 /// Writes the batch, the parameters before the update, and the size of each gradient below `run_dir`.
@@ -36,7 +37,8 @@ pub(crate) fn save(
     tensors.insert("step0.t".to_owned(), HostTensor::f32([n], inputs.t.to_vec())?);
     tensors.insert("step0.y".to_owned(), HostTensor::i64([n], inputs.y.to_vec())?);
     runtime::write_safetensors_file(directory.join("batch.safetensors"), &tensors, &BTreeMap::new())?;
-    read_lock(&step.parameters)?.write_safetensors(directory.join("model.safetensors"), &BTreeMap::new())?;
+    let stamp = Stamp::of(model).metadata()?;
+    read_lock(&step.parameters)?.write_safetensors(directory.join("model.safetensors"), &stamp)?;
     let gradients = read_lock(&step.gradients)?;
     let norms: serde_json::Map<String, serde_json::Value> = gradients
         .iter()

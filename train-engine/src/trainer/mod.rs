@@ -74,11 +74,12 @@ impl Trainer {
         let ema = parameters.duplicate()?.into_shared();
         let moments = [Arena::zeros(gradients.clone())?, Arena::zeros(gradients.clone())?];
         let accumulated = (config.train.accumulate > 1).then(|| Arena::zeros(gradients)).transpose()?;
-        let (mup, optimizer) = parameterisation(config, model, &step)?;
+        let declared = declarations(model)?;
+        let (mup, optimizer) = parameterisation(config, model, &declared, &step)?;
         drop(parameters);
         let (config, model, noise) = (config.clone(), model.clone(), Vec::new());
         let mut trainer = Self { config, model, step, optimizer, ema, moments, accumulated, mup, noise };
-        trainer.begin()?;
+        trainer.begin(&declared)?;
         Ok(trainer)
     }
 
@@ -91,18 +92,18 @@ impl Trainer {
         if was != is || self.config.train.accumulate != config.train.accumulate {
             return Err(TrainError::Internal(format!("a step of {was:?} cannot serve {is:?}")));
         }
-        (self.mup, self.optimizer) = parameterisation(config, model, &self.step)?;
+        let declared = declarations(model)?;
+        (self.mup, self.optimizer) = parameterisation(config, model, &declared, &self.step)?;
         (self.config, self.model) = (config.clone(), model.clone());
-        self.begin()
+        self.begin(&declared)
     }
 
     /// Draws the first parameters and sets everything else to its state before the first step.
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, declared: &Graph) -> Result<()> {
         self.step.parameterise(&self.model)?;
         self.step.set_hyperparameter("hp.vb_weight", self.config.objective.vb_weight)?;
-        let declared = declarations(&self.model)?;
         let mut parameters = write_lock(&self.step.parameters)?;
-        draw_parameters(&declared, self.config.train.seed, self.config.mup.init_scale, &mut parameters)?;
+        draw_parameters(declared, self.config.train.seed, self.config.mup.init_scale, &mut parameters)?;
         write_lock(&self.ema)?.copy_from(&parameters)?;
         for moment in &mut self.moments {
             moment.fill(0.0);
@@ -271,10 +272,11 @@ fn declarations(model: &DitConfig) -> Result<Graph> {
 fn parameterisation(
     config: &TrainConfig,
     model: &DitConfig,
+    declared: &Graph,
     step: &CompiledStep,
 ) -> Result<(MupTable, AdamW)> {
     let train = &config.train;
-    let mup = MupTable::new(&declarations(model)?, model)
+    let mup = MupTable::new(declared, model)
         .with_conventions(config.mup.conventions())
         .with_init_scale(config.mup.init_scale);
     let gradients = read_lock(&step.gradients)?.layout().clone();

@@ -160,11 +160,41 @@ impl TellArgs {
     }
 }
 
-/// A power of two as such, any other number in few digits.
+/// A power of two as such, any other number in four digits.
 pub(super) fn number(x: f64) -> String {
     let log = x.log2();
-    if x > 0.0 && (log - log.round()).abs() < 1e-9 && log.abs() >= 3.0 && x.fract() != 0.0 {
+    if x > 0.0 && x < 1.0 && (log - log.round()).abs() < 1e-9 {
         return format!("2^{}", log.round());
     }
-    if x == x.round() && x.abs() < 1e9 { format!("{x}") } else { format!("{x:.4e}") }
+    if x == x.round() && x.abs() < 1e9 {
+        return format!("{x}");
+    }
+    if !(1e-3..1e5).contains(&x.abs()) {
+        return format!("{x:.3e}");
+    }
+    let decimals = (3 - x.abs().log10().floor() as i32).max(0) as usize;
+    let text = format!("{x:.decimals$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::number;
+
+    #[test]
+    fn numbers_are_short() {
+        let table = [
+            (1.0 / 256.0, "2^-8"),
+            (0.5, "2^-1"),
+            (72.0, "72"),
+            (0.015_845_3, "0.01585"),
+            (6.626_07, "6.626"),
+            (12_345.678, "12346"),
+            (1.234_56e-5, "1.235e-5"),
+            (0.250_01, "0.25"),
+        ];
+        for (x, expected) in table {
+            assert_eq!(number(x), expected);
+        }
+    }
 }

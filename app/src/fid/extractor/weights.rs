@@ -111,7 +111,7 @@ impl Published {
             .into();
         let response =
             agent.get(self.address).call().map_err(|e| anyhow::anyhow!("{}: {e}", self.address))?;
-        // One byte more than expected tells a longer file from the right one.
+        // Room for one byte more than expected, which tells a longer file from the right one.
         let mut body = response.into_body().into_with_config().limit(self.size + 2).reader();
         let mut file = AtomicFile::create(path)?;
         let mut hash = Sha256::new();

@@ -28,7 +28,7 @@ pub struct EngineOptions {
     pub deterministic: bool,
     /// Most rows of a batch; the measured curve decides below that.
     pub max_rows: usize,
-    /// Most accepted work beyond what fits into a batch, in image-steps; else what the machine does in [`QUEUE`].
+    /// Most accepted work beyond what fits into a batch, in image-steps; else what the machine does in a quarter of a second.
     pub max_queue: Option<u64>,
     /// Measure again even where the cache has the curve.
     pub remeasure: bool,

@@ -2,7 +2,7 @@
 //!
 //! | module | reads |
 //! |---|---|
-//! | [`array`] | `.npz` with `arr_0`, streamed |
+//! | [`mod@array`] | `.npz` with `arr_0`, streamed |
 //! | [`folder`] | a directory of picture files |
 //! | [`archive`] | picture files in a zip or a tar |
 //! | [`table`] | encoded pictures in a column of a Parquet file |

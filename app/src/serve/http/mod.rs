@@ -1,5 +1,5 @@
 //! The HTTP side: who may ask what, and how the answer is written. It knows no batches: orders go to the
-//! [`Batcher`](super::batching::Batcher), events come back.
+//! [`Batcher`], events come back.
 //!
 //! | module | holds |
 //! |---|---|

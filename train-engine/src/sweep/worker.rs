@@ -136,7 +136,15 @@ impl Work<'_> {
         summary: &mut Summary,
         news: &mut dyn FnMut(News<'_>),
     ) -> Result<Option<TrialResult>> {
+        let start = Instant::now();
+        // Its first batch is read while the parameters are drawn.
+        let (train, data) = (&trial.config.train, &trial.config.data);
+        let batches = BatchPlan::new(train.seed, self.dataset.len(), train.batch_size)?;
+        let steps = 0..train.steps;
+        let loader =
+            Loader::start(Arc::clone(self.dataset), batches, data.flip, steps, data.prefetch, data.workers)?;
         let usable = matches!(compiled, Some(c) if c.shape == trial.shape);
+        let mut compile_seconds = 0.0;
         if usable {
             if let Some(compiled) = compiled.as_mut() {
                 compiled.trainer.restart(&trial.config, &trial.model)?;
@@ -148,16 +156,17 @@ impl Work<'_> {
             let trainer = Trainer::shared(self.runtime, &trial.config, &trial.model)?;
             let cost = step_cost(&trial.config, &trial.model)?;
             *compiled = Some(Compiled { shape: trial.shape.clone(), trainer, cost });
-            let seconds = start.elapsed().as_secs_f64();
+            compile_seconds = start.elapsed().as_secs_f64();
             summary.compilations += 1;
-            summary.compile_seconds += seconds;
-            writer.append(&Event::Compiled { shape: trial.shape.to_string(), seconds })?;
+            summary.compile_seconds += compile_seconds;
+            writer.append(&Event::Compiled { shape: trial.shape.to_string(), seconds: compile_seconds })?;
         }
         let Some(Compiled { trainer, cost, .. }) = compiled.as_mut() else { return Ok(None) };
         writer.append(&Event::Started { id: trial.id.clone(), trial: trial.index })?;
         news(News::Started(trial));
-        let result = self.steps(trial, trainer, *cost, news)?;
-        if let Some(result) = &result {
+        let mut result = self.steps(trial, trainer, loader, *cost, news)?;
+        if let Some(result) = &mut result {
+            result.seconds = start.elapsed().as_secs_f64() - compile_seconds;
             if self.plan.spec.keep_weights && result.status == Status::Finished {
                 trainer.write_model(&self.folder.join(WEIGHTS).join(&trial.id))?;
             }
@@ -170,15 +179,11 @@ impl Work<'_> {
         &self,
         trial: &Trial,
         trainer: &mut Trainer,
+        loader: Loader,
         cost: StepCost,
         news: &mut dyn FnMut(News<'_>),
     ) -> Result<Option<TrialResult>> {
-        let (start, mut step_seconds) = (Instant::now(), 0.0);
-        let (train, data) = (&trial.config.train, &trial.config.data);
-        let batches = BatchPlan::new(train.seed, self.dataset.len(), train.batch_size)?;
-        let steps = 0..train.steps;
-        let loader =
-            Loader::start(Arc::clone(self.dataset), batches, data.flip, steps, data.prefetch, data.workers)?;
+        let (train, mut step_seconds) = (&trial.config.train, 0.0);
         let mut losses: Vec<f64> = Vec::new();
         let mut watch = Watch::new(self.plan.spec.diverged);
         let mut diverged = false;
@@ -210,7 +215,7 @@ impl Work<'_> {
             status: if diverged { Status::Diverged } else { Status::Finished },
             loss: (!diverged).then(|| mean(&losses[losses.len().saturating_sub(tail)..])),
             steps: done,
-            seconds: start.elapsed().as_secs_f64(),
+            seconds: step_seconds, // the caller adds what is around the steps
             step_seconds,
             flops: done as f64 * cost.flops,
             parameters: cost.parameters,

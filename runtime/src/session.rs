@@ -83,7 +83,7 @@ pub struct Session {
     // Dropped before the weights, which it may point into.
     inner: Mutex<ort::session::Session>,
     _weights: Option<Arc<[u8]>>,
-    _runtime: Arc<Runtime>,
+    runtime: Arc<Runtime>,
 }
 
 impl fmt::Debug for Session {
@@ -150,6 +150,11 @@ impl Session {
         &self.name
     }
 
+    /// The library that it is loaded in.
+    pub fn runtime(&self) -> &Arc<Runtime> {
+        &self.runtime
+    }
+
     /// Inputs in order.
     pub fn inputs(&self) -> &[TensorSpec] {
         &self.inputs
@@ -188,7 +193,7 @@ impl Session {
             Weights::Inside | Weights::Directory(_) => None,
         };
         let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self { name, inputs, outputs, inner, _weights: kept, _runtime: runtime })
+        Ok(Self { name, inputs, outputs, inner, _weights: kept, runtime })
     }
 
     fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {

@@ -133,7 +133,9 @@ impl Case<'_> {
         let mut arena = Arena::zeros(parameter_layout(&graph)?)?;
         for (i, view) in arena.views_mut().into_iter().enumerate() {
             Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
-            view.iter_mut().for_each(|value| *value *= PARAMETER_STD);
+            for value in view.iter_mut() {
+                *value *= PARAMETER_STD;
+            }
         }
         Ok(Some(arena.into_shared()))
     }
@@ -212,7 +214,8 @@ impl Case<'_> {
     /// Values of an input by the meaning of its name; `None` for parameters.
     fn values(&self, spec: &TensorSpec, draw: u64) -> Option<Vec<f32>> {
         // By name: the two programs do not have the same inputs at the same places.
-        let name = u64::from_be_bytes(std::array::from_fn(|i| spec.name.bytes().nth(i).unwrap_or(0)));
+        let name =
+            u64::from_be_bytes(std::array::from_fn(|i| spec.name.as_bytes().get(i).copied().unwrap_or(0)));
         let numel = spec.shape.numel();
         let sample = numel / self.batch.max(1);
         let mut values = vec![0.0; numel];

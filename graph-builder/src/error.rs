@@ -122,6 +122,24 @@ pub enum GraphError {
         /// What the file holds.
         got: String,
     },
+    /// No precision has this name.
+    #[error("unknown precision \"{name}\"; give f32, bf16 or f16")]
+    UnknownPrecision {
+        /// The name as written.
+        name: String,
+    },
+    /// A graph that is to be brought to a precision is not f32 throughout.
+    #[error("{pass}: {op} in {place} is {got} already; bring an f32 graph to a precision, and once")]
+    NotF32 {
+        /// Name of the pass.
+        pass: &'static str,
+        /// Name of the op.
+        op: &'static str,
+        /// Scope and source line.
+        place: Place,
+        /// Type of its answer.
+        got: String,
+    },
     /// The model message could not be written.
     #[error("emitting `{graph}`: {reason}")]
     Emit {

@@ -94,12 +94,14 @@ fn turned(f: &mut FunctionBody, x: &str) -> String {
     f.node_with("Transpose", &[x], vec![Attribute::ints("perm", vec![0, 1, 3, 2])])
 }
 
-/// Nodes for scaled queries and for the weights (N, H, T, T).
+/// Nodes for scaled queries and for the weights (N, H, T, T), which are f32.
 fn weight_nodes(f: &mut FunctionBody, q: &str, k: &str) -> (String, String) {
     let scale = f.scalar_attribute("scale");
+    let scale = f.narrow(&scale);
     let scaled = f.node("Mul", &[q, &scale]);
     let k = turned(f, k);
     let products = f.node("MatMul", &[&scaled, &k]);
+    let products = f.wide(&products);
     (scaled, f.node_with("Softmax", &[&products], vec![Attribute::int("axis", -1)]))
 }
 
@@ -118,9 +120,10 @@ impl Rules for Attention {
         vec![Grad::Value(args[0].attention_grad(ct, self.heads, self.scale))]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]);
+        let mut f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]).of(emitter.dtype());
         let [q, k, v] = head_nodes(&mut f);
         let (_, weights) = weight_nodes(&mut f, &q, &k);
+        let weights = f.narrow(&weights);
         let mixed = f.node("MatMul", &[&weights, &v]); // (N, H, T, K)
         let rows = f.node_with("Transpose", &[&mixed], vec![Attribute::ints("perm", vec![0, 2, 1, 3])]);
         let shape = f.int_list(&[0, 0, -1]);
@@ -161,23 +164,28 @@ impl Rules for AttentionGrad {
         vec![Grad::None, Grad::None]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("AttentionGrad", &["qkv", "ct"], &["heads", "scale"]);
+        let f = FunctionBody::new("AttentionGrad", &["qkv", "ct"], &["heads", "scale"]);
+        let mut f = f.of(emitter.dtype());
         let [q, k, v] = head_nodes(&mut f);
         let (scaled, weights) = weight_nodes(&mut f, &q, &k);
         let shape = shape_nodes(&mut f, &[0, 0]);
         let ct = f.node("Reshape", &["ct", &shape]); // (N, T, H, K)
         let ct = f.node_with("Transpose", &[&ct], vec![Attribute::ints("perm", vec![0, 2, 1, 3])]);
-        let weights_t = turned(&mut f, &weights);
+        let weights_t = f.narrow(&weights);
+        let weights_t = turned(&mut f, &weights_t);
         let dv = f.node("MatMul", &[&weights_t, &ct]);
         let v_t = turned(&mut f, &v);
         let dweights = f.node("MatMul", &[&ct, &v_t]);
+        let dweights = f.wide(&dweights);
         let weighted = f.node("Mul", &[&weights, &dweights]);
         let last = f.int_list(&[-1]);
         let sum = f.node("ReduceSum", &[&weighted, &last]);
         let centred = f.node("Sub", &[&dweights, &sum]);
         let dproducts = f.node("Mul", &[&weights, &centred]);
+        let dproducts = f.narrow(&dproducts);
         let dq = f.node("MatMul", &[&dproducts, &k]);
         let scale = f.scalar_attribute("scale");
+        let scale = f.narrow(&scale);
         let dq = f.node("Mul", &[&dq, &scale]);
         let dproducts_t = turned(&mut f, &dproducts);
         let dk = f.node("MatMul", &[&dproducts_t, &scaled]);

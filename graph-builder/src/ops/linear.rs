@@ -110,7 +110,8 @@ impl Rules for Linear {
         linear_grads(self.activation, [args[0], args[1]], ct).map(Grad::Value).into()
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("Linear", &["x", "weight", "bias"], &["activation"]);
+        let f = FunctionBody::new("Linear", &["x", "weight", "bias"], &["activation"]);
+        let mut f = f.of(emitter.dtype());
         let [product, bias] = linear_nodes(&mut f, self.activation, "x");
         f.result("Add", &[&product, &bias]);
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
@@ -158,11 +159,12 @@ impl Rules for LinearGradInput {
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let gelu = self.activation == Activation::Gelu;
         let inputs: &[&str] = if gelu { &["ct", "weight", "h"] } else { &["ct", "weight"] };
-        let mut f = FunctionBody::new("LinearGradInput", inputs, &["activation"]);
+        let mut f = FunctionBody::new("LinearGradInput", inputs, &["activation"]).of(emitter.dtype());
         if gelu {
             let product = f.node("MatMul", &["ct", "weight"]);
-            let slope = gelu_slope_nodes(&mut f, "h");
-            f.result("Mul", &[&slope, &product]);
+            let (product, h) = (f.wide(&product), f.wide("h"));
+            let slope = gelu_slope_nodes(&mut f, &h);
+            f.rounded_result("Mul", &[&slope, &product]);
         } else {
             f.result("MatMul", &["ct", "weight"]);
         }
@@ -210,12 +212,13 @@ impl Rules for LinearGradWeight {
         vec![Grad::None, Grad::None]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("LinearGradWeight", &["ct", "x"], &["activation"]);
+        let f = FunctionBody::new("LinearGradWeight", &["ct", "x"], &["activation"]);
+        let mut f = f.of(emitter.dtype());
         let x = self.activation.node(&mut f, "x");
         let [ct, x] = ["ct", &x].map(|v| f.node_with("Flatten", &[v], vec![Attribute::int("axis", -1)]));
         f.result_with("Gemm", &[&ct, &x], vec![Attribute::int("transA", 1)]);
-        let rows = f.int_list(&[0]);
-        f.result_with("ReduceSum", &[&ct, &rows], vec![Attribute::int("keepdims", 0)]);
+        let (ct, rows) = (f.wide(&ct), f.int_list(&[0]));
+        f.rounded_result_with("ReduceSum", &[&ct, &rows], vec![Attribute::int("keepdims", 0)]);
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], _: &Type) -> Array {
@@ -263,11 +266,12 @@ impl Rules for LinearGateResidual {
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let inputs = ["x", "gate", "a", "weight", "bias"];
-        let mut f = FunctionBody::new("LinearGateResidual", &inputs, &["activation"]);
+        let mut f = FunctionBody::new("LinearGateResidual", &inputs, &["activation"]).of(emitter.dtype());
         let [product, bias] = linear_nodes(&mut f, self.activation, "a");
+        let [product, bias, gate, x] = [&product, &bias, "gate", "x"].map(|v| f.wide(v));
         let branch = f.node("Add", &[&product, &bias]);
-        let gated = f.node("Mul", &["gate", &branch]);
-        f.result("Add", &["x", &gated]);
+        let gated = f.node("Mul", &[&gate, &branch]);
+        f.rounded_result("Add", &[&x, &gated]);
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {

@@ -3,10 +3,10 @@
 use ndarray::{Array2, Axis};
 
 use crate::error::{Refusal, refuse};
-use crate::eval::Array;
+use crate::eval::{Array, operand};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
 use crate::op::{Cost, Grad, Rules, traffic};
-use crate::shape::{Shape, Type};
+use crate::shape::{DType, Shape, Type};
 use crate::value::Value;
 
 /// Multi-head self-attention: `softmax(q kᵀ · scale) v` for each head, heads side by side.
@@ -66,6 +66,12 @@ fn weights(q: &Array2<f64>, k: &Array2<f64>, scale: f64) -> Array2<f64> {
         row.mapv_inplace(|v| v / sum);
     }
     weights
+}
+
+/// The matrix as it goes into a product of this type.
+fn rounded(dtype: DType, x: &Array2<f64>) -> Array2<f64> {
+    let values = operand(dtype, x.clone().into_dyn());
+    Array2::from_shape_vec(x.dim(), values.iter().copied().collect()).unwrap_or_else(|_| x.clone())
 }
 
 /// All heads of all samples.
@@ -134,7 +140,7 @@ impl Rules for Attention {
         let mut answer = Array::zeros(out.shape.dims());
         for (n, h) in each_head(out.shape.0[0], self.heads) {
             let [q, k, v] = head(args[0], self.heads, (n, h));
-            let mixed = weights(&q, &k, self.scale).dot(&v);
+            let mixed = rounded(out.dtype, &weights(&q, &k, self.scale)).dot(&v);
             for ((i, j), value) in mixed.indexed_iter() {
                 answer[[n, i, h * v.ncols() + j]] = *value;
             }
@@ -208,7 +214,8 @@ impl Rules for AttentionGrad {
             let weights = weights(&q, &k, self.scale);
             let dweights = ct.dot(&v.t());
             let sums = (&weights * &dweights).sum_axis(Axis(1)).insert_axis(Axis(1));
-            let dproducts = &weights * &(&dweights - &sums) * self.scale;
+            let dproducts = rounded(out.dtype, &(&weights * &(&dweights - &sums) * self.scale));
+            let weights = rounded(out.dtype, &weights);
             for (part, grad) in
                 [dproducts.dot(&k), dproducts.t().dot(&q), weights.t().dot(&ct)].iter().enumerate()
             {

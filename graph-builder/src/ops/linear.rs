@@ -3,7 +3,7 @@
 use ndarray::{Array2, Axis};
 
 use crate::error::{Refusal, refuse};
-use crate::eval::{Array, bundle, expand, filled};
+use crate::eval::{Array, bundle, expand, filled, operand};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
 use crate::op::{Cost, Grad, Rules, traffic};
 use crate::ops::activation::{Activation, GELU_GRAD_FLOPS, gelu_grad, gelu_slope_nodes};
@@ -56,10 +56,11 @@ fn matrix(x: &Array) -> Array2<f64> {
         .unwrap_or_else(|_| Array2::from_elem((rows, width), f64::NAN))
 }
 
-fn eval_linear(activation: Activation, args: &[&Array], out: &Shape) -> Array {
-    let product = matrix(&activation.eval(args[0])).dot(&matrix(args[1]).t());
+fn eval_linear(activation: Activation, args: &[&Array], out: &Type) -> Array {
+    let x = operand(out.dtype, activation.eval(args[0]));
+    let product = matrix(&x).dot(&matrix(args[1]).t());
     let sum = product + &matrix(args[2]);
-    filled(out, sum)
+    filled(&out.shape, sum)
 }
 
 /// Nodes for `act(x) Wᵀ + b`.
@@ -117,7 +118,7 @@ impl Rules for Linear {
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
-        eval_linear(self.activation, args, &out.shape)
+        eval_linear(self.activation, args, out)
     }
     fn cost(&self, args: &[&Type], out: &Type) -> Cost {
         let n = width(out);
@@ -221,8 +222,9 @@ impl Rules for LinearGradWeight {
         f.rounded_result_with("ReduceSum", &[&ct, &rows], vec![Attribute::int("keepdims", 0)]);
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
-    fn eval(&self, args: &[&Array], _: &Type) -> Array {
-        let (ct, x) = (matrix(args[0]), matrix(&self.activation.eval(args[1])));
+    fn eval(&self, args: &[&Array], out: &Type) -> Array {
+        let x = operand(out.dtype, self.activation.eval(args[1]));
+        let (ct, x) = (matrix(args[0]), matrix(&x));
         bundle(&[ct.t().dot(&x).into_dyn(), ct.sum_axis(Axis(0)).into_dyn()])
     }
     fn cost(&self, args: &[&Type], out: &Type) -> Cost {
@@ -275,7 +277,7 @@ impl Rules for LinearGateResidual {
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
-        args[0] + expand(args[1], &out.shape) * eval_linear(self.activation, &args[2..], &out.shape)
+        args[0] + expand(args[1], &out.shape) * eval_linear(self.activation, &args[2..], out)
     }
     fn cost(&self, args: &[&Type], out: &Type) -> Cost {
         let n = width(out);

@@ -140,6 +140,25 @@ pub enum GraphError {
         /// Type of its answer.
         got: String,
     },
+    /// The CUDA provider has no kernel for a node in its type.
+    #[error(
+        "program `{program}`: {op} of `{layer}`{within} has no CUDA kernel for {got}, only for {legal}; give the op the \
+         policy f32 in the table of `passes::POLICIES`"
+    )]
+    IllegalType {
+        /// Name of the program.
+        program: String,
+        /// The standard op.
+        op: String,
+        /// Name of the node, which begins with its scope path.
+        layer: String,
+        /// The fused op in whose function body the op stands, in words, or nothing.
+        within: String,
+        /// The element type.
+        got: crate::shape::DType,
+        /// The element types that it has a kernel for.
+        legal: String,
+    },
     /// The model message could not be written.
     #[error("emitting `{graph}`: {reason}")]
     Emit {

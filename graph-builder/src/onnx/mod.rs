@@ -5,6 +5,7 @@
 //! of the running model names its layers.
 
 mod function;
+pub mod legality;
 mod message;
 mod origin;
 

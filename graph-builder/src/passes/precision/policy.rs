@@ -23,7 +23,7 @@ pub enum Policy {
 pub const POLICIES: &[(Policy, &[&str])] = &[
     (Policy::Leaf, &["Input", "Parameter", "Constant"]),
     // Products, where the time goes and which have f32 sums; and the fused ops around them, f32 inside.
-    (Policy::Compute, &["MatMul", "Conv"]),
+    (Policy::Compute, &["MatMul"]),
     (Policy::Compute, &["Linear", "LinearGradInput", "LinearGradWeight", "LinearGateResidual"]),
     (Policy::Compute, &["Attention", "AttentionGrad"]),
     (Policy::Compute, &["LayerNorm", "LayerNormGrad", "LayerNormModulate", "LayerNormModulateGrad"]),
@@ -37,7 +37,7 @@ pub const POLICIES: &[(Policy, &[&str])] = &[
     // Images are f32, tokens are in the compute type: the model's answer is widened before guidance, solver and loss.
     (Policy::F32, &["Patchify", "Unpatchify"]),
     // What CUDA does not have in bf16, and no transformer needs.
-    (Policy::F32, &["ConvTranspose", "MaxPool", "AveragePool", "Pad"]),
+    (Policy::F32, &["Conv", "ConvTranspose", "MaxPool", "AveragePool", "Pad"]),
     // A conversion reads what its author gave it.
     (Policy::F32, &["Cast"]),
     // The arithmetic between: one rounding of an f32 result.

@@ -31,6 +31,7 @@ pub enum Optimization {
 
 /// How a program is loaded and run.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches, each with a default")]
 pub struct SessionOptions {
     /// Threads inside one op; 0 leaves it to ONNX Runtime (one per physical core).
     pub threads: usize,

@@ -173,11 +173,9 @@ pub(crate) fn guarded<T>(
     action: &'static str,
     call: impl FnOnce() -> std::result::Result<T, DriverError>,
 ) -> Result<T> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(done) => done.map_err(|e| RuntimeError::cuda(action, e)),
-        Err(_) => {
-            let reason = "the driver lacks a function that CUDA 13 has; update it".to_owned();
-            Err(RuntimeError::Cuda { action, reason })
-        }
-    }
+    let Ok(done) = catch_unwind(AssertUnwindSafe(call)) else {
+        let reason = "the driver lacks a function that CUDA 13 has; update it".to_owned();
+        return Err(RuntimeError::Cuda { action, reason });
+    };
+    done.map_err(|e| RuntimeError::cuda(action, e))
 }

@@ -11,6 +11,7 @@
 //! | [`binding`] | a program bound once to arenas and buffers, then run without copies: [`Binding`] |
 //! | [`update`] | gradient norm, clip, AdamW and EMA over arenas in one sweep: [`AdamW`] |
 //! | [`kernels`] | native kernels of the `mudit` ops, which replace the function bodies in the models |
+//! | [`cuda`] | NVIDIA GPUs: kernels compiled at need |
 //! | [`engine`] | engine directories: programs, weights and `engine.json`, written whole or not at all |
 //! | [`memory`] | peak and present memory of the process |
 //! | [`tensor`], [`safetensors_file`] | tensors in host memory and their files |
@@ -23,6 +24,7 @@
 
 pub mod arena;
 pub mod binding;
+pub mod cuda;
 pub mod device;
 pub mod doctor;
 mod dylib;

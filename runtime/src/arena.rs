@@ -339,6 +339,16 @@ impl Arena {
         Ok(arena)
     }
 
+    /// Every element, gaps included.
+    pub(crate) fn as_slice(&self) -> &[f32] {
+        self.data.as_slice()
+    }
+
+    /// Every element, gaps included, writable.
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        self.data_mut()
+    }
+
     /// Address of the first element, for bindings: it stays the same as long as the arena lives.
     pub(crate) fn start(&self) -> NonNull<f32> {
         self.data.start()

@@ -1,6 +1,7 @@
 //! Programs bound once to their memory: a run then costs no allocation, no copy and no look-up.
 #![allow(unsafe_code, reason = "answers for the addresses of host memory that ONNX Runtime is given")]
 
+mod mirror;
 mod table;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use crate::error::{Result, RuntimeError, nearest};
 use crate::huge_pages;
 use crate::session::Session;
 use crate::storage::Storage;
+use mirror::Mirrors;
 use table::AddressTable;
 
 /// An element type that host code can read and write in a binding's buffers.
@@ -117,10 +119,13 @@ pub struct BindingBuilder {
 ///
 /// Inputs and outputs that were bound to an arena are read and written in place. The others have buffers of the
 /// binding's own, zero at first. A run locks the arenas it reads for reading and the ones it writes for writing, so
-/// host code and runs never touch the same memory at the same time.
+/// host code and runs never touch the same memory at the same time. On a GPU each input and output has a copy there,
+/// which a run fills before and reads after.
 pub struct Binding {
     // Released before the memory that it points into.
     io: AddressTable,
+    /// What the program reads and writes when it runs on a GPU.
+    mirrors: Option<Mirrors>,
     inputs: IndexMap<String, Port>,
     outputs: IndexMap<String, Port>,
     /// In address order, so that runs on several threads lock in one order.
@@ -184,6 +189,8 @@ impl BindingBuilder {
     pub fn finish(mut self) -> Result<Binding> {
         let session = self.session.clone();
         let io = AddressTable::new(&session)?;
+        let mut mirrors = session.gpu().map(Mirrors::new);
+        let ordinal = session.gpu().map(|g| g.info().ordinal);
         for (specs, ports, side) in [
             (session.inputs(), &mut self.inputs, Side::Input),
             (session.outputs(), &mut self.outputs, Side::Output),
@@ -200,14 +207,18 @@ impl BindingBuilder {
                         self.arenas[*arena].start.as_ptr().add(*offset).cast()
                     },
                 };
+                let address = match &mut mirrors {
+                    Some(mirrors) => mirrors.add(side == Side::Input, spec, address)?,
+                    None => address,
+                };
                 // SAFETY: the address is of `spec`'s size and lives as long as the binding: the buffers and the
-                // arenas' handles move into it, and `run` refuses an arena whose memory was exchanged.
-                unsafe { io.bind(side == Side::Input, spec, address)? };
+                // arenas' handles, or the GPU's copies, move into it, and `run` refuses an arena whose memory was exchanged.
+                unsafe { io.bind(side == Side::Input, spec, address, ordinal)? };
             }
         }
         let Self { inputs, outputs, mut arenas, .. } = self;
         arenas.sort_by_key(|a| Arc::as_ptr(&a.arena).addr());
-        Ok(Binding { io, inputs, outputs, arenas, session, runs: 0 })
+        Ok(Binding { io, mirrors, inputs, outputs, arenas, session, runs: 0 })
     }
 
     fn bind_by_name(&mut self, side: Side, arena: &SharedArena, prefix: &str) -> Result<usize> {
@@ -369,7 +380,16 @@ impl Binding {
         let session = self.session.lock();
         // SAFETY: every bound address is alive (see `finish`); the guards and `&mut self` give this run exclusive
         // access to what it writes and shared access to what it reads.
-        let result = unsafe { self.io.run(&session) };
+        let result = unsafe {
+            if let Some(mirrors) = &self.mirrors {
+                mirrors.upload()?;
+            }
+            let result = self.io.run(&session);
+            if let (Ok(()), Some(mirrors)) = (&result, &self.mirrors) {
+                mirrors.download()?;
+            }
+            result
+        };
         drop(session);
         drop(guards);
         self.runs = self.runs.saturating_add(1);

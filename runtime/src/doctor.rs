@@ -1,11 +1,12 @@
 //! What this machine has: a list of checks, each with its state and, where something is missing, a remedy.
 
-use std::panic::catch_unwind;
-
 use serde::Serialize;
 
-use crate::dylib::{self, SharedLibrary};
-use crate::library::{Runtime, RuntimeOptions, cache_directory};
+use crate::compiled::compiled_providers;
+use crate::cuda::Gpu;
+use crate::cuda::libraries::{self, CUFFT, CudaLibrary, DRIVER, Lookup, NCCL, NVRTC, TENSORRT_PLUGINS};
+use crate::library::{self, Runtime, RuntimeOptions, cache_directory};
+use crate::provider::{self, CudaOptions, Provider, TensorRtOptions};
 use crate::wheel::Python;
 
 /// Outcome of a check.
@@ -43,11 +44,10 @@ pub fn report() -> Vec<Check> {
     checks.push(cpu_features());
     checks.push(python_version());
     checks.push(pip());
-    checks.extend(
-        [&dylib::CUDA_DRIVER, &dylib::CUBLAS, &dylib::CUDNN, &dylib::NVRTC, &dylib::NCCL, &dylib::TENSORRT]
-            .map(shared_library),
-    );
-    checks.push(gpus());
+    checks.extend(gpus());
+    checks.extend(libraries::ALL.iter().map(|l| cuda_library(l)));
+    checks.push(kernel_compiler());
+    checks.extend(gpu_providers());
     checks
 }
 
@@ -69,12 +69,14 @@ fn check(
 
 fn runtime() -> Vec<Check> {
     const NAME: &str = "ONNX Runtime";
+    // A build for GPUs runs programs on the CPU as well: it is the one to tell of where it is there.
     let offline = RuntimeOptions { offline: true, ..RuntimeOptions::default() };
-    match Runtime::start(&offline) {
+    let gpu = library::locate(&RuntimeOptions { gpu: true, ..offline }).is_ok();
+    match Runtime::start(&RuntimeOptions { gpu, ..offline }) {
         Ok(runtime) => {
             let library = runtime.library();
             let detail = format!("{} ({}: {})", library.version, library.source, library.path.display());
-            let providers = match dylib::compiled_providers(&runtime) {
+            let providers = match compiled_providers(&runtime) {
                 Ok(names) => check("ONNX Runtime providers", Status::Ok, names.join(", "), None, true),
                 Err(e) => check("ONNX Runtime providers", Status::Error, e.to_string(), None, true),
             };
@@ -147,33 +149,96 @@ fn pip() -> Check {
     }
 }
 
-fn shared_library(library: &SharedLibrary) -> Check {
-    if let Some(name) = library.find() {
-        return check(library.title, Status::Ok, name, None, false);
+fn gpus() -> Vec<Check> {
+    match Gpu::list() {
+        Ok(list) if list.is_empty() => {
+            vec![check("GPU", Status::Missing, "the driver sees none", Some("check `nvidia-smi`"), false)]
+        }
+        Ok(list) => {
+            let name = |i: usize| if i == 0 { "GPU".to_owned() } else { format!("GPU {i}") };
+            let found = list.iter().enumerate();
+            found.map(|(i, gpu)| check(&name(i), Status::Ok, gpu.to_string(), None, false)).collect()
+        }
+        Err(_) if DRIVER.opened().is_none() => {
+            vec![check("GPU", Status::Missing, "no CUDA driver", None, false)]
+        }
+        Err(e) => vec![check("GPU", Status::Error, e.to_string(), Some("check `nvidia-smi`"), false)],
     }
-    let looked_for = format!("looked for {}", library.names.join(", "));
-    check(library.title, Status::Missing, looked_for, Some("only needed for NVIDIA GPUs"), false)
 }
 
-fn gpus() -> Check {
-    const NAME: &str = "GPU";
-    if dylib::CUDA_DRIVER.find().is_none() {
-        return check(NAME, Status::Missing, "no CUDA driver", None, false);
-    }
-    // The bindings panic when the driver is too old to have a symbol.
-    let names = catch_unwind(|| {
-        use cudarc::driver::result::{device, init};
-        init()?;
-        (0..device::get_count()?).map(|i| device::get_name(device::get(i)?)).collect::<Result<Vec<_>, _>>()
-    });
-    match names {
-        Ok(Ok(names)) if names.is_empty() => {
-            check(NAME, Status::Missing, "the driver sees none", None, false)
+fn cuda_library(library: &CudaLibrary) -> Check {
+    let needed = if std::ptr::eq(library, &raw const NCCL) {
+        "only for training on several GPUs"
+    } else if std::ptr::eq(library, &raw const CUFFT) {
+        "not used by any program of mudit"
+    } else if std::ptr::eq(library, &raw const TENSORRT_PLUGINS) || library.title.starts_with("TensorRT") {
+        "only for provider `tensorrt`"
+    } else {
+        "only for NVIDIA GPUs"
+    };
+    match library.look() {
+        Lookup::Found(opened) => {
+            let version = library.version().map(|v| format!("{v} ")).unwrap_or_default();
+            check(library.title, Status::Ok, format!("{version}({})", opened.path.display()), None, false)
         }
-        Ok(Ok(names)) => check(NAME, Status::Ok, names.join(", "), None, false),
-        Ok(Err(e)) => check(NAME, Status::Error, format!("{e:?}"), Some("check the driver"), false),
-        Err(_) => check(NAME, Status::Error, "the driver lacks a function", Some("update the driver"), false),
+        Lookup::Broken { path, reason } => {
+            let detail = format!("{} cannot be opened: {reason}", path.display());
+            check(library.title, Status::Error, detail, Some(library.install), false)
+        }
+        Lookup::Missing => {
+            let detail = format!("looked for {}", library.names.join(", "));
+            let remedy = format!("{needed}: {}", library.install);
+            check(library.title, Status::Missing, detail, Some(&remedy), false)
+        }
     }
+}
+
+/// Whether the CUDA kernels can be compiled: NVRTC and CUDA's headers together.
+fn kernel_compiler() -> Check {
+    const NAME: &str = "CUDA kernel compiler";
+    match libraries::compiler() {
+        Ok(compiler) => {
+            let places: Vec<String> = compiler.includes.iter().map(|p| p.display().to_string()).collect();
+            check(
+                NAME,
+                Status::Ok,
+                format!("NVRTC {}, headers in {}", compiler.version, places.join(", ")),
+                None,
+                false,
+            )
+        }
+        Err(e) if NVRTC.opened().is_some() => {
+            check(NAME, Status::Error, e.to_string(), Some(NVRTC.install), false)
+        }
+        Err(_) => check(NAME, Status::Missing, "no NVRTC", Some("only for NVIDIA GPUs"), false),
+    }
+}
+
+/// Whether a session could be made with each GPU provider: libraries, GPU, a build that has it, and the provider's own
+/// library, loaded by ONNX Runtime.
+fn gpu_providers() -> Vec<Check> {
+    let cuda = Provider::Cuda(CudaOptions::default());
+    let tensorrt = Provider::TensorRt(TensorRtOptions::default());
+    [cuda, tensorrt]
+        .iter()
+        .map(|provider| {
+            let name = format!("provider {provider}");
+            if let Err(e) = provider.check() {
+                return check(&name, Status::Missing, e.to_string(), Some("see the lines above"), false);
+            }
+            let offline = RuntimeOptions { offline: true, gpu: true, ..RuntimeOptions::default() };
+            let tried = Runtime::start(&offline).and_then(|runtime| provider::try_out(&runtime, provider));
+            match tried {
+                Ok(()) => check(&name, Status::Ok, "loads", None, false),
+                Err(crate::RuntimeError::Offline { what, from, .. }) => {
+                    let remedy =
+                        format!("the first command with --provider {provider} fetches {what} from {from}");
+                    check(&name, Status::Missing, "not fetched yet", Some(&remedy), false)
+                }
+                Err(e) => check(&name, Status::Error, e.to_string(), Some("see the lines above"), false),
+            }
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -185,7 +250,9 @@ mod tests {
         let checks = report();
         let mut names: Vec<_> = checks.iter().map(|c| c.name.as_str()).collect();
         assert!(
-            ["ONNX Runtime", "CPU", "Python", "pip", "TensorRT", "GPU"].iter().all(|n| names.contains(n))
+            ["ONNX Runtime", "CPU", "Python", "pip", "cuDNN", "TensorRT", "GPU", "provider cuda"]
+                .iter()
+                .all(|n| names.contains(n))
         );
         names.sort_unstable();
         names.dedup();

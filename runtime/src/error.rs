@@ -150,6 +150,32 @@ pub enum RuntimeError {
         /// What the memory was for.
         what: String,
     },
+    /// A GPU's memory is used up.
+    #[error(
+        "GPU {ordinal} cannot give {bytes} bytes for {what}: {free} of its {total} bytes are free; {advice}"
+    )]
+    GpuOutOfMemory {
+        /// The CUDA driver's number of the GPU.
+        ordinal: usize,
+        /// Size of the request in bytes.
+        bytes: usize,
+        /// What the memory was for.
+        what: String,
+        /// Bytes that are free.
+        free: usize,
+        /// Bytes that the GPU has.
+        total: usize,
+        /// What would fit.
+        advice: String,
+    },
+    /// The CUDA driver refused something.
+    #[error("CUDA: cannot {action}: {reason}")]
+    Cuda {
+        /// What was tried.
+        action: &'static str,
+        /// The driver's words.
+        reason: String,
+    },
     /// ONNX Runtime refuses a program.
     #[error("ONNX Runtime cannot load program `{program}`: {reason}")]
     Load {
@@ -259,6 +285,10 @@ impl RuntimeError {
     /// Wraps an operating-system error with the verb and the path it belongs to.
     pub fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { action, path: path.to_path_buf(), source }
+    }
+
+    pub(crate) fn cuda(action: &'static str, error: cudarc::driver::DriverError) -> Self {
+        Self::Cuda { action, reason: format!("{error:?}") }
     }
 
     pub(crate) fn ort(action: &'static str, error: &dyn std::fmt::Display) -> Self {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use graph_builder::{DType, Shape};
 use ort::value::{Outlet, Tensor, TensorElementType, ValueType};
 
+use crate::cuda::Gpu;
 use crate::error::{Result, RuntimeError, nearest};
 use crate::library::Runtime;
 use crate::session::{SessionOptions, builder, load_error};
@@ -37,6 +38,7 @@ pub struct ForeignModel {
     inputs: Vec<Port>,
     outputs: Vec<Port>,
     inner: ort::session::Session,
+    _gpu: Option<Arc<Gpu>>,
     _runtime: Arc<Runtime>,
 }
 
@@ -54,13 +56,13 @@ impl ForeignModel {
     pub fn load(runtime: &Arc<Runtime>, path: &Path, options: &SessionOptions) -> Result<Self> {
         std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let name = path.display().to_string();
-        let mut builder = builder(runtime, options, &name)?;
+        let (mut builder, gpu) = builder(runtime, options, &name)?;
         let turn = runtime.loading();
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
         drop(turn);
         let ports = |outlets: &[Outlet]| outlets.iter().map(port).collect();
         let (inputs, outputs) = (ports(inner.inputs()), ports(inner.outputs()));
-        Ok(Self { name, inputs, outputs, inner, _runtime: runtime.clone() })
+        Ok(Self { name, inputs, outputs, inner, _gpu: gpu, _runtime: runtime.clone() })
     }
 
     /// Inputs in order.

@@ -6,16 +6,17 @@
 //! |---|---|
 //! | [`library`] | finding, fetching and loading ONNX Runtime once per process: [`Runtime`] |
 //! | [`session`] | a loaded program whose signature was checked: [`Session`] |
+//! | [`placement`] | which provider runs which node of a session |
 //! | [`foreign`] | models that somebody else made: [`ForeignModel`] |
 //! | [`arena`] | one allocation for all parameters (or gradients, …), a named view each: [`Arena`] |
 //! | [`binding`] | a program bound once to arenas and buffers, then run without copies: [`Binding`] |
 //! | [`update`] | gradient norm, clip, AdamW and EMA over arenas in one sweep: [`AdamW`] |
 //! | [`kernels`] | native kernels of the `mudit` ops, which replace the function bodies in the models |
-//! | [`cuda`] | NVIDIA GPUs: kernels compiled at need |
 //! | [`engine`] | engine directories: programs, weights and `engine.json`, written whole or not at all |
 //! | [`memory`] | peak and present memory of the process |
 //! | [`tensor`], [`safetensors_file`] | tensors in host memory and their files |
 //! | [`mod@file`] | files written beside and renamed |
+//! | [`cuda`] | NVIDIA's libraries, a GPU's context and stream, memory and arenas on it, kernels compiled at need |
 //! | [`device`], [`provider`] | where programs run; what is missing for it is said, never worked around |
 //! | [`doctor`] | what this machine has: a list of checks with remedies |
 //!
@@ -24,10 +25,10 @@
 
 pub mod arena;
 pub mod binding;
+mod compiled;
 pub mod cuda;
 pub mod device;
 pub mod doctor;
-mod dylib;
 pub mod engine;
 pub mod error;
 pub mod file;
@@ -36,6 +37,7 @@ mod huge_pages;
 pub mod kernels;
 pub mod library;
 pub mod memory;
+pub mod placement;
 pub mod provider;
 pub mod safetensors_file;
 pub mod session;
@@ -49,11 +51,12 @@ mod wheel;
 pub use arena::{Arena, ArenaEntry, ArenaLayout, SharedArena};
 pub use binding::{Binding, BindingBuilder};
 pub use device::Device;
-pub use engine::{Engine, EngineManifest};
+pub use engine::{Engine, EngineDraft, EngineKey, EngineManifest};
 pub use error::{Result, RuntimeError};
 pub use foreign::{ForeignModel, Port};
 pub use library::{LibraryInfo, LibrarySource, Runtime, RuntimeOptions};
-pub use provider::Provider;
+pub use placement::Placement;
+pub use provider::{CpuOptions, CudaOptions, Provider, TensorRtOptions};
 pub use session::{Optimization, Session, SessionOptions, Weights};
 pub use tensor::{HostData, HostTensor, read_safetensors_file, write_safetensors_file};
 pub use update::{AdamW, UpdateReport};

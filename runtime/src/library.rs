@@ -1,7 +1,8 @@
 //! The ONNX Runtime library: found, or fetched from the Python package index, then loaded once per process.
 //!
 //! Order: `ORT_DYLIB_PATH`; the user's cache; an installed Python `onnxruntime`; the pinned wheel, fetched by
-//! Python's pip, checked by hash and unpacked into the cache. Nothing is fetched silently.
+//! Python's pip, checked by hash and unpacked into the cache. Nothing is fetched silently. For a GPU provider only a
+//! build that has the CUDA provider beside the library counts, and the wheel is `onnxruntime-gpu`.
 
 use std::env;
 use std::fmt;
@@ -57,25 +58,61 @@ pub struct LibraryInfo {
     pub version: String,
 }
 
+impl LibraryInfo {
+    /// The file of a provider that is a library of its own: `cuda`, `tensorrt`, `shared`.
+    pub fn provider_file(&self, provider: &str) -> Option<PathBuf> {
+        let real = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        [&self.path, &real].into_iter().find_map(|library| {
+            let file = library.parent()?.join(format!("libonnxruntime_providers_{provider}.so"));
+            file.is_file().then_some(file)
+        })
+    }
+
+    /// Refuses a build for the CPU alone.
+    ///
+    /// # Errors
+    /// [`RuntimeError::LibraryUnusable`].
+    pub fn require_gpu_providers(&self) -> Result<()> {
+        if self.provider_file("cuda").is_some() {
+            return Ok(());
+        }
+        Err(RuntimeError::LibraryUnusable {
+            path: self.path.clone(),
+            reason: format!(
+                "this build ({}) is for the CPU alone: libonnxruntime_providers_cuda.so is not beside it",
+                self.source
+            ),
+            remedy: format!(
+                "for a GPU provider let ORT_DYLIB_PATH name the library of onnxruntime-gpu {PINNED_VERSION}, or unset it"
+            ),
+        })
+    }
+}
+
 /// How to find ONNX Runtime.
 #[derive(Clone, Copy)]
 pub struct RuntimeOptions<'a> {
     /// Refuse to fetch anything.
     pub offline: bool,
+    /// Insist on a build with the CUDA and TensorRT providers; it runs programs on the CPU as well.
+    pub gpu: bool,
     /// Receives one line for everything that is fetched: what, from where, to where.
     pub progress: &'a dyn Fn(&str),
 }
 
 impl fmt::Debug for RuntimeOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RuntimeOptions").field("offline", &self.offline).finish_non_exhaustive()
+        f.debug_struct("RuntimeOptions")
+            .field("offline", &self.offline)
+            .field("gpu", &self.gpu)
+            .finish_non_exhaustive()
     }
 }
 
 impl Default for RuntimeOptions<'_> {
     /// Fetches when needed and says nothing.
     fn default() -> Self {
-        Self { offline: false, progress: &|_| {} }
+        Self { offline: false, gpu: false, progress: &|_| {} }
     }
 }
 
@@ -103,6 +140,9 @@ impl Runtime {
     pub fn start(options: &RuntimeOptions<'_>) -> Result<Arc<Self>> {
         let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(runtime) = started.as_ref() {
+            if options.gpu {
+                runtime.library.require_gpu_providers()?;
+            }
             return Ok(runtime.clone());
         }
         let library = locate(options)?;
@@ -174,9 +214,13 @@ impl Surroundings {
     fn locate(self, options: &RuntimeOptions<'_>) -> Result<LibraryInfo> {
         let Self { path, cache, python } = self;
         if let Some(path) = path {
-            return from_path(path);
+            let library = from_path(path)?;
+            if options.gpu {
+                library.require_gpu_providers()?;
+            }
+            return Ok(library);
         }
-        let wheel = wheel::for_this_platform();
+        let wheel = if options.gpu { wheel::with_gpu_providers() } else { wheel::for_this_platform() };
         if let (Some(wheel), Some(cache)) = (wheel, &cache) {
             match wheel.cached(cache) {
                 Ok(Some(path)) => return Ok(info(path, LibrarySource::Cache)),
@@ -186,7 +230,10 @@ impl Surroundings {
             }
         }
         if let Some(path) = installed_library(&python) {
-            return Ok(info(path, LibrarySource::Python));
+            let library = info(path, LibrarySource::Python);
+            if !options.gpu || library.provider_file("cuda").is_some() {
+                return Ok(library);
+            }
         }
         let not_found =
             |reason: String| RuntimeError::LibraryNotFound { reason, remedy: SET_PATH.to_owned() };
@@ -197,7 +244,7 @@ impl Surroundings {
             .ok_or_else(|| not_found("no cache directory: neither MUDIT_CACHE nor HOME is set".into()))?;
         if options.offline {
             return Err(RuntimeError::Offline {
-                what: format!("ONNX Runtime {PINNED_VERSION}"),
+                what: format!("ONNX Runtime {PINNED_VERSION}{}", if options.gpu { " for GPUs" } else { "" }),
                 from: "PyPI".to_owned(),
                 remedy: format!("run once without it, or {SET_PATH}"),
             });

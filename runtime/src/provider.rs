@@ -1,10 +1,16 @@
 //! Typed provider options. A provider that cannot be had is an error; nothing falls back to another one.
 
-use std::fmt;
+mod execution;
 
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::cuda::Gpu;
+use crate::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT};
 use crate::device::Device;
-use crate::dylib;
 use crate::error::{Result, RuntimeError};
+
+pub(crate) use execution::{register, try_out};
 
 /// Options of the CPU provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,28 +26,69 @@ impl Default for CpuOptions {
 }
 
 /// Options of the CUDA provider.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CudaOptions {
     /// The CUDA driver's number of the GPU.
     pub ordinal: usize,
+    /// Record the kernels of a run once and start them all at once from then on. Programs with control flow, or with a
+    /// node that is not on the GPU, are refused.
+    pub cuda_graph: bool,
+    /// Largest size of the provider's memory for intermediate values, in bytes.
+    pub memory_limit: Option<usize>,
+    /// Let f32 products round their operands to 10 bits of fraction: some eight times faster, no longer exact to 1e-4.
+    pub tf32: bool,
 }
 
-/// Options of the TensorRT provider.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TensorRtOptions {
     /// The CUDA driver's number of the GPU.
     pub ordinal: usize,
+    /// Record the kernels of a run once and start them all at once from then on.
+    pub cuda_graph: bool,
+    /// Folder that built engines are kept in and taken from.
+    pub engine_cache: Option<PathBuf>,
+    /// Start of the file names of engines in the cache.
+    pub engine_prefix: Option<String>,
+    /// Folder with the measurements of kernels, which make the next build shorter.
+    pub timing_cache: Option<PathBuf>,
+    /// Write a model that holds the built engine to this file. It is loaded like any other model, without a build.
+    pub context_file: Option<PathBuf>,
+    /// Shapes that an engine is built for, where the model leaves an axis open.
+    pub profiles: Vec<ShapeProfile>,
+    /// Effort of the builder, 0 to 5; `None` leaves it to TensorRT (3).
+    pub builder_level: Option<u8>,
+    /// Build an engine without weights, which takes them from the model in this folder when it is loaded: new weights
+    /// need no new build.
+    pub weights_from: Option<PathBuf>,
+    /// Build an engine that runs on later GPUs too (Ampere and newer), at some loss of speed.
+    pub hardware_compatible: bool,
+    /// Largest size of the memory that one kernel may use while it runs, in bytes.
+    pub workspace_limit: Option<usize>,
+}
+
+/// The shapes of one input that an engine serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShapeProfile {
+    /// The input.
+    pub input: String,
+    /// The smallest.
+    pub min: Vec<usize>,
+    /// The one that kernels are chosen for.
+    pub opt: Vec<usize>,
+    /// The largest.
+    pub max: Vec<usize>,
 }
 
 /// Who executes a program's nodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Provider {
     /// ONNX Runtime's own CPU kernels.
     Cpu(CpuOptions),
     /// NVIDIA GPUs through CUDA libraries.
     Cuda(CudaOptions),
-    /// NVIDIA GPUs through TensorRT engines.
+    /// NVIDIA GPUs through TensorRT engines; what TensorRT cannot do runs on the CUDA provider, nothing on the CPU.
     TensorRt(TensorRtOptions),
 }
 
@@ -66,46 +113,98 @@ impl Provider {
     pub fn device(&self) -> Device {
         match self {
             Self::Cpu(_) => Device::Cpu,
-            Self::Cuda(CudaOptions { ordinal }) | Self::TensorRt(TensorRtOptions { ordinal }) => {
+            Self::Cuda(CudaOptions { ordinal, .. }) | Self::TensorRt(TensorRtOptions { ordinal, .. }) => {
                 Device::Cuda { ordinal: *ordinal }
             }
         }
     }
 
-    /// Refuses a provider that cannot run programs here.
+    /// Whether it runs programs on a GPU.
+    pub fn is_gpu(&self) -> bool {
+        self.device() != Device::Cpu
+    }
+
+    /// ONNX Runtime's name of the provider.
+    pub fn onnx_runtime_name(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "CPUExecutionProvider",
+            Self::Cuda(_) => "CUDAExecutionProvider",
+            Self::TensorRt(_) => "TensorrtExecutionProvider",
+        }
+    }
+
+    /// Whether runs are recorded as CUDA graphs.
+    pub fn cuda_graph(&self) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            Self::Cuda(CudaOptions { cuda_graph, .. })
+            | Self::TensorRt(TensorRtOptions { cuda_graph, .. }) => *cuda_graph,
+        }
+    }
+
+    /// Refuses a provider that cannot run programs here: a library is missing, or the GPU. It needs neither ONNX Runtime
+    /// nor the network, so it can be asked before anything is fetched.
     ///
     /// # Errors
-    /// [`RuntimeError::ProviderUnavailable`] with the libraries that were looked for and not found.
+    /// [`RuntimeError::ProviderUnavailable`] with everything that is missing and what installs it.
     pub fn check(&self) -> Result<()> {
-        let wanted: &[_] = match self {
+        let wanted = match self {
             Self::Cpu(_) => return Ok(()),
-            Self::Cuda(_) => &[dylib::CUDA_DRIVER, dylib::CUBLAS, dylib::CUDNN],
-            Self::TensorRt(_) => &[dylib::CUDA_DRIVER, dylib::CUBLAS, dylib::CUDNN, dylib::TENSORRT],
+            Self::Cuda(_) => FOR_CUDA,
+            Self::TensorRt(_) => FOR_TENSORRT,
         };
-        let missing: Vec<_> = wanted.iter().filter(|l| l.find().is_none()).map(ToString::to_string).collect();
-        let (reason, remedy) = if missing.is_empty() {
-            ("this build runs programs on the CPU only".to_owned(), "use provider `cpu`")
-        } else {
-            (format!("not found: {}", missing.join("; ")), "install them or use provider `cpu`")
-        };
-        let (provider, remedy) = (self.to_string(), remedy.to_owned());
-        Err(RuntimeError::ProviderUnavailable { provider, reason, remedy })
+        let missing: Vec<&CudaLibrary> = wanted.iter().filter(|l| l.opened().is_none()).copied().collect();
+        if !missing.is_empty() {
+            return Err(self.unavailable(&missing));
+        }
+        match self.device() {
+            Device::Cuda { ordinal } => Gpu::open(ordinal).map(|_| ()),
+            Device::Cpu => Ok(()),
+        }
+    }
+
+    fn unavailable(&self, missing: &[&CudaLibrary]) -> RuntimeError {
+        let reasons: Vec<String> = missing.iter().filter_map(|l| l.complaint()).collect();
+        let mut installs: Vec<&str> = missing.iter().map(|l| l.install).collect();
+        installs.dedup();
+        RuntimeError::ProviderUnavailable {
+            provider: self.to_string(),
+            reason: reasons.join("; "),
+            remedy: format!("{}; or use provider `cpu`; `mudit doctor` tells more", installs.join("; ")),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::libraries::{CUDNN, DRIVER, TENSORRT};
 
     #[test]
-    fn gpu_providers_are_refused_with_a_reason_and_a_remedy() {
+    fn everything_that_is_missing_is_named_with_what_installs_it() {
         Provider::default().check().unwrap();
+        let error = Provider::TensorRt(TensorRtOptions::default()).unavailable(&[&DRIVER, &CUDNN, &TENSORRT]);
+        let text = error.to_string();
+        assert!(text.starts_with("provider `tensorrt` is not available: "), "{text}");
+        for part in ["driver", "nvidia-cudnn-cu13==", "tensorrt-cu13==10.16.1.11", "use provider `cpu`"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn a_gpu_provider_is_there_or_refused_with_a_remedy() {
         for provider in
             [Provider::Cuda(CudaOptions::default()), Provider::TensorRt(TensorRtOptions::default())]
         {
-            let text = provider.check().unwrap_err().to_string();
-            assert!(text.contains(&format!("`{provider}`")) && text.contains("use provider `cpu`"), "{text}");
+            if let Err(error) = provider.check() {
+                let text = error.to_string();
+                assert!(
+                    text.contains(&format!("`{provider}`")) && text.contains("use provider `cpu`"),
+                    "{text}"
+                );
+            }
         }
-        assert_eq!(Provider::Cuda(CudaOptions { ordinal: 2 }).device(), Device::Cuda { ordinal: 2 });
+        let second = CudaOptions { ordinal: 2, ..CudaOptions::default() };
+        assert_eq!(Provider::Cuda(second).device(), Device::Cuda { ordinal: 2 });
     }
 }

@@ -8,10 +8,12 @@ use graph_builder::{DType, OnnxProgram, Shape, TensorSpec};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{Outlet, TensorElementType, ValueType};
 
+use crate::cuda::Gpu;
+use crate::device::Device;
 use crate::error::{Result, RuntimeError, nearest};
 use crate::kernels;
 use crate::library::Runtime;
-use crate::provider::{CpuOptions, Provider};
+use crate::provider::{self, Provider};
 
 /// How far ONNX Runtime rewrites a graph before running it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,6 +31,7 @@ pub enum Optimization {
 
 /// How a program is loaded and run.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches, each with a default")]
 pub struct SessionOptions {
     /// Threads inside one op; 0 leaves it to ONNX Runtime (one per physical core).
     pub threads: usize,
@@ -46,6 +49,8 @@ pub struct SessionOptions {
     pub provider: Provider,
     /// Write the graph as ONNX Runtime rewrote it.
     pub optimized_model_path: Option<PathBuf>,
+    /// Note which provider runs which node; see [`Session::placement`].
+    pub record_placement: bool,
 }
 
 impl Default for SessionOptions {
@@ -59,6 +64,7 @@ impl Default for SessionOptions {
             profile: None,
             provider: Provider::default(),
             optimized_model_path: None,
+            record_placement: false,
         }
     }
 }
@@ -83,7 +89,9 @@ pub struct Session {
     // Dropped before the weights, which it may point into.
     inner: Mutex<ort::session::Session>,
     _weights: Option<Arc<[u8]>>,
-    _runtime: Arc<Runtime>,
+    /// The GPU on whose stream it runs.
+    gpu: Option<Arc<Gpu>>,
+    runtime: Arc<Runtime>,
 }
 
 impl fmt::Debug for Session {
@@ -105,12 +113,12 @@ impl Session {
         options: &SessionOptions,
     ) -> Result<Arc<Self>> {
         let failed = |e: ort::Error| load_error(&program.name, &e);
-        let builder = builder(runtime, options, &program.name)?;
+        let (builder, gpu) = builder(runtime, options, &program.name)?;
         let mut builder = with_weights(builder, program, weights)?;
         let turn = runtime.loading();
         let inner = builder.commit_from_memory(&program.bytes).map_err(failed)?;
         drop(turn);
-        let session = Self::new(runtime, program.name.clone(), inner, weights)?;
+        let session = Self::new(runtime, program.name.clone(), inner, weights, gpu)?;
         session.check("input", &program.inputs, &session.inputs)?;
         session.check("output", &program.outputs, &session.outputs)?;
         // Callers address inputs and outputs by the program's order and static shapes.
@@ -133,11 +141,11 @@ impl Session {
         let path = path.as_ref();
         std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let name = path.display().to_string();
-        let mut builder = builder(runtime, options, &name)?;
+        let (mut builder, gpu) = builder(runtime, options, &name)?;
         let turn = runtime.loading();
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
         drop(turn);
-        let session = Self::new(runtime, name, inner, &Weights::Inside)?;
+        let session = Self::new(runtime, name, inner, &Weights::Inside, gpu)?;
         if let Some((inputs, outputs)) = signature {
             session.check("input", inputs, &session.inputs)?;
             session.check("output", outputs, &session.outputs)?;
@@ -150,6 +158,11 @@ impl Session {
         &self.name
     }
 
+    /// The library that it is loaded in.
+    pub fn runtime(&self) -> &Arc<Runtime> {
+        &self.runtime
+    }
+
     /// Inputs in order.
     pub fn inputs(&self) -> &[TensorSpec] {
         &self.inputs
@@ -158,6 +171,11 @@ impl Session {
     /// Outputs in order.
     pub fn outputs(&self) -> &[TensorSpec] {
         &self.outputs
+    }
+
+    /// The GPU that runs it.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.gpu.as_ref()
     }
 
     /// Stops profiling and returns the file that was written.
@@ -178,6 +196,7 @@ impl Session {
         name: String,
         inner: ort::session::Session,
         weights: &Weights,
+        gpu: Option<Arc<Gpu>>,
     ) -> Result<Self> {
         let specs = |side, outlets: &[Outlet]| -> Result<Vec<TensorSpec>> {
             outlets.iter().map(|o| spec(&name, side, o)).collect()
@@ -188,7 +207,7 @@ impl Session {
             Weights::Inside | Weights::Directory(_) => None,
         };
         let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self { name, inputs, outputs, inner, _weights: kept, _runtime: runtime })
+        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, runtime })
     }
 
     fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {
@@ -224,18 +243,31 @@ pub(crate) fn load_error(program: &str, error: &dyn fmt::Display) -> RuntimeErro
     RuntimeError::Load { program: program.to_owned(), reason: error.to_string() }
 }
 
+/// A builder with every option applied, and the GPU that the session will run on.
 pub(crate) fn builder(
     runtime: &Arc<Runtime>,
     options: &SessionOptions,
     program: &str,
-) -> Result<SessionBuilder> {
+) -> Result<(SessionBuilder, Option<Arc<Gpu>>)> {
     options.provider.check()?;
-    configure(runtime, options).map_err(|e| load_error(program, &e))
+    let gpu = match options.provider.device() {
+        Device::Cpu => None,
+        Device::Cuda { ordinal } => {
+            runtime.library().require_gpu_providers()?;
+            Some(Gpu::open(ordinal)?)
+        }
+    };
+    let configured = configure(runtime, options, gpu.as_deref()).map_err(|e| load_error(program, &e))?;
+    Ok((configured, gpu))
 }
 
 /// The builder with every option applied. A function of its own because a builder's error carries the builder,
 /// which cannot leave the thread.
-fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<SessionBuilder> {
+fn configure(
+    runtime: &Arc<Runtime>,
+    options: &SessionOptions,
+    gpu: Option<&Gpu>,
+) -> ort::Result<SessionBuilder> {
     let level = match options.optimization {
         Optimization::None => GraphOptimizationLevel::Disable,
         Optimization::Basic => GraphOptimizationLevel::Level1,
@@ -254,14 +286,13 @@ fn configure(runtime: &Arc<Runtime>, options: &SessionOptions) -> ort::Result<Se
     if options.threads > 0 {
         builder = builder.with_intra_threads(options.threads)?;
     }
-    if let Provider::Cpu(CpuOptions { memory_arena }) = options.provider {
-        builder = builder.with_execution_providers([ort::ep::CPU::default()
-            .with_arena_allocator(memory_arena)
-            .build()
-            .error_on_failure()])?;
-    }
-    if options.native_kernels {
+    builder = provider::register(builder, &options.provider, gpu)?;
+    // On a GPU the function bodies run: this crate's kernels are for the CPU.
+    if options.native_kernels && matches!(options.provider, Provider::Cpu(_)) {
         builder = builder.with_operators(kernels::domain()?)?;
+    }
+    if options.record_placement {
+        builder = builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?;
     }
     if let Some(prefix) = &options.profile {
         builder = builder.with_profiling(prefix)?;

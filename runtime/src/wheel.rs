@@ -1,4 +1,4 @@
-//! The pinned ONNX Runtime wheel: fetched by Python's pip, checked by hash, unpacked into the cache.
+//! Pinned wheels (ONNX Runtime, NVRTC): fetched by Python's pip, checked by hash, unpacked into the cache.
 
 use std::fs;
 use std::io;
@@ -7,45 +7,212 @@ use std::process::{Command, Output, Stdio};
 
 use crate::error::{Result, RuntimeError};
 use crate::file::{sha256_file, write_atomically};
-use crate::library::{PINNED_VERSION, SET_PATH};
+use crate::library::SET_PATH;
 
-/// One platform's wheel. Every wheel of a platform holds the same library; the one for Python 3.11 is pinned,
+/// One platform's wheel. Where every wheel of a platform holds the same library, the one for Python 3.11 is pinned,
 /// whatever Python runs pip.
 pub(crate) struct Wheel {
+    /// What it is called in words.
+    title: &'static str,
+    /// pip's name and version.
+    requirement: &'static str,
     os: &'static str,
     arch: &'static str,
-    /// pip's platform tag.
-    tag: &'static str,
+    /// pip's options that choose the platform's file.
+    tags: &'static [&'static str],
+    /// Size of the download in MB.
+    megabytes: u32,
     /// SHA-256 of the wheel.
     sha256: &'static str,
-    /// Size of the library inside, in bytes.
-    library_bytes: u64,
-    /// SHA-256 of the library inside.
-    library_sha256: &'static str,
+    /// The folder in the cache.
+    folder: &'static str,
+    /// The files that are taken out of it; the first is the one that the others serve.
+    files: &'static [Member],
+    /// Everything in this folder of the wheel is taken out as well.
+    tree: Option<Tree>,
+}
+
+/// A file inside a wheel.
+struct Member {
+    path: &'static str,
+    /// Where it goes, below the wheel's folder in the cache.
+    target: &'static str,
+    bytes: u64,
+    sha256: &'static str,
+}
+
+/// A folder inside a wheel, and where it goes.
+struct Tree {
+    path: &'static str,
+    target: &'static str,
+}
+
+/// Larger files in the cache are known by their size; their contents were checked when they were unpacked.
+const CHECKED_EACH_TIME: u64 = 64 << 20;
+
+const PYTHON_311: [&str; 3] = ["--implementation=cp", "--python-version=3.11", "--abi=cp311"];
+
+macro_rules! for_python_311 {
+    ($platform:literal) => {
+        &[PYTHON_311[0], PYTHON_311[1], PYTHON_311[2], concat!("--platform=", $platform)]
+    };
 }
 
 const WHEELS: [Wheel; 2] = [
     Wheel {
+        title: "ONNX Runtime 1.31.1",
+        requirement: "onnxruntime==1.31.1",
         os: "linux",
         arch: "x86_64",
-        tag: "manylinux_2_28_x86_64",
+        tags: for_python_311!("manylinux_2_28_x86_64"),
+        megabytes: 24,
         sha256: "5752bd508126ae7c49894d3b9d2e83f0c3d487319246d04c444b393308d7ad7f",
-        library_bytes: 29_352_200,
-        library_sha256: "fc44112fbe06d7d689c57e11d3862031f64711007e4ee020f8eed5185fd2c1d3",
+        folder: "onnxruntime-1.31.1-linux-x86_64",
+        files: &[Member {
+            path: "onnxruntime/capi/libonnxruntime.so.1.31.1",
+            target: "libonnxruntime.so.1.31.1",
+            bytes: 29_352_200,
+            sha256: "fc44112fbe06d7d689c57e11d3862031f64711007e4ee020f8eed5185fd2c1d3",
+        }],
+        tree: None,
     },
     Wheel {
+        title: "ONNX Runtime 1.31.1",
+        requirement: "onnxruntime==1.31.1",
         os: "linux",
         arch: "aarch64",
-        tag: "manylinux_2_28_aarch64",
+        tags: for_python_311!("manylinux_2_28_aarch64"),
+        megabytes: 22,
         sha256: "da05378364c44d4407e463982d2bf8d5e4cfea873283757e48beeb41df97b7f3",
-        library_bytes: 25_265_040,
-        library_sha256: "8aa3b76b28c778a2b1dd660d34161adb1d508c9ccd04ff9dc80e26eca5df8467",
+        folder: "onnxruntime-1.31.1-linux-aarch64",
+        files: &[Member {
+            path: "onnxruntime/capi/libonnxruntime.so.1.31.1",
+            target: "libonnxruntime.so.1.31.1",
+            bytes: 25_265_040,
+            sha256: "8aa3b76b28c778a2b1dd660d34161adb1d508c9ccd04ff9dc80e26eca5df8467",
+        }],
+        tree: None,
+    },
+];
+
+/// ONNX Runtime with its CUDA and TensorRT providers, built for CUDA 13.
+const GPU_WHEEL: Wheel = Wheel {
+    title: "ONNX Runtime 1.31.1 with its CUDA and TensorRT providers",
+    requirement: "onnxruntime-gpu==1.31.1",
+    os: "linux",
+    arch: "x86_64",
+    tags: for_python_311!("manylinux_2_28_x86_64"),
+    megabytes: 244,
+    sha256: "e26c475fe361b2015f45b4b824bd13f0bb20204e59b62814e6f0acd5f3d491a6",
+    folder: "onnxruntime-gpu-1.31.1-linux-x86_64",
+    files: &[
+        Member {
+            path: "onnxruntime/capi/libonnxruntime.so.1.31.1",
+            target: "libonnxruntime.so.1.31.1",
+            bytes: 29_421_832,
+            sha256: "5104254339ecadae808da771bd0b63b240f0dbd466514234905e54372435c303",
+        },
+        Member {
+            path: "onnxruntime/capi/libonnxruntime_providers_shared.so",
+            target: "libonnxruntime_providers_shared.so",
+            bytes: 14_632,
+            sha256: "086ec1d5388f64153d9c63470d126693db9a182c8ce236d3a1119068471b8a0d",
+        },
+        Member {
+            path: "onnxruntime/capi/libonnxruntime_providers_cuda.so",
+            target: "libonnxruntime_providers_cuda.so",
+            bytes: 284_014_752,
+            sha256: "d5290158115fa5569a3fe8f1f4037ee9b0e86658a96e52f852bbb7039aa88137",
+        },
+        Member {
+            path: "onnxruntime/capi/libonnxruntime_providers_tensorrt.so",
+            target: "libonnxruntime_providers_tensorrt.so",
+            bytes: 994_968,
+            sha256: "1882ee49fdb0e6fc2d272b00cfaf9a3310bf8580a34385c0eec4d82014ea172e",
+        },
+    ],
+    tree: None,
+};
+
+/// NVRTC and the headers that kernels include. They need no GPU.
+const COMPILER_WHEELS: [Wheel; 3] = [
+    Wheel {
+        title: "CUDA's headers 13.0",
+        requirement: "nvidia-cuda-runtime==13.0.96",
+        os: "linux",
+        arch: "x86_64",
+        tags: &["--platform=manylinux2014_x86_64"],
+        megabytes: 2,
+        sha256: "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548",
+        folder: "cuda-13.0",
+        files: &[],
+        tree: Some(Tree { path: "nvidia/cu13/include/", target: "include" }),
+    },
+    Wheel {
+        title: "CUDA's compiler headers 13.0",
+        requirement: "nvidia-cuda-crt==13.0.88",
+        os: "linux",
+        arch: "x86_64",
+        tags: &["--platform=manylinux2014_x86_64"],
+        megabytes: 1,
+        sha256: "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4",
+        folder: "cuda-13.0",
+        files: &[],
+        tree: Some(Tree { path: "nvidia/cu13/include/crt/", target: "include/crt" }),
+    },
+    // Last: the library's presence says that the headers are there.
+    Wheel {
+        title: "NVRTC 13.0",
+        requirement: "nvidia-cuda-nvrtc==13.0.88",
+        os: "linux",
+        arch: "x86_64",
+        tags: &["--platform=manylinux2010_x86_64"],
+        megabytes: 91,
+        sha256: "ad9b6d2ead2435f11cbb6868809d2adeeee302e9bb94bcf0539c7a40d80e8575",
+        folder: "cuda-13.0",
+        files: &[
+            Member {
+                path: "nvidia/cu13/lib/libnvrtc.so.13",
+                target: "lib/libnvrtc.so.13",
+                bytes: 109_338_064,
+                sha256: "a49e67e8e74590f1e98de55c39c6287efd3f59e3c3797464d7bbe0fe01349b11",
+            },
+            Member {
+                path: "nvidia/cu13/lib/libnvrtc-builtins.so.13.0",
+                target: "lib/libnvrtc-builtins.so.13.0",
+                bytes: 4_380_616,
+                sha256: "91dcd944d01da9c0f08fff5d779db136a47f6d62bdb63bae900d2f481e92c3a2",
+            },
+        ],
+        tree: None,
     },
 ];
 
 /// The wheel for the machine this program was built for, if one is pinned.
 pub(crate) fn for_this_platform() -> Option<&'static Wheel> {
-    WHEELS.iter().find(|w| w.os == std::env::consts::OS && w.arch == std::env::consts::ARCH)
+    WHEELS.iter().find(|w| w.fits())
+}
+
+/// The same with the GPU providers.
+pub(crate) fn with_gpu_providers() -> Option<&'static Wheel> {
+    Some(&GPU_WHEEL).filter(|w| w.fits())
+}
+
+/// Fetches NVRTC and its headers into the cache.
+///
+/// # Errors
+/// As [`Wheel::fetch`]; [`RuntimeError::LibraryNotFound`] on a platform for which none is pinned.
+pub(crate) fn fetch_compiler(cache: &Path, python: &Python, progress: &dyn Fn(&str)) -> Result<()> {
+    for wheel in &COMPILER_WHEELS {
+        if !wheel.fits() {
+            return Err(RuntimeError::LibraryNotFound {
+                reason: format!("no {} is pinned for this platform", wheel.title),
+                remedy: "install the CUDA toolkit 13".to_owned(),
+            });
+        }
+        wheel.fetch(cache, python, progress)?;
+    }
+    Ok(())
 }
 
 /// A Python interpreter.
@@ -64,49 +231,55 @@ impl Python {
 }
 
 impl Wheel {
-    /// The library in the cache, whole; `None` when it is not there.
-    ///
-    /// # Errors
-    /// [`RuntimeError::WrongHash`] when the file there was altered or cut, [`RuntimeError::Io`].
-    pub(crate) fn cached(&self, cache: &Path) -> Result<Option<PathBuf>> {
-        let path = self.cache_path(cache);
-        let Ok(metadata) = fs::metadata(&path) else { return Ok(None) };
-        let got = if metadata.len() == self.library_bytes {
-            sha256_file(&path)?
-        } else {
-            format!("unchecked ({} bytes instead of {})", metadata.len(), self.library_bytes)
-        };
-        if got == self.library_sha256 {
-            return Ok(Some(path));
-        }
-        let remedy = "delete it".to_owned();
-        Err(RuntimeError::WrongHash { path, expected: self.library_sha256.to_owned(), got, remedy })
+    fn fits(&self) -> bool {
+        self.os == std::env::consts::OS && self.arch == std::env::consts::ARCH
     }
 
-    /// Fetches the wheel and unpacks its library into the cache. Several processes may do so at once: each works
+    /// The first of the files in the cache, whole like the others; `None` when one is not there.
+    ///
+    /// # Errors
+    /// [`RuntimeError::WrongHash`] when a file there was altered or cut, [`RuntimeError::Io`].
+    pub(crate) fn cached(&self, cache: &Path) -> Result<Option<PathBuf>> {
+        let folder = cache.join(self.folder);
+        for file in self.files {
+            let path = folder.join(file.target);
+            let Ok(metadata) = fs::metadata(&path) else { return Ok(None) };
+            let got = if metadata.len() != file.bytes {
+                format!("unchecked ({} bytes instead of {})", metadata.len(), file.bytes)
+            } else if file.bytes > CHECKED_EACH_TIME {
+                continue;
+            } else {
+                sha256_file(&path)?
+            };
+            if got != file.sha256 {
+                let (expected, remedy) = (file.sha256.to_owned(), "delete it".to_owned());
+                return Err(RuntimeError::WrongHash { path, expected, got, remedy });
+            }
+        }
+        Ok(self.files.first().map(|f| folder.join(f.target)))
+    }
+
+    /// Fetches the wheel and unpacks its files into the cache. Several processes may do so at once: each works
     /// in a directory of its own and renames the same bytes into place.
+    ///
+    /// Returns the first of the files.
     pub(crate) fn fetch(&self, cache: &Path, python: &Python, progress: &dyn Fn(&str)) -> Result<PathBuf> {
-        let target = self.cache_path(cache);
-        let directory = target.parent().unwrap_or(cache);
-        let unwritable =
-            |source| RuntimeError::Io { action: "create", path: directory.to_path_buf(), source };
-        fs::create_dir_all(directory).map_err(unwritable)?;
-        let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(directory).map_err(unwritable)?;
+        let directory = cache.join(self.folder);
+        let unwritable = |source| RuntimeError::Io { action: "create", path: directory.clone(), source };
+        fs::create_dir_all(&directory).map_err(unwritable)?;
+        let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(&directory).map_err(unwritable)?;
         progress(&format!(
-            "fetching ONNX Runtime {PINNED_VERSION} (about 24 MB) from PyPI with pip into {}",
+            "fetching {} (about {} MB) from PyPI with pip into {}",
+            self.title,
+            self.megabytes,
             directory.display()
         ));
         self.download(work.path(), python)?;
         let wheel = only_wheel(work.path())?;
-        self.unpack(&wheel, &target)?;
-        progress(&format!("ONNX Runtime {PINNED_VERSION} checked and unpacked: {}", target.display()));
-        Ok(target)
-    }
-
-    fn cache_path(&self, cache: &Path) -> PathBuf {
-        cache
-            .join(format!("onnxruntime-{PINNED_VERSION}-{}-{}", self.os, self.arch))
-            .join(format!("libonnxruntime.so.{PINNED_VERSION}"))
+        self.unpack(&wheel, &directory)?;
+        let first = self.files.first().map_or(directory.clone(), |f| directory.join(f.target));
+        progress(&format!("{} checked and unpacked: {}", self.title, first.display()));
+        Ok(first)
     }
 
     fn download(&self, into: &Path, python: &Python) -> Result<()> {
@@ -114,9 +287,8 @@ impl Wheel {
             reason,
             remedy: format!("{remedy}, or {SET_PATH}"),
         };
-        let requirement = format!("onnxruntime=={PINNED_VERSION}");
         let into = into.to_string_lossy();
-        let arguments = [
+        let mut arguments = vec![
             "-m",
             "pip",
             "--disable-pip-version-check",
@@ -125,15 +297,9 @@ impl Wheel {
             "--quiet",
             "--no-deps",
             "--only-binary=:all:",
-            "--implementation=cp",
-            "--python-version=3.11",
-            "--abi=cp311",
-            "--platform",
-            self.tag,
-            "--dest",
-            &into,
-            &requirement,
         ];
+        arguments.extend(self.tags);
+        arguments.extend(["--dest", &into, self.requirement]);
         let output = python.run(&arguments).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => failed(
                 "python3 is not installed".into(),
@@ -149,11 +315,11 @@ impl Wheel {
             return Err(failed("Python has no pip".into(), "install it (Debian: apt install python3-pip)"));
         }
         let reason = text.lines().rfind(|l| !l.trim().is_empty()).unwrap_or("no message").to_owned();
-        Err(failed(format!("pip could not download {requirement}: {reason}"), "check the network"))
+        Err(failed(format!("pip could not download {}: {reason}", self.requirement), "check the network"))
     }
 
-    /// Checks the wheel's hash and writes the library inside it to `target`, atomically.
-    fn unpack(&self, wheel: &Path, target: &Path) -> Result<()> {
+    /// Checks the wheel's hash and writes its files below `directory`, each atomically.
+    fn unpack(&self, wheel: &Path, directory: &Path) -> Result<()> {
         let got = sha256_file(wheel)?;
         if got != self.sha256 {
             return Err(RuntimeError::WrongHash {
@@ -170,9 +336,26 @@ impl Wheel {
         };
         let file = fs::File::open(wheel).map_err(|e| RuntimeError::io("read", wheel, e))?;
         let mut archive = zip::ZipArchive::new(file).map_err(|e| unusable(e.to_string()))?;
-        let member = format!("onnxruntime/capi/libonnxruntime.so.{PINNED_VERSION}");
-        let mut library = archive.by_name(&member).map_err(|e| unusable(format!("{member}: {e}")))?;
-        write_atomically(target, |out| io::copy(&mut library, out).map(|_| ()))
+        let mut members: Vec<(String, PathBuf)> = Vec::new();
+        if let Some(tree) = &self.tree {
+            for name in archive.file_names().flatten() {
+                if let Some(rest) =
+                    name.strip_prefix(tree.path).filter(|r| !r.is_empty() && !r.ends_with('/'))
+                {
+                    members.push((name.to_string(), directory.join(tree.target).join(rest)));
+                }
+            }
+        }
+        // The first comes last: its presence says that all are there.
+        members.extend(self.files.iter().rev().map(|f| (f.path.to_owned(), directory.join(f.target))));
+        for (member, target) in members {
+            let mut content = archive.by_name(&member).map_err(|e| unusable(format!("{member}: {e}")))?;
+            if let Some(parent) = target.parent() {
+                fs::create_dir_all(parent).map_err(|e| RuntimeError::io("create", parent, e))?;
+            }
+            write_atomically(&target, |out| io::copy(&mut content, out).map(|_| ()))?;
+        }
+        Ok(())
     }
 }
 

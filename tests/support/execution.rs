@@ -61,7 +61,7 @@ pub fn within<T: Send + 'static>(
 pub fn onnx_runtime() -> Arc<Runtime> {
     static STARTED: OnceLock<Arc<Runtime>> = OnceLock::new();
     let start = || {
-        let options = RuntimeOptions { offline: false, progress: &|line| eprintln!("{line}") };
+        let options = RuntimeOptions { progress: &|line| eprintln!("{line}"), ..RuntimeOptions::default() };
         Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"))
     };
     STARTED.get_or_init(|| within(FETCH_LIMIT, "starting ONNX Runtime", start)).clone()

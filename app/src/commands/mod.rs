@@ -114,7 +114,8 @@ struct Machine {
 impl Machine {
     /// Finds (or fetches) and loads ONNX Runtime.
     fn runtime(self) -> anyhow::Result<Arc<Runtime>> {
-        let options = RuntimeOptions { offline: self.offline, progress: &console::note };
+        let options =
+            RuntimeOptions { offline: self.offline, progress: &console::note, ..RuntimeOptions::default() };
         Ok(Runtime::start(&options)?)
     }
 }

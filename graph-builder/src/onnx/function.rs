@@ -2,7 +2,7 @@
 
 use onnx_protobuf::{FunctionProto, NodeProto, OperatorSetIdProto};
 
-use super::message::raw_tensor;
+use super::message::{raw_tensor, tensor_type};
 use super::{Attribute, DOMAIN, OPSET};
 use crate::shape::{DType, Type};
 
@@ -10,6 +10,7 @@ use crate::shape::{DType, Type};
 pub(crate) struct FunctionBody {
     name: &'static str,
     overload: &'static str,
+    dtype: DType,
     message: FunctionProto,
 }
 
@@ -26,19 +27,43 @@ impl FunctionBody {
             opset_import: vec![standard],
             ..FunctionProto::default()
         };
-        Self { name, overload: "", message }
+        Self { name, overload: "", dtype: DType::F32, message }
+    }
+
+    /// The body for operands and results of this type; [`Self::wide`] and [`Self::narrow`] know it from here on.
+    pub(crate) fn of(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
     }
 
     /// One of several bodies of the op: a body cannot branch on an attribute or on an absent operand.
-    pub(crate) fn overload(mut self, overload: &'static str) -> Self {
-        self.message.overload = overload.into();
-        self.overload = overload;
-        self
+    pub(crate) fn overload(self, overload: &'static str) -> Self {
+        Self { overload, ..self }
     }
 
-    /// What tells the body from the model's others: name of the op and of the overload.
-    pub(crate) fn key(&self) -> (&'static str, &'static str) {
-        (self.name, self.overload)
+    /// What tells the body from the model's others: name of the op and of the overload. A body with a type in it has
+    /// the type's name at the end of its own.
+    pub(crate) fn key(&self) -> (&'static str, String) {
+        let dtype = if self.dtype == DType::F32 { String::new() } else { self.dtype.to_string() };
+        let words = [self.overload, &dtype];
+        let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
+        (self.name, words.join("."))
+    }
+
+    /// The value in f32.
+    pub(crate) fn wide(&mut self, x: &str) -> String {
+        self.cast(x, DType::F32)
+    }
+
+    /// An f32 value in the body's type.
+    pub(crate) fn narrow(&mut self, x: &str) -> String {
+        self.cast(x, self.dtype)
+    }
+
+    fn cast(&mut self, x: &str, to: DType) -> String {
+        if self.dtype == DType::F32 {
+            return x.to_owned();
+        }
+        self.node_with("Cast", &[x], vec![Attribute::int("to", tensor_type(to))])
     }
 
     /// One node; returns the name of its answer.
@@ -63,6 +88,20 @@ impl FunctionBody {
         let output = format!("result{}", self.message.output.len());
         self.message.output.push(output.clone());
         self.push(op_type, inputs, output, attributes);
+    }
+
+    /// The node whose f32 answer, rounded to the body's type, is the function's next result.
+    pub(crate) fn rounded_result(&mut self, op_type: &str, inputs: &[&str]) {
+        self.rounded_result_with(op_type, inputs, vec![]);
+    }
+
+    /// [`Self::rounded_result`] of a node with attributes.
+    pub(crate) fn rounded_result_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) {
+        if self.dtype == DType::F32 {
+            return self.result_with(op_type, inputs, attributes);
+        }
+        let answer = self.node_with(op_type, inputs, attributes);
+        self.result_with("Cast", &[&answer], vec![Attribute::int("to", tensor_type(self.dtype))]);
     }
 
     /// An f32 scalar.
@@ -94,7 +133,8 @@ impl FunctionBody {
     }
 
     pub(crate) fn into_message(self) -> FunctionProto {
-        self.message
+        let (_, overload) = self.key();
+        FunctionProto { overload, ..self.message }
     }
 
     fn value(&mut self, tensor: onnx_protobuf::TensorProto) -> String {

@@ -5,6 +5,7 @@
 //! of the running model names its layers.
 
 mod function;
+pub mod legality;
 mod message;
 mod origin;
 
@@ -66,7 +67,7 @@ pub(crate) struct Emitter<'a> {
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
     shared: BTreeSet<String>,
-    functions: BTreeMap<(&'static str, &'static str), FunctionProto>,
+    functions: BTreeMap<(&'static str, String), FunctionProto>,
 }
 
 impl Emitter<'_> {
@@ -78,6 +79,11 @@ impl Emitter<'_> {
     /// Number of operands of the current node.
     pub(crate) fn arity(&self) -> usize {
         self.graph.nodes[self.current].args.len()
+    }
+
+    /// Element type of the current node's first operand, which the function body of a fused op is for.
+    pub(crate) fn dtype(&self) -> DType {
+        self.arg_type(0).dtype
     }
 
     /// Type of operand `i` of the current node.
@@ -98,8 +104,8 @@ impl Emitter<'_> {
     /// A fused op of our own domain, with its function body.
     pub(crate) fn native(&mut self, body: FunctionBody, attributes: Vec<Attribute>) {
         let (name, overload) = body.key();
-        self.functions.entry((name, overload)).or_insert_with(|| body.into_message());
-        self.push((name, DOMAIN, overload), self.args(), attributes);
+        self.functions.entry((name, overload.clone())).or_insert_with(|| body.into_message());
+        self.push((name, DOMAIN, &overload), self.args(), attributes);
     }
 
     /// The current node as an initializer.

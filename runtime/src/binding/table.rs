@@ -1,5 +1,5 @@
 //! ONNX Runtime's table of bound addresses, through its C interface: the safe wrappers copy what is borrowed.
-#![allow(unsafe_code, reason = "hands addresses of host memory to ONNX Runtime's C interface")]
+#![allow(unsafe_code, reason = "hands addresses of memory to ONNX Runtime's C interface")]
 
 use std::ffi::CString;
 use std::fmt;
@@ -24,12 +24,18 @@ impl AddressTable {
         NonNull::new(binding).map(Self).ok_or_else(|| RuntimeError::ort("create a binding", &"no object"))
     }
 
-    /// Tells ONNX Runtime that a tensor's values are at `address`.
+    /// Tells ONNX Runtime that a tensor's values are at `address`, of the host or of the GPU of a number.
     ///
     /// # Safety
     /// `address` must be valid for the tensor's size and aligned for its element type during every later run:
     /// for reads if it is an input, exclusively for writes if it is an output.
-    pub(super) unsafe fn bind(&self, input: bool, spec: &TensorSpec, address: *mut u8) -> Result<()> {
+    pub(super) unsafe fn bind(
+        &self,
+        input: bool,
+        spec: &TensorSpec,
+        address: *mut u8,
+        gpu: Option<usize>,
+    ) -> Result<()> {
         let failed = |e: &dyn fmt::Display| RuntimeError::ort("bind a tensor", e);
         let name = CString::new(spec.name.as_str()).map_err(|e| failed(&e))?;
         let shape: Vec<i64> = spec.shape.dims().iter().map(|&d| d as i64).collect();
@@ -39,11 +45,12 @@ impl AddressTable {
         // SAFETY: plain creations with places for the answers; the binding keeps a reference of its own to the value
         // (not to the memory), so both handles are released here.
         unsafe {
-            let made = check((api.CreateCpuMemoryInfo)(
-                sys::OrtAllocatorType::OrtDeviceAllocator,
-                sys::OrtMemType::OrtMemTypeDefault,
-                &raw mut memory,
-            ))
+            let (kind, place) =
+                (sys::OrtAllocatorType::OrtDeviceAllocator, sys::OrtMemType::OrtMemTypeDefault);
+            let made = check(match gpu {
+                None => (api.CreateCpuMemoryInfo)(kind, place, &raw mut memory),
+                Some(n) => (api.CreateMemoryInfo)(c"Cuda".as_ptr(), kind, n as i32, place, &raw mut memory),
+            })
             .and_then(|()| {
                 check((api.CreateTensorWithDataAsOrtValue)(
                     memory,

@@ -66,7 +66,7 @@ fn a_wheel_with_another_hash_is_refused_and_leaves_nothing() {
     );
     let said = RefCell::new(Vec::new());
     let progress = |line: &str| said.borrow_mut().push(line.to_owned());
-    let options = RuntimeOptions { offline: false, progress: &progress };
+    let options = RuntimeOptions { progress: &progress, ..RuntimeOptions::default() };
     let result = with_python(dir.path(), &script).locate(&options);
     assert!(matches!(result, Err(RuntimeError::WrongHash { .. })), "{result:?}");
     let said = said.into_inner();
@@ -114,4 +114,32 @@ fn an_installed_package_of_the_supported_series_is_used() {
     fs::write(capi.join("libonnxruntime.so.1.31.0"), "").unwrap();
     let found = with_python(dir.path(), &script).locate(&RuntimeOptions::default()).unwrap();
     assert_eq!((found.source, &*found.version), (LibrarySource::Python, "1.31.0"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_gpu_provider_needs_a_build_that_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = dir.path().join("libonnxruntime.so.1.31.7");
+    fs::write(&library, "").unwrap();
+    let gpu = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
+    let named = || Surroundings {
+        path: Some(library.clone()),
+        cache: None,
+        python: Python(dir.path().join("no python here")),
+    };
+    let text = named().locate(&gpu).unwrap_err().to_string();
+    assert!(text.contains("for the CPU alone") && text.contains("onnxruntime-gpu 1.31.1"), "{text}");
+    fs::write(dir.path().join("libonnxruntime_providers_cuda.so"), "").unwrap();
+    assert_eq!(named().locate(&gpu).unwrap().provider_file("cuda").unwrap().parent(), Some(dir.path()));
+
+    // An installed package for the CPU alone is passed by, and nothing is fetched behind the user's back.
+    let capi = dir.path().join("package/capi");
+    fs::create_dir_all(&capi).unwrap();
+    fs::write(capi.join("libonnxruntime.so.1.31.0"), "").unwrap();
+    let script = format!("echo {}", dir.path().join("package").display());
+    let result = with_python(dir.path(), &script).locate(&gpu);
+    assert!(matches!(result, Err(RuntimeError::Offline { .. })), "{result:?}");
+    fs::write(capi.join("libonnxruntime_providers_cuda.so"), "").unwrap();
+    assert_eq!(with_python(dir.path(), &script).locate(&gpu).unwrap().source, LibrarySource::Python);
 }

@@ -9,11 +9,9 @@ use cudarc::nvrtc::sys;
 use sha2::{Digest, Sha256};
 
 use super::{Architecture, COMMON, Source};
+use crate::cuda::libraries::NVRTC;
 use crate::error::{Result, RuntimeError};
-use crate::file::write_atomically;
-
-/// What installs the compiler.
-const INSTALL: &str = "python3 -m pip install nvidia-cuda-nvrtc==13.0.88";
+use crate::file::{hexadecimal, write_atomically};
 
 /// What the assembler says of a kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,18 +43,19 @@ pub struct Compiler {
 }
 
 impl Compiler {
-    /// The compiler that the dynamic loader finds by its name, or that has been opened before; machine code is kept
-    /// in a folder of `cache` where one is given.
+    /// The compiler where one is installed; machine code is kept in a folder of `cache` where one is given.
     ///
     /// # Errors
     /// [`RuntimeError::ProviderUnavailable`] when there is no NVRTC.
     pub fn open(cache: Option<&Path>) -> Result<Self> {
+        // What was opened by its path is found by its name from then on.
+        let complaint = NVRTC.complaint();
         // SAFETY: asks the dynamic loader for the library by its usual names.
-        if !unsafe { sys::is_culib_present() } {
+        if complaint.is_some() || !unsafe { sys::is_culib_present() } {
             return Err(RuntimeError::ProviderUnavailable {
                 provider: "cuda".to_owned(),
-                reason: "no NVRTC (libnvrtc.so.13), which compiles the kernels".to_owned(),
-                remedy: INSTALL.to_owned(),
+                reason: complaint.unwrap_or_else(|| format!("{NVRTC} has another name than expected")),
+                remedy: NVRTC.install.to_owned(),
             });
         }
         let mut version = (0, 0);
@@ -97,14 +96,14 @@ impl Compiler {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
-        hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(&hash.finalize()[..12])
     }
 }
 
 /// The source with what it begins with; messages name the files.
 fn whole(source: &Source) -> String {
     let parts = COMMON.into_iter().chain([(source.name, source.text)]);
-    parts.map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect()
+    parts.fold(String::new(), |whole, (name, text)| whole + "#line 1 \"" + name + "\"\n" + text)
 }
 
 fn options(source: &Source, architecture: Architecture) -> Vec<String> {

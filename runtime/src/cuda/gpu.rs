@@ -1,0 +1,181 @@
+//! GPUs: the driver's context, and the one stream on which everything runs.
+#![allow(unsafe_code, reason = "switches off cudarc's tracking of memory that one stream alone uses")]
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use serde::Serialize;
+
+use super::libraries::DRIVER;
+use crate::error::{Result, RuntimeError};
+
+/// What a GPU is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct GpuInfo {
+    /// The CUDA driver's number.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Major and minor number of what its code may use: (8, 0) for A100, (9, 0) for H100 and H200.
+    pub compute_capability: (i32, i32),
+    /// Memory in bytes.
+    pub memory_bytes: usize,
+}
+
+impl fmt::Display for GpuInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor) = self.compute_capability;
+        let gib = self.memory_bytes as f64 / (1_u64 << 30) as f64;
+        write!(f, "{} (number {}, sm_{major}{minor}, {gib:.1} GiB)", self.name, self.ordinal)
+    }
+}
+
+impl GpuInfo {
+    /// The architecture's name for compilers: `sm_80`.
+    pub fn architecture(&self) -> String {
+        format!("sm_{}{}", self.compute_capability.0, self.compute_capability.1)
+    }
+}
+
+/// A GPU in use: its primary context and the process's stream on it. Programs, kernels and copies of one GPU are all
+/// queued on that stream, so each sees what the one before it wrote.
+pub struct Gpu {
+    info: GpuInfo,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    transfers: Arc<CudaStream>,
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Gpu").field(&self.info).finish()
+    }
+}
+
+static OPEN: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
+
+impl Gpu {
+    /// The GPU of a number; the same object for all callers in the process.
+    ///
+    /// # Errors
+    /// [`RuntimeError::ProviderUnavailable`] without a driver or such a GPU; [`RuntimeError::Cuda`].
+    pub fn open(ordinal: usize) -> Result<Arc<Self>> {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = open.get(&ordinal) {
+            return Ok(gpu.clone());
+        }
+        let count = count()?;
+        if ordinal >= count {
+            return Err(unavailable(format!("there is no GPU number {ordinal}: the driver sees {count}")));
+        }
+        let (info, context, stream, transfers) = guarded("open a GPU", || {
+            let context = CudaContext::new(ordinal)?;
+            // SAFETY: all memory is of this crate's own making, which orders its use by streams and events itself.
+            unsafe { context.disable_event_tracking() };
+            let info = info(ordinal, &context)?;
+            let (stream, transfers) = (context.new_stream()?, context.new_stream()?);
+            Ok((info, context, stream, transfers))
+        })?;
+        let gpu = Arc::new(Self { info, context, stream, transfers });
+        open.insert(ordinal, gpu.clone());
+        Ok(gpu)
+    }
+
+    /// All GPUs that the driver sees.
+    ///
+    /// # Errors
+    /// [`RuntimeError::ProviderUnavailable`] without a driver; [`RuntimeError::Cuda`].
+    pub fn list() -> Result<Vec<GpuInfo>> {
+        let count = count()?;
+        guarded("ask for the GPUs", || (0..count).map(|i| info(i, &*CudaContext::new(i)?)).collect())
+    }
+
+    /// What it is.
+    pub fn info(&self) -> &GpuInfo {
+        &self.info
+    }
+
+    /// The driver's context.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// The stream on which programs, kernels and copies are queued.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// A stream for copies that go on beside the computation.
+    pub fn transfers(&self) -> &Arc<CudaStream> {
+        &self.transfers
+    }
+
+    /// Free and total memory in bytes.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Cuda`].
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        guarded("ask for the free memory", || self.context.mem_get_info())
+    }
+
+    /// Waits until everything that was queued is done.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Cuda`] with the first failure of what was queued.
+    pub fn synchronize(&self) -> Result<()> {
+        guarded("wait for the GPU", || self.stream.synchronize())
+    }
+
+    /// Calls the driver with this GPU's context current.
+    pub(crate) fn call<T>(
+        &self,
+        action: &'static str,
+        call: impl FnOnce() -> std::result::Result<T, DriverError>,
+    ) -> Result<T> {
+        guarded(action, || {
+            self.context.bind_to_thread()?;
+            call()
+        })
+    }
+}
+
+fn info(ordinal: usize, context: &CudaContext) -> std::result::Result<GpuInfo, DriverError> {
+    Ok(GpuInfo {
+        ordinal,
+        name: context.name()?,
+        compute_capability: context.compute_capability()?,
+        memory_bytes: context.total_mem()?,
+    })
+}
+
+fn count() -> Result<usize> {
+    if let Some(complaint) = DRIVER.complaint() {
+        return Err(unavailable(complaint));
+    }
+    let count = guarded("ask for the number of GPUs", CudaContext::device_count)
+        .map_err(|e| unavailable(format!("the driver does not work: {e}")))?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+fn unavailable(reason: String) -> RuntimeError {
+    RuntimeError::ProviderUnavailable {
+        provider: "cuda".to_owned(),
+        reason,
+        remedy: format!("{}, or use provider `cpu`", DRIVER.install),
+    }
+}
+
+/// Calls the bindings, which panic when the driver is too old to have a function.
+pub(crate) fn guarded<T>(
+    action: &'static str,
+    call: impl FnOnce() -> std::result::Result<T, DriverError>,
+) -> Result<T> {
+    let Ok(done) = catch_unwind(AssertUnwindSafe(call)) else {
+        let reason = "the driver lacks a function that CUDA 13 has; update it".to_owned();
+        return Err(RuntimeError::Cuda { action, reason });
+    };
+    done.map_err(|e| RuntimeError::cuda(action, e))
+}

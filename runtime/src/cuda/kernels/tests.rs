@@ -8,11 +8,8 @@ use crate::library::RuntimeOptions;
 /// fetched.
 fn compiler() -> Option<Compiler> {
     if std::env::var_os("MUDIT_NEEDS_NVRTC").is_some() {
-        libraries::compiler_or_fetch(&RuntimeOptions {
-            offline: false,
-            progress: &|line| eprintln!("{line}"),
-        })
-        .unwrap();
+        let options = RuntimeOptions { progress: &|line| eprintln!("{line}"), ..RuntimeOptions::default() };
+        libraries::compiler_or_fetch(&options).unwrap();
         return Some(Compiler::open(None).unwrap());
     }
     Compiler::open(None).map_err(|e| eprintln!("skipped: {e}")).ok()

@@ -237,6 +237,9 @@ fn programs_of_low_precision_are_emitted_with_weights_of_their_type() {
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(tensors.tensor("blocks.0.attn.qkv.weight").unwrap().dtype(), dtype);
         let step = engine.manifest().programs.iter().find(|p| p.name == "step").unwrap();
-        assert!(step.inputs.iter().chain(&step.outputs).all(|t| t.dtype.bytes() != 2), "the contract's types stay");
+        assert!(
+            step.inputs.iter().chain(&step.outputs).all(|t| t.dtype.bytes() != 2),
+            "the contract's types stay"
+        );
     }
 }

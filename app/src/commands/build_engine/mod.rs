@@ -352,11 +352,13 @@ impl Parameters {
         layout
             .expect(&reader, false)
             .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))?;
-        let fits = |name: &String| match (reader.dtype(name), dtype(name)) {
-            (Ok(safetensors::Dtype::F32), DType::F32)
-            | (Ok(safetensors::Dtype::BF16), DType::Bf16)
-            | (Ok(safetensors::Dtype::F16), DType::F16) => true,
-            _ => false,
+        let fits = |name: &String| {
+            matches!(
+                (reader.dtype(name), dtype(name)),
+                (Ok(safetensors::Dtype::F32), DType::F32)
+                    | (Ok(safetensors::Dtype::BF16), DType::Bf16)
+                    | (Ok(safetensors::Dtype::F16), DType::F16)
+            )
         };
         let source = file.to_path_buf();
         if layout.entries().keys().all(fits) {

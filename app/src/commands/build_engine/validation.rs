@@ -265,15 +265,12 @@ fn bind(session: &Arc<Session>, parameters: Option<&SharedArena>) -> anyhow::Res
     let values = read_lock(arena)?;
     for spec in narrow {
         let values = values.view(&spec.name)?;
-        match spec.dtype {
-            DType::Bf16 => {
-                let narrowed: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-                binding.set_input(&spec.name, &narrowed)?;
-            }
-            _ => {
-                let narrowed: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
-                binding.set_input(&spec.name, &narrowed)?;
-            }
+        if spec.dtype == DType::Bf16 {
+            let narrowed: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+            binding.set_input(&spec.name, &narrowed)?;
+        } else {
+            let narrowed: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
+            binding.set_input(&spec.name, &narrowed)?;
         }
     }
     drop(values);

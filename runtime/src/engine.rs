@@ -1,19 +1,27 @@
 //! Engine directories: programs, their weights and `engine.json`, written whole or not at all.
 //!
 //! A directory holds `<program>-b<batch>.onnx` for each program and batch size, the weights file that their
-//! initializers point into, and `engine.json`, which is written last: without it the directory is no engine.
+//! initializers point into, what a provider compiled, and `engine.json`, which is written last: without it the
+//! directory is no engine. An engine is built as an [`EngineDraft`], which becomes visible when it is published.
+
+mod draft;
+mod key;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use graph_builder::{OnnxProgram, TensorSpec};
+use graph_builder::TensorSpec;
 use serde::{Deserialize, Serialize};
 
+pub use draft::EngineDraft;
+pub use key::{EngineKey, KeyDifference};
+
 use crate::error::{Result, RuntimeError};
-use crate::file::{link_or_copy, sha256_bytes, sha256_file, sync_directory, write_atomically};
+use crate::file::sha256_file;
 use crate::library::Runtime;
+use crate::provider::Provider;
 use crate::session::{Session, SessionOptions};
 
 /// Version of the directory's layout and of `engine.json`.
@@ -26,6 +34,9 @@ pub const MANIFEST: &str = "engine.json";
 pub struct EngineManifest {
     /// [`FORMAT`] of the writer.
     pub format: u32,
+    /// What the engine was built from, part by part: a build with an equal key has nothing to do.
+    #[serde(default)]
+    pub key: EngineKey,
     /// The programs, one for each batch size.
     pub programs: Vec<EngineProgram>,
     /// The weights beside them.
@@ -57,6 +68,18 @@ pub struct EngineProgram {
     pub outputs: Vec<TensorSpec>,
     /// The `mudit` ops inside.
     pub native_ops: Vec<String>,
+    /// What the provider compiled of it, in the engine's directory; loaded in place of `file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compiled: Option<CompiledProgram>,
+}
+
+/// A provider's own form of a program: a model whose node stands for a compiled engine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompiledProgram {
+    /// The model to load.
+    pub file: String,
+    /// Every file it consists of, with its size in bytes; the model's own first.
+    pub files: BTreeMap<String, u64>,
 }
 
 /// The weights of an engine.
@@ -68,11 +91,45 @@ pub struct EngineWeights {
     pub bytes: u64,
     /// Its SHA-256.
     pub sha256: String,
+    /// The file that it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<FileStamp>,
+}
+
+/// A file as it was once: enough to tell that it is still the same without reading it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileStamp {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// When it was last changed, nanoseconds of the Unix clock.
+    pub modified: u64,
+    /// Its SHA-256.
+    pub sha256: String,
+}
+
+impl FileStamp {
+    /// Looks at a file; reads it only where size or time differ from those of `known`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`].
+    pub fn of(path: impl AsRef<Path>, known: Option<&Self>) -> Result<Self> {
+        let path = path.as_ref();
+        let failed = |e| RuntimeError::io("read", path, e);
+        let metadata = fs::metadata(path).map_err(failed)?;
+        let since = metadata.modified().map_err(failed)?.duration_since(std::time::UNIX_EPOCH);
+        let (bytes, modified) = (metadata.len(), since.map_or(0, |d| d.as_nanos() as u64));
+        match known.filter(|k| (k.bytes, k.modified) == (bytes, modified)) {
+            Some(same) => Ok(same.clone()),
+            None => Ok(Self { bytes, modified, sha256: sha256_file(path)? }),
+        }
+    }
 }
 
 /// What a builder knows beside the programs: goes into the manifest as it is.
 #[derive(Clone, Debug, Default)]
 pub struct EngineNotes {
+    /// What the engine is built from.
+    pub key: EngineKey,
     /// The build's options.
     pub options: serde_json::Value,
     /// Versions of what built the engine.
@@ -84,55 +141,6 @@ pub struct EngineNotes {
 /// Name of the model file of a program and batch size.
 pub fn model_file_name(program: &str, batch: usize) -> String {
     format!("{program}-b{batch}.onnx")
-}
-
-/// Writes an engine directory and returns its manifest.
-///
-/// Everything is built in a temporary directory beside `directory`. A new engine then appears by one rename. In an
-/// existing directory the old manifest goes first, the files are renamed over the old ones, and the new manifest
-/// comes last, so a crash leaves the old engine, the new one or none, never a mixture that looks whole. Other
-/// files in the directory are left alone.
-///
-/// `weights` is hard-linked to the file name that the programs point into, or copied across file systems.
-///
-/// # Errors
-/// [`RuntimeError::Io`]; [`RuntimeError::Engine`] when the programs and the weights do not fit together.
-pub fn write_engine(
-    directory: impl AsRef<Path>,
-    programs: &[(usize, &OnnxProgram)],
-    weights: Option<&Path>,
-    notes: EngineNotes,
-) -> Result<EngineManifest> {
-    let directory = directory.as_ref();
-    let weights_name = weights_name(directory, programs, weights)?;
-    let create = |e| RuntimeError::io("create", directory, e);
-    let parent = match directory.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    fs::create_dir_all(parent).map_err(create)?;
-    let work = tempfile::Builder::new().prefix(".engine-").tempdir_in(parent).map_err(create)?;
-
-    let weights = match (weights, weights_name) {
-        (Some(source), Some(name)) => Some(place_weights(source, work.path(), name)?),
-        _ => None,
-    };
-    let programs =
-        programs.iter().map(|(batch, p)| write_program(work.path(), *batch, p)).collect::<Result<_>>()?;
-    let EngineNotes { options, versions, extra } = notes;
-    let manifest = EngineManifest { format: FORMAT, programs, weights, options, versions, extra };
-    let text = serde_json::to_string_pretty(&manifest)
-        .map_err(|e| RuntimeError::Engine { path: directory.to_path_buf(), reason: e.to_string() })?;
-    write_atomically(work.path().join(MANIFEST), |w| writeln!(w, "{text}"))?;
-
-    if directory.exists() {
-        replace_files(work.path(), directory, &manifest)?;
-    } else {
-        make_public(work.path()).map_err(create)?;
-        fs::rename(work.path(), directory).map_err(create)?;
-    }
-    sync_directory(parent)?;
-    Ok(manifest)
 }
 
 /// An engine directory that was opened.
@@ -189,7 +197,13 @@ impl Engine {
         programs.chain(weights).try_for_each(|(file, sha256)| self.verify_file(file, sha256))
     }
 
-    /// Loads the program of a name and batch size.
+    /// The directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Loads the program of a name and batch size: what the provider compiled of it where the options ask for that
+    /// provider, else the program itself.
     ///
     /// # Errors
     /// [`RuntimeError::Engine`] when there is none or its file was altered; as [`Session::load_file`].
@@ -206,7 +220,8 @@ impl Engine {
             self.broken(format!("it has no program {program} at batch {batch}, only {}", known.join(", ")))
         })?;
         self.verify_file(&found.file, &found.sha256)?;
-        let path = self.directory.join(&found.file);
+        let compiled = found.compiled.as_ref().filter(|_| matches!(options.provider, Provider::TensorRt(_)));
+        let path = self.directory.join(compiled.map_or(&found.file, |c| &c.file));
         Session::load_file(runtime, path, Some((&found.inputs, &found.outputs)), options)
     }
 
@@ -227,78 +242,10 @@ impl EngineManifest {
     /// Every file beside the manifest, with its size in bytes; the weights first.
     fn files(&self) -> impl Iterator<Item = (&str, u64)> {
         let weights = self.weights.iter().map(|w| (w.file.as_str(), w.bytes));
-        weights.chain(self.programs.iter().map(|p| (p.file.as_str(), p.bytes)))
+        let compiled = self.programs.iter().filter_map(|p| p.compiled.as_ref()).flat_map(|c| &c.files);
+        let programs = self.programs.iter().map(|p| (p.file.as_str(), p.bytes));
+        weights.chain(programs).chain(compiled.map(|(file, bytes)| (file.as_str(), *bytes)))
     }
-}
-
-/// The one file name that all programs expect their weights under.
-fn weights_name<'p>(
-    directory: &Path,
-    programs: &[(usize, &'p OnnxProgram)],
-    weights: Option<&Path>,
-) -> Result<Option<&'p str>> {
-    let refuse = |reason: String| Err(RuntimeError::Engine { path: directory.to_path_buf(), reason });
-    let mut names: Vec<&str> = programs.iter().filter_map(|(_, p)| p.weights_file.as_deref()).collect();
-    names.dedup();
-    match (names.as_slice(), weights) {
-        ([], None) => Ok(None),
-        ([name], Some(_)) if Path::new(name).components().count() == 1 => Ok(Some(name)),
-        ([name], Some(_)) => refuse(format!("its weights file `{name}` is not in the engine's directory")),
-        ([name, ..], None) => refuse(format!("its programs need weights in `{name}`, and none were given")),
-        ([], Some(_)) => refuse("weights were given, and no program has initializers".to_owned()),
-        (_, Some(_)) => refuse(format!("its programs need several weights files: {}", names.join(", "))),
-    }
-}
-
-fn place_weights(source: &Path, work: &Path, name: &str) -> Result<EngineWeights> {
-    let target = work.join(name);
-    link_or_copy(source, &target)?;
-    let bytes = fs::metadata(&target).map_err(|e| RuntimeError::io("read", &target, e))?.len();
-    Ok(EngineWeights { file: name.to_owned(), bytes, sha256: sha256_file(&target)? })
-}
-
-fn write_program(work: &Path, batch: usize, program: &OnnxProgram) -> Result<EngineProgram> {
-    let file = model_file_name(&program.name, batch);
-    write_atomically(work.join(&file), |w| w.write_all(&program.bytes))?;
-    Ok(EngineProgram {
-        name: program.name.clone(),
-        batch,
-        file,
-        bytes: program.bytes.len() as u64,
-        sha256: sha256_bytes(&program.bytes),
-        inputs: program.inputs.clone(),
-        outputs: program.outputs.clone(),
-        native_ops: program.native_ops.clone(),
-    })
-}
-
-/// Moves a finished engine's files over those of an older one.
-fn replace_files(work: &Path, directory: &Path, manifest: &EngineManifest) -> Result<()> {
-    let old_manifest = directory.join(MANIFEST);
-    let older = Engine::open(directory).ok();
-    if old_manifest.exists() {
-        fs::remove_file(&old_manifest).map_err(|e| RuntimeError::io("replace", &old_manifest, e))?;
-    }
-    for file in manifest.files().map(|(file, _)| file).chain([MANIFEST]) {
-        let target = directory.join(file);
-        fs::rename(work.join(file), &target).map_err(|e| RuntimeError::io("write", &target, e))?;
-    }
-    for (file, _) in older.iter().flat_map(|e| e.manifest.files()) {
-        if manifest.files().all(|(kept, _)| kept != file) {
-            let stale = directory.join(file);
-            fs::remove_file(&stale).map_err(|e| RuntimeError::io("remove", &stale, e))?;
-        }
-    }
-    sync_directory(directory)
-}
-
-/// Temporary directories are private; an engine has the permissions of any other new directory.
-fn make_public(directory: &Path) -> std::io::Result<()> {
-    let probe = directory.join(".probe");
-    fs::create_dir(&probe)?;
-    let permissions = fs::metadata(&probe)?.permissions();
-    fs::remove_dir(&probe)?;
-    fs::set_permissions(directory, permissions)
 }
 
 #[cfg(test)]

@@ -51,7 +51,7 @@ mod wheel;
 pub use arena::{Arena, ArenaEntry, ArenaLayout, SharedArena};
 pub use binding::{Binding, BindingBuilder};
 pub use device::Device;
-pub use engine::{Engine, EngineManifest};
+pub use engine::{Engine, EngineDraft, EngineKey, EngineManifest};
 pub use error::{Result, RuntimeError};
 pub use foreign::{ForeignModel, Port};
 pub use library::{LibraryInfo, LibrarySource, Runtime, RuntimeOptions};

@@ -91,7 +91,7 @@ pub struct Session {
     _weights: Option<Arc<[u8]>>,
     /// The GPU on whose stream it runs.
     gpu: Option<Arc<Gpu>>,
-    _runtime: Arc<Runtime>,
+    runtime: Arc<Runtime>,
 }
 
 impl fmt::Debug for Session {
@@ -158,6 +158,11 @@ impl Session {
         &self.name
     }
 
+    /// The library that it is loaded in.
+    pub fn runtime(&self) -> &Arc<Runtime> {
+        &self.runtime
+    }
+
     /// Inputs in order.
     pub fn inputs(&self) -> &[TensorSpec] {
         &self.inputs
@@ -202,7 +207,7 @@ impl Session {
             Weights::Inside | Weights::Directory(_) => None,
         };
         let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, _runtime: runtime })
+        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, runtime })
     }
 
     fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {

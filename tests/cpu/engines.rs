@@ -159,3 +159,65 @@ fn a_triton_repository_holds_models_that_run() {
         &["loss", "sampling programs"],
     );
 }
+
+#[test]
+fn a_built_engine_was_compared_with_the_plain_program_before_it_was_seen() {
+    let scene = Scene::new();
+    let line = "build-engine --offline --model checkpoint --weights checkpoint/model.safetensors --buckets 1,3 \
+                --program denoise,denoise-cfg,step,step-rows,loss,train-step";
+    let report = scene.mudit(&format!("{line} --out e")).json();
+    let runs = report["first_runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 12);
+    for run in runs {
+        let (validation, batch) = (&run["validation"], &run["batch"]);
+        let difference = validation["difference"].as_f64().unwrap();
+        assert!(difference > 0.0 && difference < 1e-4, "{run}");
+        let trains = run["program"] == "loss" || run["program"] == "train-step";
+        let expected = if trains || batch == 1 { serde_json::Value::Null } else { true.into() };
+        assert_eq!(validation["slots_independent"], expected, "{run}");
+    }
+    assert_eq!(report["manifest"]["extra"]["validation"].as_array().unwrap().len(), 12);
+
+    // One weight that is not a number: the build fails, and nothing of it stays.
+    scene.spoiled("broken", |all| {
+        let tensor = all.values_mut().next().unwrap();
+        let mut values = tensor.to_f32();
+        values.fill(f32::NAN);
+        *tensor = HostTensor::f32(tensor.shape().clone(), values).unwrap();
+    });
+    let before = contents(&scene.path("."));
+    let line = "build-engine --offline --model broken --weights broken/model.safetensors --program denoise";
+    scene.refuses(&format!("{line} --out bad"), 1, &["denoise-b1.onnx", "not finite"]);
+    assert!(contents(&scene.path(".")) == before, "neither an engine nor litter");
+    scene.mudit(&format!("{line} --out bad --no-validation")).succeeds();
+}
+
+#[test]
+fn a_second_build_has_nothing_to_do_and_says_what_differs() {
+    let scene = Scene::new();
+    let line = "build-engine --offline --model checkpoint --program step --explain --out e --weights";
+    let first = format!("{line} checkpoint/model.safetensors --batch 2");
+    assert!(scene.mudit(&first).succeeds().contains("everything is built"));
+    let built = contents(&scene.path("e"));
+    let again = scene.mudit(&first).run();
+    assert!(again.code == Some(0) && again.seconds < 2.0, "{again}");
+    assert!(again.to_string().contains("is up to date"), "{again}");
+    assert!(contents(&scene.path("e")) == built);
+
+    let other = scene.mudit(&format!("{line} checkpoint/model.safetensors --batch 3")).succeeds();
+    for words in ["step-b2.onnx: built from", "step-b3.onnx: built from nothing, asked for"] {
+        assert!(other.contains(words), "{other}");
+    }
+    assert!(!other.contains("weights: built") && !other.contains("precision"), "{other}");
+    scene.spoiled("tuned", |all| {
+        let tensor = all.values_mut().next().unwrap();
+        let values = tensor.to_f32().into_iter().map(|v| v * 1.5).collect();
+        *tensor = HostTensor::f32(tensor.shape().clone(), values).unwrap();
+    });
+    let tuned = scene.mudit(&format!("{line} tuned/model.safetensors --batch 3")).succeeds();
+    assert!(tuned.contains("weights: built from") && !tuned.contains("step-b3.onnx: built"), "{tuned}");
+    // An engine that lost a file is built again.
+    fs::remove_file(scene.path("e/step-b3.onnx")).unwrap();
+    scene.mudit(&format!("{line} tuned/model.safetensors --batch 3")).succeeds();
+    Engine::open(scene.path("e")).unwrap().verify().unwrap();
+}

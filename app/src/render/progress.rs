@@ -24,7 +24,7 @@ pub struct Job {
     pub first_step: u64,
     /// The step after which the job is finished.
     pub total_steps: u64,
-    /// Images that one step handles.
+    /// Images that one step handles; 0 where steps differ in it, and then steps are what is counted.
     pub images_per_step: f64,
     /// Floating-point operations of one step, a multiply-add counting 2, as counted from the graph; 0 if unknown.
     pub flops_per_step: f64,
@@ -167,7 +167,10 @@ impl Progress {
             parts.push(format!("loss {loss:.4}"));
         }
         if let Some(per_s) = self.steps_per_s() {
-            parts.push(format!("{} images/s", rounded(per_s * self.job.images_per_step)));
+            parts.push(match self.job.images_per_step {
+                0.0 => format!("{} steps/s", rounded(per_s)),
+                images => format!("{} images/s", rounded(per_s * images)),
+            });
             if self.job.flops_per_step > 0.0 {
                 parts.push(format!("{} GFLOP/s", rounded(per_s * self.job.flops_per_step / 1e9)));
             }
@@ -311,6 +314,18 @@ mod tests {
         progress.update_at(101, Some(f64::NAN), start + Duration::from_secs(1));
         progress.finish_at(start + Duration::from_secs(2));
         assert_eq!(page.lines(), ["a word", "train 101/101  loss NaN  128 images/s  25.0 GFLOP/s  ETA 0s"]);
+    }
+
+    #[test]
+    fn steps_of_different_sizes_are_counted_as_steps() {
+        let (page, start) = (Page::default(), Instant::now());
+        let mut progress = Progress::lines(
+            Job { images_per_step: 0.0, flops_per_step: 0.0, ..job() },
+            Box::new(page.clone()),
+            start,
+        );
+        progress.update_at(103, None, start + Duration::from_secs(1));
+        assert_eq!(page.lines(), ["train 103/1100  3.00 steps/s  ETA 5m32s"]);
     }
 
     #[test]

@@ -1,3 +1,5 @@
+use graph_builder::OnnxProgram;
+
 use super::*;
 use crate::binding::Binding;
 use crate::test_models::{external, in_time, node, program, runtime, spec};
@@ -18,6 +20,16 @@ fn program_with_weights(weights: &Path) -> OnnxProgram {
 
 fn notes() -> EngineNotes {
     EngineNotes { extra: serde_json::json!({"model": "tiny"}), ..EngineNotes::default() }
+}
+
+fn write_engine(
+    directory: &Path,
+    programs: &[(usize, &OnnxProgram)],
+    weights: Option<&Path>,
+    notes: EngineNotes,
+) -> Result<EngineManifest> {
+    let weights = weights.map(|path| Ok((path, FileStamp::of(path, None)?))).transpose()?;
+    EngineDraft::new(directory, programs, weights, notes)?.publish()
 }
 
 fn files(directory: &Path) -> Vec<String> {
@@ -93,4 +105,49 @@ fn a_failure_leaves_no_engine_and_no_litter() {
     assert!(matches!(write(None), Err(RuntimeError::Engine { .. })));
     assert!(matches!(write(Some(&dir.path().join("absent"))), Err(RuntimeError::Io { .. })));
     assert_eq!(files(dir.path()), ["any.bin"]);
+}
+
+#[test]
+fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
+    in_time(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let (weights, engine) = (dir.path().join("any.bin"), dir.path().join("engine"));
+        let program = program_with_weights(&weights);
+        let stamp = FileStamp::of(&weights, None).unwrap();
+        let draft =
+            |notes| EngineDraft::new(&engine, &[(1, &program)], Some((&weights, stamp.clone())), notes);
+        drop(draft(notes()).unwrap());
+        assert_eq!(files(dir.path()), ["any.bin"], "a build that was given up leaves nothing");
+        let mut draft = draft(notes()).unwrap();
+        assert!(!engine.exists());
+        draft.engine().unwrap().session(&runtime(), "test", 1, &SessionOptions::default()).unwrap();
+        assert!(draft.add_compiled("test", 1, "test-b1-compiled.onnx").is_err(), "nothing was compiled");
+        for (name, text) in [("test-b1-compiled.onnx", "model"), ("test-b1-compiled_1.engine", "engine")] {
+            fs::write(draft.directory().join(name), text).unwrap();
+        }
+        draft.add_compiled("test", 1, "test-b1-compiled.onnx").unwrap();
+        let manifest = draft.publish().unwrap();
+        assert_eq!(files(dir.path()), ["any.bin", "engine"]);
+        assert_eq!(manifest.programs[0].compiled.as_ref().unwrap().files.len(), 2);
+        Engine::open(&engine).unwrap();
+        fs::remove_file(engine.join("test-b1-compiled_1.engine")).unwrap();
+        assert!(Engine::open(&engine).unwrap_err().to_string().contains("compiled_1.engine"));
+    });
+}
+
+#[test]
+fn a_stamp_reads_a_file_again_only_when_it_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("w");
+    fs::write(&path, "one").unwrap();
+    let first = FileStamp::of(&path, None).unwrap();
+    let believed = FileStamp { sha256: "believed".to_owned(), ..first.clone() };
+    assert_eq!(
+        FileStamp::of(&path, Some(&believed)).unwrap(),
+        believed,
+        "size and time are those of the stamp"
+    );
+    fs::write(&path, "three").unwrap();
+    let second = FileStamp::of(&path, Some(&believed)).unwrap();
+    assert!(second.sha256 != first.sha256 && second.sha256 != believed.sha256);
 }

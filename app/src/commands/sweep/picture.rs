@@ -24,6 +24,7 @@ pub(in crate::commands) fn curves_picture(
         series_key.map_or(vec![], |key| curves.iter().filter_map(|c| c.at.get(key).copied()).collect());
     sizes.sort_by(f64::total_cmp);
     sizes.dedup();
+    let highest = highest_shown(curves);
     let mut panels: Vec<Panel> = Vec::new();
     for curve in curves {
         let size = series_key.and_then(|key| curve.at.get(key).copied());
@@ -31,7 +32,8 @@ pub(in crate::commands) fn curves_picture(
         let rest = curve.at.iter().filter(|(key, _)| Some(key.as_str()) != series_key);
         let common = Curve { at: rest.map(|(k, v)| (k.clone(), *v)).collect(), ..curve.clone() };
         let name = common.words();
-        let points = curve.points.iter().map(|p| (p.x, p.mean.unwrap_or(f64::NAN))).collect();
+        let shown = |mean: Option<f64>| mean.filter(|m| *m <= highest).unwrap_or(f64::NAN);
+        let points = curve.points.iter().map(|p| (p.x, shown(p.mean))).collect();
         let spread = curve.points.iter().map(|p| p.sd).collect();
         let line = Line { series, points, spread, marked: curve.best, joined: true };
         match panels.iter_mut().find(|panel| panel.title == name) {
@@ -47,7 +49,7 @@ pub(in crate::commands) fn curves_picture(
     Panels {
         title,
         subtitle:
-            "mean over seeds, bars one standard deviation; rings mark the lowest; gaps are diverged trials"
+            "mean over seeds, bars one standard deviation; rings mark the lowest; gaps diverged, or nearly (> 2 medians)"
                 .into(),
         x_label: x_key.to_owned(),
         y_label: metric.to_owned(),
@@ -59,4 +61,11 @@ pub(in crate::commands) fn curves_picture(
         zoom: 1.7,
         panels,
     }
+}
+
+/// Twice the median: one trial on its way to infinity would press all others into a line.
+fn highest_shown(curves: &[Curve]) -> f64 {
+    let mut means: Vec<f64> = curves.iter().flat_map(|c| &c.points).filter_map(|p| p.mean).collect();
+    means.sort_by(f64::total_cmp);
+    means.get(means.len() / 2).map_or(f64::INFINITY, |median| median + median.abs())
 }

@@ -1,4 +1,6 @@
-//! `mudit build-engine`: programs of a model as ONNX files with their weights and a manifest.
+//! `mudit build-engine`: programs of a model as ONNX files with their weights and a manifest, tried out before they are seen.
+
+mod validation;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +10,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use graph_builder::{ExternalTensor, OnnxProgram, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
-use runtime::engine::{EngineNotes, model_file_name, write_engine};
+use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name};
 use runtime::provider::{CudaOptions, TensorRtOptions};
 use runtime::safetensors_file::SafetensorsReader;
 use runtime::{Engine, Provider, SessionOptions};
@@ -16,6 +18,7 @@ use serde_json::json;
 use train_engine::mup::{MupTable, check_stamp};
 use train_engine::step::parameter_layout;
 
+use self::validation::{Case, Report};
 use super::{Machine, guided_channels, triton, weights};
 use crate::Usage;
 use crate::console;
@@ -26,7 +29,7 @@ use crate::external::tensors;
 enum ProviderName {
     /// Emit only; nothing is loaded.
     None,
-    /// Emit, load on ONNX Runtime's CPU kernels, and time a first run.
+    /// Emit, load on ONNX Runtime's CPU kernels, validate and time a run.
     Cpu,
     /// NVIDIA GPUs through CUDA libraries.
     Cuda,
@@ -82,6 +85,12 @@ pub struct BuildEngineArgs {
     /// Write a model repository for another server instead of an engine: a model for each program and batch size.
     #[arg(long, value_enum)]
     export: Option<Export>,
+    /// Tell why an engine that is there is built again: each part of its key that differs.
+    #[arg(long)]
+    explain: bool,
+    /// Do not compare the built programs' answers with those of the reference before the engine is published.
+    #[arg(long)]
+    no_validation: bool,
     /// The engine's directory, or the repository.
     #[arg(long)]
     out: PathBuf,
@@ -140,24 +149,79 @@ impl BuildEngineArgs {
             }
             return models.iter().try_for_each(|m| console::out(&m.display().to_string()));
         }
-        let manifest = write_engine(&self.out, &programs, file, self.notes(&model)?)?;
-        let report = if self.provider == ProviderName::Cpu { self.first_runs()? } else { Vec::new() };
+        let known = Engine::open(&self.out).ok();
+        let stamp = weights.as_ref().filter(|_| carries).map(|w| w.stamp(known.as_ref())).transpose()?;
+        let key = self.key(&programs, stamp.as_ref());
+        let differences = known.as_ref().map(|engine| engine.manifest().key.differences(&key));
+        self.tell_why(differences.as_deref())?;
+        if let (Some(engine), Some([])) = (&known, differences.as_deref()) {
+            return self.tell_nothing_to_do(engine, start.elapsed().as_secs_f64());
+        }
+        let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
+        let reports =
+            if self.provider == ProviderName::Cpu { self.try_out(&model, &draft)? } else { Vec::new() };
+        if !reports.is_empty()
+            && let Some(extra) = draft.manifest_mut().extra.as_object_mut()
+        {
+            extra.insert("validation".to_owned(), reports.iter().map(Report::kept).collect());
+        }
+        let manifest = draft.publish()?;
         if self.json {
             return console::json(&json!({
-                "engine": self.out, "emit_seconds": seconds, "manifest": manifest, "first_runs": report,
+                "engine": self.out, "emit_seconds": seconds, "manifest": manifest, "first_runs": reports,
+                "up_to_date": false, "differences": differences,
             }));
         }
         for p in &manifest.programs {
             let path = self.out.join(&p.file);
             console::out(&format!("{}  {:.1} kB", path.display(), p.bytes as f64 / 1e3))?;
         }
-        for line in report {
-            console::out(&format!("  {line}"))?;
+        for report in reports {
+            console::out(&format!("  {report}"))?;
         }
         console::out(&format!(
-            "emitted in {seconds:.2} s; the manifest is {}",
+            "emitted in {seconds:.2} s, built in {:.2} s; the manifest is {}",
+            start.elapsed().as_secs_f64(),
             self.out.join("engine.json").display()
         ))
+    }
+
+    /// Everything that decides what the engine is.
+    fn key(&self, programs: &[(usize, &OnnxProgram)], weights: Option<&FileStamp>) -> EngineKey {
+        let mut key = EngineKey::default();
+        key.set("mudit", env!("CARGO_PKG_VERSION"));
+        key.set("onnxruntime", runtime::library::PINNED_VERSION);
+        key.set("provider", format!("{:?}", self.provider).to_lowercase());
+        key.set("precision", format!("{:?}", self.precision).to_lowercase());
+        key.set("validation", if self.no_validation { "off" } else { "on" });
+        for (batch, p) in programs {
+            key.set(model_file_name(&p.name, *batch), runtime::file::sha256_bytes(&p.bytes));
+        }
+        if let Some(stamp) = weights {
+            key.set("weights", &stamp.sha256);
+        }
+        key
+    }
+
+    fn tell_why(&self, differences: Option<&[KeyDifference]>) -> anyhow::Result<()> {
+        if !self.explain || self.json {
+            return Ok(());
+        }
+        match differences {
+            None => console::out(&format!("`{}` holds no engine: everything is built", self.out.display())),
+            Some([]) => console::out("every part of the key is that of the engine that is there"),
+            Some(parts) => parts.iter().try_for_each(|part| console::out(&part.to_string())),
+        }
+    }
+
+    fn tell_nothing_to_do(&self, engine: &Engine, seconds: f64) -> anyhow::Result<()> {
+        if self.json {
+            let none: [KeyDifference; 0] = [];
+            return console::json(&json!({
+                "engine": self.out, "manifest": engine.manifest(), "up_to_date": true, "differences": none,
+            }));
+        }
+        console::out(&format!("`{}` is up to date ({seconds:.2} s)", self.out.display()))
     }
 
     /// Refuses what cannot be built here before any work is done.
@@ -190,10 +254,11 @@ impl BuildEngineArgs {
         Ok(graph.emit(how)?)
     }
 
-    fn notes(&self, model: &DitConfig) -> anyhow::Result<EngineNotes> {
+    fn notes(&self, model: &DitConfig, key: EngineKey) -> anyhow::Result<EngineNotes> {
         let graph = program(model, ProgramKind::Loss, 1, Guidance::Off)?;
         let hyperparameters: BTreeMap<_, _> = HYPERPARAMETERS.into_iter().collect();
         Ok(EngineNotes {
+            key,
             options: json!({
                 "provider": format!("{:?}", self.provider).to_lowercase(),
                 "precision": format!("{:?}", self.precision).to_lowercase(),
@@ -209,33 +274,37 @@ impl BuildEngineArgs {
         })
     }
 
-    /// Loads each program and runs it once on zeros.
-    fn first_runs(&self) -> anyhow::Result<Vec<String>> {
+    /// Loads each program, compares its answers with the reference's and times a run.
+    fn try_out(&self, model: &DitConfig, draft: &EngineDraft) -> anyhow::Result<Vec<Report>> {
         let runtime = self.machine.runtime()?;
-        let engine = Engine::open(&self.out)?;
+        let engine = draft.engine()?;
         let options = SessionOptions { threads: self.machine.threads, ..SessionOptions::default() };
-        let mut lines = Vec::new();
-        for p in &engine.manifest().programs {
+        let programs = &engine.manifest().programs;
+        let mut reports = Vec::new();
+        for (i, p) in programs.iter().enumerate() {
+            console::note(&format!("trying {} ({} of {})", p.file, i + 1, programs.len()));
             let start = Instant::now();
             let session = engine.session(&runtime, &p.name, p.batch, &options)?;
-            let loaded = start.elapsed();
-            let mut binding = runtime::Binding::owned(&session)?;
-            binding.run().with_context(|| format!("a first run of {}", model_file_name(&p.name, p.batch)))?;
-            let start = Instant::now();
-            binding.run()?;
-            lines.push(format!(
-                "{} loads in {:.2} s and runs in {:.1} ms",
-                p.file,
-                loaded.as_secs_f64(),
-                start.elapsed().as_secs_f64() * 1e3
-            ));
+            let load_seconds = start.elapsed().as_secs_f64();
+            let case = Case {
+                model,
+                kind: p.name.parse()?,
+                batch: p.batch,
+                guidance: self.cfg_channels,
+                weights: self.weights.as_deref(),
+            };
+            let place = || format!("trying {}", p.file);
+            let report = case.run(&session, load_seconds, !self.no_validation).with_context(place)?;
+            reports.push(report);
         }
-        Ok(lines)
+        Ok(reports)
     }
 }
 
 /// A weights file that programs can point into.
 struct Parameters {
+    /// The file as given.
+    source: PathBuf,
     file: PathBuf,
     name: String,
     tensors: BTreeMap<String, ExternalTensor>,
@@ -256,12 +325,20 @@ impl Parameters {
         if layout.entries().keys().all(f32) {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let tensors = tensors(&reader, &layout)?;
-            return Ok(Self { file: file.to_path_buf(), name, tensors, _converted: None });
+            let source = file.to_path_buf();
+            return Ok(Self { source: source.clone(), file: source, name, tensors, _converted: None });
         }
         let directory = tempfile::tempdir().context("a place for the converted weights")?;
         let path = directory.path().join(CONVERTED);
         weights::read(model, file)?.write_safetensors(&path, &BTreeMap::new())?;
         let tensors = tensors(&SafetensorsReader::open(&path)?, &layout)?;
-        Ok(Self { file: path, name: CONVERTED.into(), tensors, _converted: Some(directory) })
+        let source = file.to_path_buf();
+        Ok(Self { source, file: path, name: CONVERTED.into(), tensors, _converted: Some(directory) })
+    }
+
+    /// What the given file is; its hash is that of an earlier build where size and time are the same.
+    fn stamp(&self, known: Option<&Engine>) -> anyhow::Result<FileStamp> {
+        let weights = known.and_then(|engine| engine.manifest().weights.as_ref());
+        Ok(FileStamp::of(&self.source, weights.and_then(|w| w.source.as_ref()))?)
     }
 }

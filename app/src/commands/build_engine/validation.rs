@@ -1,0 +1,261 @@
+//! Are a built program's answers right? Compared with the plain program, and between batches that share a sample.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::ensure;
+use graph_builder::{DType, TensorSpec};
+use models::{DitConfig, Guidance, Objective, ProgramKind, program};
+use runtime::{Arena, Binding, Session, SessionOptions, SharedArena};
+use serde::Serialize;
+use train_engine::random::{Purpose, Stream};
+use train_engine::step::parameter_layout;
+
+use super::super::weights;
+
+/// Largest relative difference of an f32 program's answers: sums in another order.
+const F32_TOLERANCE: f64 = 1e-4;
+/// Spread of parameters where no weights were given.
+const PARAMETER_STD: f32 = 0.02;
+/// Random inputs that all samples but the first are drawn from, one after the other.
+const DRAWS: [u64; 2] = [0, 1];
+
+/// A built program with what is needed to judge it.
+pub(super) struct Case<'a> {
+    pub(super) model: &'a DitConfig,
+    pub(super) kind: ProgramKind,
+    pub(super) batch: usize,
+    pub(super) guidance: Guidance,
+    pub(super) weights: Option<&'a Path>,
+}
+
+/// What came out.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    program: String,
+    batch: usize,
+    load_seconds: f64,
+    run_ms: f64,
+    /// `None` when it was not asked for.
+    validation: Option<Validation>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Validation {
+    /// Relative L2 difference from the plain program, the largest of the outputs; all gradients count as one.
+    difference: f64,
+    /// The output where it is largest.
+    output: String,
+    tolerance: f64,
+    /// Whether the first sample kept its bits beside other samples; `None` for programs and batches without others.
+    slots_independent: Option<bool>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { program, batch, load_seconds, run_ms, validation } = self;
+        write!(f, "{program} at batch {batch} loads in {load_seconds:.2} s and runs in {run_ms:.1} ms")?;
+        if let Some(v) = validation {
+            write!(f, "; within {:.1e} of the plain program (allowed {:.0e})", v.difference, v.tolerance)?;
+            if v.slots_independent == Some(true) {
+                f.write_str("; a sample's answer is the same bits beside others")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Report {
+    /// What the manifest keeps: no times, which differ from build to build.
+    pub(super) fn kept(&self) -> serde_json::Value {
+        serde_json::json!({"program": self.program, "batch": self.batch, "validation": self.validation})
+    }
+}
+
+impl Case<'_> {
+    /// Runs the program, and judges its answers if `judge`.
+    ///
+    /// # Errors
+    /// The program does not run, its answers differ by more than the tolerance or are not finite, or a sample's answer
+    /// depends on the others.
+    pub(super) fn run(
+        &self,
+        session: &Arc<Session>,
+        load_seconds: f64,
+        judge: bool,
+    ) -> anyhow::Result<Report> {
+        let parameters = self.parameters()?;
+        let bound = parameters.as_ref().filter(|_| self.kind.feeds_parameters());
+        let mut binding = bind(session, bound)?;
+        self.fill(&mut binding, DRAWS[0])?;
+        binding.run()?;
+        let start = Instant::now();
+        binding.run()?;
+        let run_ms = start.elapsed().as_secs_f64() * 1e3;
+        let mut report = Report {
+            program: self.kind.to_string(),
+            batch: self.batch,
+            load_seconds,
+            run_ms,
+            validation: None,
+        };
+        if !judge {
+            return Ok(report);
+        }
+        let answers = outputs(&binding)?;
+        let slots_independent = self.probe_slots(&mut binding, &answers)?;
+        drop(binding);
+        let (output, difference) = self.differs(session, parameters.as_ref(), &answers)?;
+        let validation = Validation { difference, output, tolerance: F32_TOLERANCE, slots_independent };
+        ensure!(
+            difference <= validation.tolerance,
+            "`{}` differs from the plain program's by {difference:.2e}, allowed {:.0e}: the engine is not published; \
+             a device or library that computes wrongly, or a fault of this program",
+            validation.output,
+            validation.tolerance
+        );
+        ensure!(
+            slots_independent != Some(false),
+            "the first sample's answer depends on the samples beside it: the engine is not published"
+        );
+        report.validation = Some(validation);
+        Ok(report)
+    }
+
+    /// The parameters of the program: the given ones, or random ones that leave no product zero.
+    fn parameters(&self) -> anyhow::Result<Option<SharedArena>> {
+        if let Some(file) = self.weights {
+            return Ok(Some(weights::read(self.model, file)?.into_shared()));
+        }
+        let graph = program(self.model, self.kind, self.batch, self.guidance)?;
+        let mut arena = Arena::zeros(parameter_layout(&graph)?)?;
+        for (i, view) in arena.views_mut().into_iter().enumerate() {
+            Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
+            view.iter_mut().for_each(|value| *value *= PARAMETER_STD);
+        }
+        Ok(Some(arena.into_shared()))
+    }
+
+    /// The largest relative difference from the graph without fused ops on ONNX Runtime's own kernels.
+    fn differs(
+        &self,
+        session: &Arc<Session>,
+        parameters: Option<&SharedArena>,
+        answers: &[(String, Vec<f32>)],
+    ) -> anyhow::Result<(String, f64)> {
+        let plain = program(self.model, self.kind, self.batch, self.guidance)?.optimised_until("simplify")?;
+        let emitted = plain.emit(graph_builder::Weights::Inputs)?;
+        let options = SessionOptions { native_kernels: false, ..SessionOptions::default() };
+        let reference = Session::load(session.runtime(), &emitted, &runtime::Weights::Inside, &options)?;
+        let mut binding = bind(&reference, parameters)?;
+        self.fill(&mut binding, DRAWS[0])?;
+        binding.run()?;
+        let mut gradients = (0.0, 0.0);
+        let mut worst = (String::new(), 0.0_f64);
+        for (name, got) in answers {
+            let want = binding.output_f32(name)?;
+            let (error, size) = squares(got, want);
+            ensure!(error.is_finite(), "`{name}` is not finite");
+            if name.starts_with("grad.") {
+                gradients = (gradients.0 + error, gradients.1 + size);
+            } else if relative(error, size) >= worst.1 {
+                worst = (name.clone(), relative(error, size));
+            }
+        }
+        if relative(gradients.0, gradients.1) > worst.1 {
+            worst = ("grad.*".to_owned(), relative(gradients.0, gradients.1));
+        }
+        Ok(worst)
+    }
+
+    /// Whether the first sample's answer keeps its bits when the other samples are others.
+    fn probe_slots(
+        &self,
+        binding: &mut Binding,
+        first: &[(String, Vec<f32>)],
+    ) -> anyhow::Result<Option<bool>> {
+        if self.kind.feeds_parameters() || self.batch < 2 {
+            return Ok(None);
+        }
+        self.fill(binding, DRAWS[1])?;
+        binding.run()?;
+        let same = outputs(binding)?.iter().zip(first).all(|((_, now), (_, before))| {
+            let sample = now.len() / self.batch;
+            now[..sample].iter().zip(&before[..sample]).all(|(a, b)| a.to_bits() == b.to_bits())
+        });
+        Ok(Some(same))
+    }
+
+    /// Fills every input that no arena feeds. The first sample is the same in every draw.
+    fn fill(&self, binding: &mut Binding, draw: u64) -> anyhow::Result<()> {
+        let specs: Vec<TensorSpec> = binding.session().inputs().to_vec();
+        for spec in &specs {
+            let values = match spec.dtype {
+                DType::F32 | DType::I64 => self.values(spec, draw),
+                _ => continue,
+            };
+            // A parameter's memory is an arena: there is nothing to fill.
+            match (spec.dtype, values) {
+                (_, None) => {}
+                (DType::I64, Some(values)) => {
+                    let whole: Vec<i64> = values.iter().map(|v| *v as i64).collect();
+                    binding.set_input(&spec.name, &whole)?;
+                }
+                (_, Some(values)) => binding.set_input(&spec.name, &values)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Values of an input by the meaning of its name; `None` for parameters.
+    fn values(&self, spec: &TensorSpec, draw: u64) -> Option<Vec<f32>> {
+        // By name: the two programs do not have the same inputs at the same places.
+        let name = u64::from_be_bytes(std::array::from_fn(|i| spec.name.bytes().nth(i).unwrap_or(0)));
+        let numel = spec.shape.numel();
+        let sample = numel / self.batch.max(1);
+        let mut values = vec![0.0; numel];
+        let ddpm = self.model.objective == Objective::Ddpm;
+        for (row, part) in values.chunks_mut(sample.max(1)).enumerate() {
+            let seed = if row == 0 { DRAWS[0] } else { draw };
+            let mut stream = Stream::new(seed ^ name, Purpose::Noise, 0, row as u64);
+            match spec.name.as_str() {
+                "x" | "x0" | "noise" | "history" | "coef" => stream.fill_normal(part),
+                // At the first times a bin's mass is a difference of nearly equal numbers.
+                "t" if ddpm => part.fill(100.0 + (800.0 * stream.uniform()).floor()),
+                "t" => part.fill(0.1 + 0.8 * stream.uniform()),
+                "guidance" => part.fill(1.0 + 4.0 * stream.uniform()),
+                "y" => part.fill(stream.below(self.model.num_classes.max(1) as u64) as f32),
+                "pair" => part.fill(row as f32),
+                name if name.starts_with("hp.") => part.fill(1.0),
+                _ => return None,
+            }
+        }
+        Some(values)
+    }
+}
+
+fn bind(session: &Arc<Session>, parameters: Option<&SharedArena>) -> anyhow::Result<Binding> {
+    let mut builder = Binding::builder(session);
+    if let Some(arena) = parameters {
+        builder.bind_inputs_by_name(arena)?;
+    }
+    Ok(builder.finish()?)
+}
+
+fn outputs(binding: &Binding) -> anyhow::Result<Vec<(String, Vec<f32>)>> {
+    let specs = binding.session().outputs();
+    specs.iter().map(|s| Ok((s.name.clone(), binding.output_f32(&s.name)?.to_vec()))).collect()
+}
+
+/// Sums of squares of the difference and of `want`.
+fn squares(got: &[f32], want: &[f32]) -> (f64, f64) {
+    got.iter().zip(want).fold((0.0, 0.0), |(error, size), (g, w)| {
+        (error + (f64::from(*g) - f64::from(*w)).powi(2), size + f64::from(*w).powi(2))
+    })
+}
+
+fn relative(error: f64, size: f64) -> f64 {
+    if error == 0.0 { 0.0 } else { (error / size.max(f64::MIN_POSITIVE)).sqrt() }
+}

@@ -1,13 +1,17 @@
 //! Mixed precision: programs in bf16 and f16 with every rounding emulated, against the same programs in f32.
 
+use std::sync::Arc;
+
 use graph_builder::passes::{Policy, policy};
-use graph_builder::{DType, Graph, Precision, Weights as Parameters};
+use graph_builder::{DType, Graph, Precision, Shape, Weights as Parameters};
 use models::{Guidance, LOSS_SCALE, ProgramKind, Recompute, has_loss_scale, program_for};
 use mudit_tests::difference::relative_l2;
-use mudit_tests::execution::run;
+use mudit_tests::execution::{array, run};
 use mudit_tests::{Array, Feeds};
 use ndarray::ArrayD;
-use runtime::Weights;
+use runtime::update::{UpdateState, UpdateStep};
+use runtime::{AdamW, Arena, ArenaLayout, Weights};
+use train_engine::loss_scale::LossScale;
 
 use crate::tiny;
 
@@ -189,4 +193,87 @@ fn small_gradients_need_the_loss_scale_in_f16() {
     let losses = |values: &[Array]| values[..2].to_vec();
     assert_eq!(losses(&scaled), losses(&huge), "the losses are without the scale");
     assert!(huge.iter().flatten().any(|v| !v.is_finite()), "too large a scale overflows");
+}
+
+/// Training in f16 with dynamic loss scaling on the interpreter, from a first factor; makes one gradient infinite at
+/// step `broken`. Gives the losses, and the factor at the end.
+fn train_f16(first: f64, broken: Option<u64>) -> (Vec<f64>, LossScale) {
+    let graph = f32_graph("flow", ProgramKind::TrainStep, Precision::F16);
+    let low = graph.in_precision(Precision::F16).unwrap();
+    let mut feeds = feeds(&graph, "flow");
+    let names: Vec<(String, Shape)> =
+        low.parameters().iter().filter(|p| p.trainable).map(|p| (p.name.clone(), p.shape())).collect();
+    let layout = Arc::new(ArenaLayout::new(names.clone()).unwrap());
+    let adamw = AdamW::new(&layout, &layout, (0.9, 0.999, 1e-8), 1).unwrap();
+    let arena = || Arena::zeros(layout.clone()).unwrap();
+    let (mut masters, mut m, mut v, mut gradients) = (arena(), arena(), arena(), arena());
+    let fill = |arena: &mut Arena, values: &dyn Fn(&str) -> Vec<f32>| {
+        for ((name, _), view) in names.iter().zip(arena.views_mut()) {
+            view.copy_from_slice(&values(name));
+        }
+    };
+    fill(&mut masters, &|name| feeds[name].iter().map(|v| *v as f32).collect());
+    let mut scale = LossScale::starting_at(first);
+    let mut losses = Vec::new();
+    for step in 1..=STEPS {
+        let factor = if broken == Some(step) { f64::INFINITY } else { scale.scale() };
+        feeds.insert(LOSS_SCALE.to_owned(), ArrayD::from_elem(ndarray::IxDyn(&[]), factor));
+        for (name, entry, values) in masters.iter() {
+            feeds.insert(name.to_owned(), array(entry.shape.dims(), values));
+        }
+        let values = low.eval_rounded(&feeds).unwrap();
+        let outputs: Feeds = low.outputs().iter().map(|(name, _)| name.clone()).zip(values).collect();
+        fill(&mut gradients, &|name| outputs[&format!("grad.{name}")].iter().map(|v| *v as f32).collect());
+        let before = masters.duplicate().unwrap();
+        let (lr, decay) = (vec![3e-3; names.len()], vec![0.0; names.len()]);
+        let state = UpdateState {
+            parameters: &mut masters,
+            gradients: &gradients,
+            first_moments: &mut m,
+            second_moments: &mut v,
+            ema: None,
+        };
+        let update = UpdateStep {
+            step: step - scale.skipped(),
+            lr: &lr,
+            weight_decay: &decay,
+            clip: Some(1.0),
+            gradient_scale: scale.gradient_scale(),
+        };
+        let report = adamw.step(state, &update).unwrap();
+        if !report.finite {
+            assert!(masters.iter().zip(before.iter()).all(|(a, b)| a.2 == b.2), "step {step} was left out");
+        }
+        scale.record(step, report.finite).unwrap();
+        losses.push(outputs["loss"].sum());
+    }
+    (losses, scale)
+}
+
+/// Steps of [`train_f16`].
+const STEPS: u64 = 40;
+
+#[test]
+fn training_in_f16_recovers_from_overflow() {
+    let (calm, scale) = train_f16(SCALE, None);
+    assert_eq!((scale.scale(), scale.skipped()), (SCALE, 0));
+    let (losses, scale) = train_f16(2_f64.powi(40), None);
+    println!("from 2^40: {} steps left out, then a factor of {}", scale.skipped(), scale.scale());
+    assert!(scale.skipped() > 10 && scale.scale() < 2_f64.powi(30), "{scale:?}");
+    let left_out = scale.skipped() as usize;
+    assert!(
+        losses[..left_out].iter().all(|loss| *loss == losses[0]),
+        "nothing moved before the factor fitted"
+    );
+    let (end, same) = (losses[STEPS as usize - 1], calm[STEPS as usize - 1 - left_out]);
+    assert!(
+        (end - same).abs() < 0.01 * same,
+        "{end} after as many steps that counted, {same} without overflow"
+    );
+    assert!(end < 0.9 * losses[0], "{losses:?}");
+
+    let (losses, scale) = train_f16(SCALE, Some(10));
+    assert_eq!((scale.scale(), scale.skipped()), (SCALE / 2.0, 1));
+    assert_eq!(losses[9], losses[10], "the step of the overflow was left out");
+    assert!(losses[STEPS as usize - 1] < 0.9 * losses[0]);
 }

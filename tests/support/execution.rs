@@ -114,7 +114,7 @@ fn execute(
             DType::I64 => widened(binding.output::<i64>(&spec.name).unwrap(), |v| *v as f64),
             DType::Bool => widened(binding.output::<u8>(&spec.name).unwrap(), |v| f64::from(*v)),
             DType::F16 => widened(binding.output::<f16>(&spec.name).unwrap(), |v| v.to_f64()),
-            other => panic!("output `{}` has type {other}", spec.name),
+            other @ DType::Bf16 => panic!("output `{}` has type {other}", spec.name),
         };
         (spec.name.clone(), ArrayD::from_shape_vec(IxDyn(spec.shape.dims()), values).unwrap())
     });
@@ -131,7 +131,7 @@ pub fn feed(binding: &mut Binding, inputs: &[TensorSpec], feeds: &Feeds) {
             DType::I64 => binding.set_input(&spec.name, &narrowed(values, |v| v as i64)),
             DType::Bool => binding.set_input(&spec.name, &narrowed(values, |v| v as u8)),
             DType::F16 => binding.set_input(&spec.name, &narrowed(values, f16::from_f64)),
-            other => panic!("input `{}` has type {other}", spec.name),
+            other @ DType::Bf16 => panic!("input `{}` has type {other}", spec.name),
         };
         set.unwrap_or_else(|e| panic!("{e}"));
     }

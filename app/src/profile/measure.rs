@@ -135,7 +135,7 @@ impl Subject<'_> {
         let path = directory.join(WEIGHTS);
         parameters.write_safetensors(&path, &BTreeMap::new())?;
         let reader = SafetensorsReader::open(&path)?;
-        let tensors = external::tensors(&reader, parameters.layout())?;
+        let tensors = external::tensors(&reader, parameters.layout(), |_| DType::F32)?;
         Ok(graph.emit(Weights::External { file: WEIGHTS, tensors: &tensors })?)
     }
 

@@ -1,0 +1,96 @@
+//! The real CUDA provider of ONNX Runtime on a machine without a GPU: stand-ins for NVIDIA's libraries let it load, give
+//! every node of a program its kernel and move memory; no kernel computes anything.
+//!
+//! Each proof runs in a process of its own, because the libraries must be known before anything is loaded.
+#![allow(clippy::unwrap_used, reason = "a proof fails by panicking")]
+
+mod build;
+mod proofs;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use runtime::RuntimeOptions;
+use runtime::library::locate;
+
+/// For one proof: loading DiT-XL/2's training step takes some ten seconds here.
+const LIMIT: Duration = Duration::from_mins(5);
+
+/// The stand-ins and the ONNX Runtime they serve.
+struct Stage {
+    folder: PathBuf,
+    onnx_runtime: PathBuf,
+}
+
+/// Builds the stand-ins once.
+#[allow(clippy::print_stderr, reason = "nothing is fetched silently")]
+fn stage() -> Result<&'static Stage, String> {
+    static STAGE: OnceLock<Result<Stage, String>> = OnceLock::new();
+    let prepare = || {
+        let options = RuntimeOptions { gpu: true, offline: false, progress: &|line| eprintln!("{line}") };
+        let library = locate(&options).map_err(|e| e.to_string())?;
+        let provider = library.provider_file("cuda").ok_or("no CUDA provider")?;
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in");
+        build::build(&provider, &folder)?;
+        Ok(Stage { folder, onnx_runtime: library.path })
+    };
+    STAGE.get_or_init(prepare).as_ref().map_err(Clone::clone)
+}
+
+/// Runs one of the proofs in a process that knows the stand-ins.
+///
+/// A machine that lacks the C compiler or the wheel says so aloud; with `CI` set it fails.
+#[allow(clippy::print_stderr, reason = "a proof that was not tried says so")]
+fn proven(name: &str, variables: &[(&str, &str)]) {
+    let stage = match stage() {
+        Ok(stage) => stage,
+        Err(reason) if std::env::var_os("CI").is_none() => return eprintln!("SKIPPED: {name}: {reason}"),
+        Err(reason) => panic!("{name}: {reason}"),
+    };
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", &format!("proofs::{name}"), "--nocapture"])
+        .env("MUDIT_CUDA_LIBRARIES", &stage.folder)
+        .env("ORT_DYLIB_PATH", &stage.onnx_runtime)
+        .envs(variables.iter().copied())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "{name}: {status}");
+            return;
+        }
+        if start.elapsed() > LIMIT {
+            child.kill().unwrap();
+            panic!("{name} took longer than {LIMIT:?}");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn every_node_of_step_is_placed_on_cuda() {
+    proven("step_is_placed", &[]);
+}
+
+#[test]
+fn every_node_of_guided_denoising_is_placed_on_cuda() {
+    proven("denoise_cfg_is_placed", &[]);
+}
+
+#[test]
+fn every_node_of_the_training_step_is_placed_on_cuda() {
+    proven("train_step_is_placed", &[]);
+}
+
+#[test]
+fn values_go_to_the_device_and_come_back() {
+    proven("memory_round_trip", &[]);
+}
+
+#[test]
+fn memory_that_runs_out_is_an_error_with_numbers() {
+    proven("out_of_memory", &[("MUDIT_STAND_IN_MEMORY", "1000000")]);
+}

@@ -1,0 +1,97 @@
+//! What is proven with the stand-ins; run by the tests of the parent module.
+
+use std::sync::Arc;
+
+use graph_builder::{DType, Shape};
+use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::cuda::{DeviceArena, Gpu};
+use runtime::{
+    Arena, ArenaLayout, CudaOptions, Provider, Runtime, RuntimeError, RuntimeOptions, Session,
+    SessionOptions, Weights,
+};
+
+/// Loads a program of DiT-XL/2 with CPU fall-back disabled and asserts where its nodes are.
+fn is_placed(kind: ProgramKind, guidance: Guidance) {
+    let model = DitConfig::resolve("DiT-XL/2").unwrap();
+    let graph = program(&model, kind, 2, guidance).unwrap().optimised().unwrap();
+    let emitted = graph.emit(graph_builder::Weights::Inputs).unwrap();
+    let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
+    let runtime = Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"));
+    let provider = Provider::Cuda(CudaOptions::default());
+    let session_options = SessionOptions { provider, record_placement: true, ..SessionOptions::default() };
+    let session = Session::load(&runtime, &emitted, &Weights::Inside, &session_options)
+        .unwrap_or_else(|e| panic!("{kind}: {e}"));
+    let placement = session.placement().unwrap_or_else(|e| panic!("{e}"));
+    assert!(placement.nodes.len() > 500, "{} nodes", placement.nodes.len());
+    let elsewhere: Vec<_> = placement.elsewhere("CUDAExecutionProvider").map(ToString::to_string).collect();
+    assert!(elsewhere.is_empty(), "{kind}: not on CUDA: {elsewhere:#?}");
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn step_is_placed() {
+    is_placed(ProgramKind::Step, Guidance::Off);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn denoise_cfg_is_placed() {
+    is_placed(ProgramKind::DenoiseCfg, Guidance::First(3));
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn train_step_is_placed() {
+    is_placed(ProgramKind::TrainStep, Guidance::Off);
+}
+
+fn layout() -> Arc<ArenaLayout> {
+    let entries = [("w", Shape::from([3, 5])), ("b", Shape::from([7]))];
+    Arc::new(ArenaLayout::new(entries.map(|(n, s)| (n.to_owned(), s))).unwrap())
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn memory_round_trip() {
+    let gpu = Gpu::open(0).unwrap();
+    assert_eq!(gpu.info().architecture(), "sm_80");
+    let mut host = Arena::zeros(layout()).unwrap();
+    for view in host.views_mut() {
+        for (i, value) in view.iter_mut().enumerate() {
+            *value = 1.0 / (i + 3) as f32;
+        }
+    }
+    for (dtype, tolerance) in [(DType::F32, 0.0), (DType::F16, 5e-4), (DType::Bf16, 4e-3)] {
+        let device = DeviceArena::zeros(&gpu, layout(), dtype, "a proof").unwrap();
+        let second = DeviceArena::zeros(&gpu, layout(), dtype, "a proof").unwrap();
+        device.upload(&host).unwrap();
+        second.copy_from(&device).unwrap();
+        let mut back = Arena::zeros(layout()).unwrap();
+        second.download(&mut back).unwrap();
+        for ((name, _, want), (_, _, got)) in host.iter().zip(back.iter()) {
+            for (want, got) in want.iter().zip(got) {
+                assert!((want - got).abs() <= tolerance * want, "{name} {dtype}: {got} instead of {want}");
+            }
+        }
+    }
+    let error = Gpu::open(1).unwrap_err().to_string();
+    assert!(error.contains("no GPU number 1: the driver sees 1"), "{error}");
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn out_of_memory() {
+    let gpu = Gpu::open(0).unwrap();
+    let large = Arc::new(ArenaLayout::new([("w".to_owned(), Shape::from([300_000]))]).unwrap());
+    let error = DeviceArena::zeros(&gpu, large, DType::F32, "the first moments").unwrap_err();
+    assert!(
+        matches!(error, RuntimeError::GpuOutOfMemory { bytes: 1_200_000, free: 1_000_000, .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("the first moments"), "{error}");
+    // What fits is had, and given back.
+    for _ in 0..3 {
+        DeviceArena::zeros(&gpu, layout(), DType::F32, "a proof").unwrap();
+    }
+    assert_eq!(gpu.memory().unwrap(), (1_000_000, 1_000_000));
+}

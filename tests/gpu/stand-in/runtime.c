@@ -1,0 +1,72 @@
+/* Stands in for NVIDIA's runtime library, on top of the stand-in driver. What the CUDA provider needs beside these
+ * functions is filled in when the library is built, as functions that succeed and do nothing. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { OK = 0 };
+int cuMemAlloc_v2(uint64_t *, size_t);
+int cuMemFree_v2(uint64_t);
+int cuMemGetInfo_v2(size_t *, size_t *);
+int cuDeviceGetAttribute(int *, int, int);
+static char object;
+
+int cudaGetDeviceCount(int *count) { *count = 1; return OK; }
+int cudaGetDevice(int *device) { *device = 0; return OK; }
+int cudaSetDevice(int device) { return OK; }
+int cudaDriverGetVersion(int *version) { *version = 13000; return OK; }
+int cudaRuntimeGetVersion(int *version) { *version = 13000; return OK; }
+int cudaDeviceGetAttribute(int *value, int attribute, int device) { return cuDeviceGetAttribute(value, attribute, device); }
+/* CUDA 13's record has 1008 bytes; these are the places of what the provider reads. */
+int cudaGetDeviceProperties(char *record, int device) {
+  size_t free_bytes;
+  memset(record, 0, 1008);
+  strcpy(record, "stand-in");
+  cuMemGetInfo_v2(&free_bytes, (size_t *)(record + 288));
+  *(size_t *)(record + 296) = 49152;   /* shared memory of a block */
+  *(int *)(record + 304) = 65536;      /* registers of a block */
+  *(int *)(record + 308) = 32;         /* threads of a warp */
+  *(int *)(record + 320) = 1024;       /* threads of a block */
+  memcpy(record + 324, (int[]){1024, 1024, 64}, 12);
+  memcpy(record + 336, (int[]){2147483647, 65535, 65535}, 12);
+  memcpy(record + 360, (int[]){8, 0}, 8); /* compute capability */
+  *(int *)(record + 384) = 108;        /* multiprocessors */
+  *(int *)(record + 596) = 40 << 20;   /* second-level cache */
+  *(int *)(record + 604) = 2048;       /* threads of a multiprocessor */
+  *(size_t *)(record + 624) = 167936;  /* shared memory of a multiprocessor */
+  *(int *)(record + 632) = 65536;      /* registers of a multiprocessor */
+  *(size_t *)(record + 672) = 166912;  /* shared memory of a block, on request */
+  *(int *)(record + 688) = 32;         /* blocks of a multiprocessor */
+  return OK;
+}
+int cudaMalloc(void **address, size_t n) { uint64_t a; int e = cuMemAlloc_v2(&a, n ? n : 1); if (!e) *address = (void *)(uintptr_t)a; return e; }
+int cudaMallocFromPoolAsync(void **address, size_t n, void *pool, void *stream) { return cudaMalloc(address, n); }
+int cudaFree(void *address) { return cuMemFree_v2((uint64_t)(uintptr_t)address); }
+int cudaFreeAsync(void *address, void *stream) { return cudaFree(address); }
+int cudaMallocHost(void **address, size_t n) { *address = aligned_alloc(256, (n + 256) / 256 * 256); return *address ? OK : 2; }
+int cudaHostAlloc(void **address, size_t n, unsigned flags) { return cudaMallocHost(address, n); }
+int cudaFreeHost(void *address) { free(address); return OK; }
+int cudaMemGetInfo(size_t *available, size_t *whole) { return cuMemGetInfo_v2(available, whole); }
+int cudaMemcpy(void *to, const void *from, size_t n, int kind) { memcpy(to, from, n); return OK; }
+int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) { memcpy(to, from, n); return OK; }
+int cudaMemset(void *to, int value, size_t n) { memset(to, value, n); return OK; }
+int cudaMemsetAsync(void *to, int value, size_t n, void *stream) { memset(to, value, n); return OK; }
+int cudaStreamCreate(void **stream) { *stream = &object; return OK; }
+int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &object; return OK; }
+int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return OK; }
+int cudaEventCreate(void **event) { *event = &object; return OK; }
+int cudaEventCreateWithFlags(void **event, unsigned flags) { *event = &object; return OK; }
+int cudaEventElapsedTime(float *ms, void *start, void *end) { *ms = 0; return OK; }
+int cudaMemPoolCreate(void **pool, void *properties) { *pool = &object; return OK; }
+int cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags, int *status) { *function = 0; if (status) *status = 1; return OK; }
+int cudaPointerGetAttributes(int *record, const void *address) {
+  memset(record, 0, 88);
+  record[0] = 2; /* memory of the device */
+  memcpy((char *)record + 8, &address, sizeof address);
+  return OK;
+}
+int cudaFuncGetAttributes(char *record, const void *function) { memset(record, 0, 144); *(int *)(record + 24) = 1024; return OK; }
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *function, int threads, size_t shared, unsigned flags) { *blocks = 2; return OK; }
+const char *cudaGetErrorString(int error) { return error == 2 ? "out of memory" : "refused by the stand-in"; }
+const char *cudaGetErrorName(int error) { return cudaGetErrorString(error); }
+void **__cudaRegisterFatBinary(void *code) { static void *handle; return &handle; }

@@ -1,9 +1,9 @@
 //! Function bodies: the plain-ONNX meaning of a fused op. They hold no shape, so one body serves every use.
 
-use onnx_protobuf::{FunctionProto, NodeProto, OperatorSetIdProto};
+use onnx_protobuf::{FunctionProto, NodeProto};
 
 use super::message::{raw_tensor, tensor_type};
-use super::{Attribute, DOMAIN, OPSET};
+use super::{Attribute, DOMAIN};
 use crate::shape::{DType, Type};
 
 /// A function of the domain `mudit` under construction.
@@ -18,13 +18,11 @@ impl FunctionBody {
     /// An empty body with the given operands and attributes; [`Self::result`] adds its results in order.
     pub(crate) fn new(name: &'static str, inputs: &[&str], attributes: &[&str]) -> Self {
         let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect();
-        let standard = OperatorSetIdProto { version: OPSET, ..OperatorSetIdProto::default() };
         let message = FunctionProto {
             name: name.into(),
             domain: DOMAIN.into(),
             input: owned(inputs),
             attribute: owned(attributes),
-            opset_import: vec![standard],
             ..FunctionProto::default()
         };
         Self { name, overload: "", dtype: DType::F32, message }
@@ -71,10 +69,18 @@ impl FunctionBody {
         self.node_with(op_type, inputs, vec![])
     }
 
+    /// Three equal pieces of the last axis.
+    pub(crate) fn thirds(&mut self, x: &str) -> [String; 3] {
+        let outputs = [0, 1, 2].map(|i| format!("b{}.{i}", self.message.node.len()));
+        let attributes = vec![Attribute::int("axis", -1), Attribute::int("num_outputs", 3)];
+        self.push("Split", &[x], outputs.to_vec(), attributes);
+        outputs
+    }
+
     /// One node with attributes; returns the name of its answer.
     pub(crate) fn node_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) -> String {
         let output = format!("b{}", self.message.node.len());
-        self.push(op_type, inputs, output.clone(), attributes);
+        self.push(op_type, inputs, vec![output.clone()], attributes);
         output
     }
 
@@ -87,7 +93,7 @@ impl FunctionBody {
     pub(crate) fn result_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) {
         let output = format!("result{}", self.message.output.len());
         self.message.output.push(output.clone());
-        self.push(op_type, inputs, output, attributes);
+        self.push(op_type, inputs, vec![output], attributes);
     }
 
     /// The node whose f32 answer, rounded to the body's type, is the function's next result.
@@ -141,11 +147,11 @@ impl FunctionBody {
         self.node_with("Constant", &[], vec![Attribute::tensor("value", tensor)])
     }
 
-    fn push(&mut self, op_type: &str, inputs: &[&str], output: String, attributes: Vec<Attribute>) {
+    fn push(&mut self, op_type: &str, inputs: &[&str], output: Vec<String>, attributes: Vec<Attribute>) {
         self.message.node.push(NodeProto {
             op_type: op_type.into(),
             input: inputs.iter().map(ToString::to_string).collect(),
-            output: vec![output],
+            output,
             attribute: attributes.into_iter().map(Attribute::into_message).collect(),
             ..NodeProto::default()
         });

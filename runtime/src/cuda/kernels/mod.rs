@@ -6,6 +6,7 @@
 mod compile;
 mod native;
 mod queue;
+mod update;
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,6 +16,7 @@ use crate::error::RuntimeError;
 pub use compile::{Compiled, Compiler, KernelInfo};
 pub use native::{NativeOp, Place};
 pub use queue::{Address, Arguments, Launch, Product, Queue};
+pub use update::{Control, Piece, Segment, UpdatePlaces, UpdatePlan};
 
 pub use crate::kernels::AttributeSource;
 

@@ -7,7 +7,6 @@
 const u32 THREADS = 128;
 const u32 ROWS = 64;
 const float LOG2_E = 1.4426950408889634f;
-#define MINUS_INFINITY (-__int_as_float(0x7F800000))
 
 // `samples` x `tokens` rows of q k v, features ordered (q k v, head, feature).
 struct Heads {

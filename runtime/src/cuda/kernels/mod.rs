@@ -4,6 +4,8 @@
 //! inline assembly, and `types.cuh`. Kernels are named `<kernel>_<element type>`.
 
 mod compile;
+mod native;
+mod queue;
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,6 +13,10 @@ use std::str::FromStr;
 use crate::error::RuntimeError;
 
 pub use compile::{Compiled, Compiler, KernelInfo};
+pub use native::{NativeOp, Place};
+pub use queue::{Address, Arguments, Launch, Product, Queue};
+
+pub use crate::kernels::AttributeSource;
 
 /// An architecture of GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -185,8 +191,25 @@ pub static ATTENTION: Source = source!(
     ]
 );
 
+/// Attention and its gradient for what [`ATTENTION`] does not take: f32, and head sizes that are no multiple of 8.
+pub static ATTENTION_PLAIN: Source = source!(
+    "attention_plain.cu",
+    [],
+    [
+        "attention_plain_f32",
+        "attention_plain_grad_queries_f32",
+        "attention_plain_grad_keys_f32",
+        "attention_plain_bf16",
+        "attention_plain_grad_queries_bf16",
+        "attention_plain_grad_keys_bf16",
+        "attention_plain_f16",
+        "attention_plain_grad_queries_f16",
+        "attention_plain_grad_keys_f16",
+    ]
+);
+
 /// All sources.
-pub static SOURCES: [&Source; 5] = [&UPDATE, &RANDOM, &ROWS, &ELEMENTS, &ATTENTION];
+pub static SOURCES: [&Source; 6] = [&UPDATE, &RANDOM, &ROWS, &ELEMENTS, &ATTENTION, &ATTENTION_PLAIN];
 
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ struct f16 {
 
 const u32 WARP = 32;
 const u32 ALL_LANES = 0xFFFFFFFFu;
+#define MINUS_INFINITY (-__int_as_float(0x7F800000))
 
 DEVICE float widen(float x) { return x; }
 DEVICE float widen(bf16 x) { return __uint_as_float((u32)x.bits << 16); }

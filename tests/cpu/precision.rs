@@ -18,7 +18,7 @@ use crate::tiny;
 /// Precisions narrower than f32, with the relative error (L2) that forward answers, losses and gradients may have.
 /// About twice the largest that is measured on the tiny models.
 const TOLERANCES: [(Precision, f64, f64, f64); 2] =
-    [(Precision::Bf16, 0.02, 0.02, 0.06), (Precision::F16, 0.0025, 0.0025, 0.0075)];
+    [(Precision::Bf16, 0.012, 0.008, 0.03), (Precision::F16, 0.0018, 0.0012, 0.0036)];
 /// Factor on the loss of a training step in f16.
 const SCALE: f64 = 1024.0;
 
@@ -162,8 +162,9 @@ fn recomputed_blocks_give_the_same_bits() {
 #[test]
 fn f16_function_bodies_compute_what_the_interpreter_computes() {
     // ONNX Runtime's CPU provider runs f16 through f32 with a rounding after each node.
+    let mut worst: f64 = 0.0;
     for variant in tiny::VARIANTS {
-        for kind in [ProgramKind::Denoise, ProgramKind::Step, ProgramKind::Loss] {
+        for kind in [ProgramKind::Denoise, ProgramKind::Step, ProgramKind::TrainStep] {
             let low = f32_graph(variant, kind, Precision::F16).in_precision(Precision::F16).unwrap();
             let program = low.emit(Parameters::Inputs).unwrap();
             let feeds = feeds(&low, variant);
@@ -171,11 +172,13 @@ fn f16_function_bodies_compute_what_the_interpreter_computes() {
             let got = run(&program, &Weights::Inside, &feeds, false).outputs;
             for ((name, _), want) in low.outputs().iter().zip(&want) {
                 let error = relative_l2(&got[name], want);
-                println!("{variant} {kind} {name}: {error:.1e}");
-                assert!(error < TOLERANCES[1].1, "{variant} {kind} {name}: {error:e}");
+                let allowed = if name.starts_with("grad.") { TOLERANCES[1].3 } else { TOLERANCES[1].1 };
+                assert!(error < allowed, "{variant} {kind} {name}: {error:e}");
+                worst = worst.max(error);
             }
         }
     }
+    println!("f16 on ONNX Runtime against the interpreter: {worst:.1e}");
 }
 
 #[test]
@@ -193,6 +196,27 @@ fn small_gradients_need_the_loss_scale_in_f16() {
     let losses = |values: &[Array]| values[..2].to_vec();
     assert_eq!(losses(&scaled), losses(&huge), "the losses are without the scale");
     assert!(huge.iter().flatten().any(|v| !v.is_finite()), "too large a scale overflows");
+}
+
+#[test]
+fn cuda_has_a_kernel_for_every_node() {
+    for variant in tiny::VARIANTS {
+        for precision in Precision::ALL {
+            for kind in ProgramKind::ALL {
+                let graph = f32_graph(variant, kind, precision).in_precision(precision).unwrap();
+                let program = graph.emit(Parameters::Inputs).unwrap();
+                program.check_cuda(&|_, _| false).unwrap_or_else(|e| panic!("{variant} {precision}: {e}"));
+            }
+        }
+    }
+    // A table that puts images into bf16 is caught by name.
+    let images = |op: &str| if op == "Patchify" { Policy::Compute } else { policy(op) };
+    let graph = f32_graph("flow", ProgramKind::Denoise, Precision::Bf16);
+    let program = graph.in_precision_by(Precision::Bf16, images).unwrap().emit(Parameters::Inputs).unwrap();
+    let refusal = program.check_cuda(&|_, _| false).unwrap_err().to_string();
+    let parts =
+        ["SpaceToDepth of `x_embedder/Patchify", "(in the body of Patchify)", "no CUDA kernel for bf16"];
+    assert!(parts.iter().all(|part| refusal.contains(part)), "{refusal}");
 }
 
 /// Training in f16 with dynamic loss scaling on the interpreter, from a first factor; makes one gradient infinite at

@@ -2,9 +2,9 @@
 
 #include "device.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <vector>
 
 namespace emulator {
 alignas(128) unsigned char shared[MOST_SHARED];
@@ -17,7 +17,9 @@ const u32 MOST_THREADS = 1024;
 enum class State { Ready, AtBlock, AtWarp, Done };
 
 struct Fiber {
-    ucontext_t context;
+    // Where it goes on; before its first turn there is only a stack to begin on.
+    jmp_buf turn;
+    bool begun;
     State state;
     Copies copies;
 };
@@ -31,7 +33,7 @@ struct Block {
     Fiber fibers[MOST_THREADS];
     Warp warps[MOST_THREADS / WARP];
     u32 threads, current, waiting, alive;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     void (*body)(void *);
     void *argument;
     const char *kernel;
@@ -39,11 +41,16 @@ struct Block {
 
 Block *block;
 unsigned char *stacks;
-// A fiber that is left by an exception of the emulator's must not go on.
+// What stopped a launch in the middle of its threads.
 bool failed;
 char failure[256];
 
-void to_scheduler() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
+// Turns change by jumps, which, unlike changes of context, ask the system for nothing.
+__attribute__((noinline)) void to_scheduler() {
+    if (!_setjmp(block->fibers[block->current].turn)) {
+        _longjmp(block->scheduler, 1);
+    }
+}
 
 void open_block_barrier() {
     if (block->alive > 0 && block->waiting == block->alive) {
@@ -68,15 +75,48 @@ void open_warp_barrier(u32 number) {
     }
 }
 
+// One thread of block after block.
 void run_fiber() {
-    block->body(block->argument);
-    const u32 warp = block->current / WARP;
-    block->fibers[block->current].state = State::Done;
-    block->alive--;
-    block->warps[warp].alive--;
-    open_block_barrier();
-    open_warp_barrier(warp);
-    to_scheduler();
+    for (;;) {
+        block->body(block->argument);
+        const u32 warp = block->current / WARP;
+        block->fibers[block->current].state = State::Done;
+        block->alive--;
+        block->warps[warp].alive--;
+        open_block_barrier();
+        open_warp_barrier(warp);
+        to_scheduler();
+    }
+}
+
+__attribute__((noinline)) void to_fiber(u32 thread) {
+    Fiber &fiber = block->fibers[thread];
+    block->current = thread;
+    thread_index = {thread, 0, 0};
+    if (_setjmp(block->scheduler)) {
+        return;
+    }
+    if (fiber.begun) {
+        _longjmp(fiber.turn, 1);
+    }
+    fiber.begun = true;
+    static ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + thread * STACK;
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = nullptr;
+    makecontext(&context, run_fiber, 0);
+    setcontext(&context);
+}
+} // namespace
+
+namespace {
+// Threads that stand in the middle of a kernel begin anew at the next launch.
+const char *abandon() {
+    for (Fiber &fiber : block->fibers) {
+        fiber.begun = false;
+    }
+    return failure;
 }
 } // namespace
 
@@ -126,7 +166,7 @@ void release() { warp_barrier(); }
 const char *run(const char *kernel, const u32 *grid, u32 threads, u32 shared_bytes, bool backwards,
                 void (*body)(void *), void *argument) {
     if (!block) {
-        block = new Block;
+        block = new Block();
         stacks = (unsigned char *)mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE,
                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     }
@@ -151,11 +191,6 @@ const char *run(const char *kernel, const u32 *grid, u32 threads, u32 shared_byt
             Fiber &fiber = block->fibers[i];
             fiber.state = State::Ready;
             fiber.copies.count = fiber.copies.group = 0;
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = stacks + i * STACK;
-            fiber.context.uc_stack.ss_size = STACK;
-            fiber.context.uc_link = nullptr;
-            makecontext(&fiber.context, run_fiber, 0);
         }
         for (u32 w = 0; w * WARP < threads; w++) {
             block->warps[w] = {{}, 0, min(WARP, threads - w * WARP)};
@@ -168,15 +203,14 @@ const char *run(const char *kernel, const u32 *grid, u32 threads, u32 shared_byt
                     continue;
                 }
                 moved = true;
-                block->current = thread;
-                thread_index = {thread, 0, 0};
-                swapcontext(&block->scheduler, &block->fibers[thread].context);
+                to_fiber(thread);
                 if (failed) {
-                    return failure;
+                    return abandon();
                 }
             }
             if (!moved) {
-                return "threads of a block wait for each other at different barriers";
+                snprintf(failure, sizeof failure, "%s: threads of a block wait at different barriers", kernel);
+                return abandon();
             }
         }
     }

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a proof fails by panicking")]
 
 mod app;
-mod emulation;
 mod engines;
 mod fid_command;
 mod fid_extractors;
@@ -11,7 +10,6 @@ mod fid_metrics;
 mod fid_networks;
 mod fid_speed;
 mod file_errors;
-mod fused_rows;
 mod gradients;
 mod kernels;
 mod layering;
@@ -23,7 +21,6 @@ mod op_constraints;
 mod op_cost;
 mod op_gradient;
 mod op_parity;
-mod op_rows;
 mod op_table;
 mod parity;
 mod passes;

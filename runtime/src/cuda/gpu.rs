@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use serde::Serialize;
 
+use super::kernels::Loaded;
 use super::libraries::DRIVER;
 use crate::error::{Result, RuntimeError};
 
@@ -47,6 +48,8 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     transfers: Arc<CudaStream>,
+    /// Kernels and what goes with them, once somebody asked.
+    loaded: OnceLock<Loaded>,
 }
 
 impl fmt::Debug for Gpu {
@@ -79,7 +82,7 @@ impl Gpu {
             let (stream, transfers) = (context.new_stream()?, context.new_stream()?);
             Ok((info, context, stream, transfers))
         })?;
-        let gpu = Arc::new(Self { info, context, stream, transfers });
+        let gpu = Arc::new(Self { info, context, stream, transfers, loaded: OnceLock::new() });
         open.insert(ordinal, gpu.clone());
         Ok(gpu)
     }
@@ -127,6 +130,15 @@ impl Gpu {
     /// [`RuntimeError::Cuda`] with the first failure of what was queued.
     pub fn synchronize(&self) -> Result<()> {
         guarded("wait for the GPU", || self.stream.synchronize())
+    }
+
+    /// This crate's kernels on it.
+    pub(crate) fn loaded(&self) -> Result<&Loaded> {
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let loaded = Loaded::open(self)?;
+        Ok(self.loaded.get_or_init(|| loaded))
     }
 
     /// Calls the driver with this GPU's context current.

@@ -1,6 +1,4 @@
-// Runs the threads of a block as fibers.
-
-#include "device.h"
+// Runs the threads of a block as fibers. Comes after device.h.
 
 #include <setjmp.h>
 #include <sys/mman.h>

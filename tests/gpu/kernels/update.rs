@@ -5,11 +5,12 @@ use std::sync::Arc;
 use graph_builder::{DType, Shape};
 use half::bf16;
 use mudit_tests::draws::Draws;
-use runtime::cuda::kernels::{Control, UpdatePlaces, UpdatePlan};
+use runtime::cuda::Gpu;
+use runtime::cuda::kernels::{Control, GpuQueue, UpdatePlaces, UpdatePlan};
 use runtime::update::{UpdateState, UpdateStep, trainable_layout};
 use runtime::{AdamW, Arena, ArenaLayout};
 
-use super::emulator::{Buffer, Emulation, possible};
+use super::memory::Buffer;
 
 const BETAS: (f64, f64) = (0.9, 0.999);
 const EPSILON: f64 = 1e-8;
@@ -41,17 +42,18 @@ fn flat(arena: &Arena) -> Vec<f32> {
 }
 
 struct Device {
+    gpu: Arc<Gpu>,
     plan: UpdatePlan,
     buffers: [Buffer; 6],
     control: Buffer,
 }
 
 impl Device {
-    fn step(&self, gradients: (&Arena, DType), step: &UpdateStep<'_>, backwards: bool) -> Control {
+    fn step(&self, gradients: (&Arena, DType), step: &UpdateStep<'_>) -> Control {
         let [parameters, first, second, average, copy, pieces] = &self.buffers;
-        let segments = Buffer::of(&self.plan.segments(step).unwrap());
+        let segments = Buffer::of(&self.gpu, &self.plan.segments(step).unwrap());
         let (arena, dtype) = gradients;
-        let gradients = Buffer::floats(dtype, flat(arena).into_iter().map(f64::from));
+        let gradients = Buffer::floats(&self.gpu, dtype, flat(arena).into_iter().map(f64::from));
         let places = UpdatePlaces {
             tables: (segments.at(), pieces.at()),
             parameters: parameters.at(),
@@ -61,7 +63,7 @@ impl Device {
             copy: Some((copy.at(), DType::Bf16)),
             control: self.control.at(),
         };
-        self.plan.enqueue(&Emulation::new(backwards), &places, step).unwrap();
+        self.plan.enqueue(&GpuQueue::new(&self.gpu).unwrap(), &places, step).unwrap();
         self.control.read::<Control>(1)[0]
     }
 }
@@ -75,11 +77,8 @@ fn same(got: &Buffer, want: &Arena, what: &str) {
     }
 }
 
-#[test]
-fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
-    if !possible("the update") {
-        return;
-    }
+/// The update has the host's bits, and gradients that are not finite leave everything as it was. `change` as for the ops.
+pub(crate) fn update_is_the_hosts(gpu: &Arc<Gpu>, change: &dyn Fn(bool)) {
     let (pl, gl) = layouts();
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
         let mut draws = Draws::new(5);
@@ -91,12 +90,12 @@ fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
         let mut average = parameters.duplicate().unwrap();
         let host = AdamW::new(&pl, &gl, (BETAS.0, BETAS.1, EPSILON), 1).unwrap();
         let plan = UpdatePlan::new(&pl, &gl, BETAS, vec![EPSILON; 3]).unwrap();
-        let pieces = Buffer::of(plan.pieces());
-        let zeros = || Buffer::of(&vec![0.0_f32; gl.len()]);
-        let start = || Buffer::of(&flat(&parameters));
-        let copy = Buffer::of(&vec![bf16::ZERO; pl.len()]);
+        let pieces = Buffer::of(gpu, plan.pieces());
+        let zeros = || Buffer::of(gpu, &vec![0.0_f32; gl.len()]);
+        let start = || Buffer::of(gpu, &flat(&parameters));
+        let copy = Buffer::of(gpu, &vec![bf16::ZERO; pl.len()]);
         let buffers = [start(), zeros(), zeros(), start(), copy, pieces];
-        let device = Device { plan, buffers, control: Buffer::new(16) };
+        let device = Device { gpu: gpu.clone(), plan, buffers, control: Buffer::new(gpu, 16) };
         for step in 1..=4 {
             let update = UpdateStep {
                 step,
@@ -114,7 +113,9 @@ fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
                 ema: Some((&mut average, DECAY)),
             };
             let report = host.step(state, &update).unwrap();
-            let control = device.step((&gradients, dtype), &update, step % 2 == 0);
+            change(step % 2 == 0);
+            let control = device.step((&gradients, dtype), &update);
+            change(false);
             assert_eq!(control.finite, 1);
             let error = (control.grad_norm - report.grad_norm).abs() / report.grad_norm;
             assert!(error < 1e-14, "norm {} and {}", control.grad_norm, report.grad_norm);
@@ -143,7 +144,7 @@ fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
             clip: Some(1.0),
             gradient_scale: 1.0,
         };
-        assert_eq!(device.step((&gradients, dtype), &update, false).finite, 0);
+        assert_eq!(device.step((&gradients, dtype), &update).finite, 0);
         same(&device.buffers[0], &parameters, "parameter after a step left out");
         same(&device.buffers[2], &second, "second moment after a step left out");
     }

@@ -2,7 +2,6 @@
 // ordinary compiler and run block after block. A thread of a block is a fiber; a barrier, and every exchange within a
 // warp, is a place where fibers take turns. The order of the turns is the caller's choice: a kernel that reads what
 // another thread of the block has yet to write gives other bits in another order.
-#pragma once
 
 #include <cmath>
 #include <cstdint>

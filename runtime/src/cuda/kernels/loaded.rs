@@ -77,18 +77,25 @@ impl Loaded {
 
     /// A kernel of a source, which is compiled and loaded by its first caller.
     pub(super) fn function(&self, gpu: &Gpu, source: &'static Source, kernel: &str) -> Result<Arc<Function>> {
-        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        let functions = if let Some(functions) = sources.get(source.name) {
-            functions.clone()
-        } else {
-            let functions = Arc::new(self.load(gpu, source)?);
-            sources.insert(source.name, functions.clone());
-            functions
-        };
-        functions.get(kernel).cloned().ok_or_else(|| RuntimeError::Kernel {
+        self.functions(gpu, source)?.get(kernel).cloned().ok_or_else(|| RuntimeError::Kernel {
             source_file: source.name.to_owned(),
             reason: format!("it has no kernel `{kernel}`"),
         })
+    }
+
+    /// Compiles and loads a source ahead of its first launch.
+    pub(super) fn prepare(&self, gpu: &Gpu, source: &'static Source) -> Result<()> {
+        self.functions(gpu, source).map(drop)
+    }
+
+    fn functions(&self, gpu: &Gpu, source: &'static Source) -> Result<Arc<Functions>> {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(functions) = sources.get(source.name) {
+            return Ok(functions.clone());
+        }
+        let functions = Arc::new(self.load(gpu, source)?);
+        sources.insert(source.name, functions.clone());
+        Ok(functions)
     }
 
     fn load(&self, gpu: &Gpu, source: &'static Source) -> Result<Functions> {

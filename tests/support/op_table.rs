@@ -106,18 +106,6 @@ impl Row {
         format!("a{i}")
     }
 
-    /// The graph of the op alone with its float operands in another type.
-    pub fn graph_in(&self, dtype: DType) -> Graph {
-        let operands = self.operands.iter().map(|operand| {
-            let mut operand = operand.clone();
-            if operand.ty.dtype == DType::F32 {
-                operand.ty.dtype = dtype;
-            }
-            operand
-        });
-        Self { operands: operands.collect(), ..*self }.graph()
-    }
-
     /// Declares the operands.
     pub fn declare<'g>(&self, b: &'g Builder) -> Vec<Value<'g>> {
         let declare = |(i, operand): (usize, &Operand)| {

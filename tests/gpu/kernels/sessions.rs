@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use graph_builder::{Builder, DType, OnnxProgram, Type, Weights as Parameters};
-use mudit_tests::Feeds;
+use graph_builder::{Builder, DType, Graph, OnnxProgram, Type, Weights as Parameters};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::execution::{execute, options};
 use mudit_tests::op_rows::rows;
+use mudit_tests::op_table::{Operand, Row};
+use mudit_tests::{Array, Feeds};
 use runtime::{CudaOptions, Provider, Runtime, Session, SessionOptions, Weights};
 
 use super::memory::rounded;
@@ -18,43 +19,73 @@ pub(crate) fn on_cuda(native_kernels: bool) -> SessionOptions {
     SessionOptions { provider, record_placement: true, ..options(native_kernels) }
 }
 
-/// A program of nothing but a fused op runs by its kernel, once, on the CUDA provider, and computes in every type what the
+/// The rows of the fused ops.
+fn fused_rows() -> Vec<Row> {
+    let names = runtime::kernels::names();
+    rows().into_iter().chain(more_rows()).filter(|row| names.contains(&row.op)).collect()
+}
+
+/// One program of all rows side by side, with nothing in it but the fused ops.
+fn side_by_side(rows: &[Row], dtype: DType) -> Graph {
+    let b = Builder::new("side by side");
+    for (i, row) in rows.iter().enumerate() {
+        let declare = |(j, operand): (usize, &Operand)| {
+            b.input(&format!("{i}.{}", Row::operand_name(j)), Type::new(dtype, operand.ty.shape.clone()))
+        };
+        let operands: Vec<_> = row.operands.iter().enumerate().map(declare).collect();
+        for (j, result) in (row.build)(&b, &operands).results().into_iter().enumerate() {
+            b.output(&format!("{i}.{j}"), result);
+        }
+    }
+    b.finish().unwrap()
+}
+
+/// Every row of the fused ops is a node of the CUDA provider, runs by its kernel, once, and computes in every type what the
 /// CPU's kernel computes in f32 from the same values, and the interpreter in f64.
 pub(crate) fn every_fused_op(runtime: &Arc<Runtime>) {
+    let rows = fused_rows();
+    let wide = side_by_side(&rows, DType::F32);
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
-        let mut programs = 0;
-        for row in rows().iter().chain(&more_rows()) {
-            let graph = row.graph();
-            let wide = graph.emit(Parameters::Inputs).unwrap();
-            if wide.native_ops.first().map(String::as_str) != Some(row.op) {
-                continue;
-            }
-            let feeds: Feeds =
-                row.feeds().into_iter().map(|(k, v)| (k, v.mapv_into(|v| rounded(dtype, v)))).collect();
-            let program = row.graph_in(dtype).emit(Parameters::Inputs).unwrap();
-            let what = format!("{} in {dtype}", row.name());
-            let placed = Session::load(runtime, &program, &Weights::Inside, &on_cuda(true));
-            let placement = placed.unwrap_or_else(|e| panic!("{what}: {e}")).placement().unwrap();
-            let nodes: Vec<String> = placement.nodes.iter().map(ToString::to_string).collect();
-            let expected = ("CUDAExecutionProvider", "mudit", row.op);
-            let found =
-                placement.nodes.iter().map(|n| (n.provider.as_str(), n.domain.as_str(), n.op.as_str()));
-            assert_eq!(found.collect::<Vec<_>>(), [expected], "{what}: {nodes:?}");
+        let feeds = rows.iter().enumerate().flat_map(|(i, row)| {
+            let named = move |(name, values): (String, Array)| {
+                (format!("{i}.{name}"), values.mapv_into(|v| rounded(dtype, v)))
+            };
+            row.feeds().into_iter().map(named)
+        });
+        let feeds: Feeds = feeds.collect();
+        let program = side_by_side(&rows, dtype).emit(Parameters::Inputs).unwrap();
+        let session = Session::load(runtime, &program, &Weights::Inside, &on_cuda(true));
+        let placement = session.unwrap_or_else(|e| panic!("{dtype}: {e}")).placement().unwrap();
+        let strange: Vec<String> = placement
+            .nodes
+            .iter()
+            .filter(|n| (n.provider.as_str(), n.domain.as_str()) != ("CUDAExecutionProvider", "mudit"))
+            .map(ToString::to_string)
+            .collect();
+        assert!(strange.is_empty(), "{dtype}: {strange:?}");
+        assert_eq!(placement.nodes.len(), rows.len(), "{dtype}: nodes");
 
-            let cuda = execute(runtime, &program, &Weights::Inside, &feeds, &on_cuda(true));
-            assert_eq!(cuda.calls(row.op), 1, "{what}: the kernel did not run");
-            let twin = execute(runtime, &wide, &Weights::Inside, &feeds, &options(true));
-            let names = graph.outputs().iter().map(|(name, _)| name.clone());
-            let exact: Feeds = names.zip(graph.eval(&feeds).unwrap()).collect();
-            for (way, answers) in [("the CPU's kernel", &twin.outputs), ("the interpreter", &exact)] {
-                for (name, want) in answers {
-                    let (error, limit) = (relative_l2(&cuda.outputs[name], want), tolerance(row, dtype));
-                    assert!(error <= limit, "{what}: {name} against {way}: {error:e} of {limit:e}");
-                }
-            }
-            programs += 1;
+        let cuda = execute(runtime, &program, &Weights::Inside, &feeds, &on_cuda(true));
+        for name in runtime::kernels::names() {
+            let uses = rows.iter().filter(|row| row.op == name).count();
+            assert!(
+                uses > 0 && cuda.calls(name) == uses as u64,
+                "{name} in {dtype}: {} calls",
+                cuda.calls(name)
+            );
         }
-        assert!(programs >= runtime::kernels::names().len(), "{programs} programs");
+        let program = wide.emit(Parameters::Inputs).unwrap();
+        let twin = execute(runtime, &program, &Weights::Inside, &feeds, &options(true));
+        let names = wide.outputs().iter().map(|(name, _)| name.clone());
+        let exact: Feeds = names.zip(wide.eval(&feeds).unwrap()).collect();
+        for (name, got) in &cuda.outputs {
+            let row = &rows[name.split('.').next().unwrap().parse::<usize>().unwrap()];
+            for (way, answers) in [("the CPU's kernel", &twin.outputs), ("the interpreter", &exact)] {
+                let (error, limit) = (relative_l2(got, &answers[name]), tolerance(row, dtype));
+                let what = format!("{} in {dtype}, output {name}", row.name());
+                assert!(error <= limit, "{what}: {error:e} of {limit:e} from {way}");
+            }
+        }
     }
 }
 

@@ -38,8 +38,8 @@ pub struct SessionOptions {
     /// Graph rewriting.
     pub optimization: Optimization,
     /// Run `mudit` ops by this crate's kernels, on the CPU and on CUDA; otherwise, and always on TensorRT, by the function
-    /// bodies inside the model. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or more: a session that
-    /// asks for them and cannot have them is refused.
+    /// bodies inside the model. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or more: a session of a
+    /// program with such ops that cannot have them is refused.
     pub native_kernels: bool,
     /// Let idle threads spin before they sleep: faster steps, but a core is busy while it waits.
     pub spinning: bool,
@@ -116,6 +116,11 @@ impl Session {
     ) -> Result<Arc<Self>> {
         let failed = |e: ort::Error| load_error(&program.name, &e);
         let (builder, gpu) = builder(runtime, options, &program.name)?;
+        let kernels = options.native_kernels && !program.native_ops.is_empty();
+        if let (true, Provider::Cuda(_), Some(gpu)) = (kernels, &options.provider, &gpu) {
+            // Asked now: what is missing is told by name, not in the words of a failed load.
+            gpu.loaded()?;
+        }
         let mut builder = with_weights(builder, program, weights)?;
         let turn = runtime.loading();
         let inner = builder.commit_from_memory(&program.bytes).map_err(failed)?;
@@ -259,10 +264,6 @@ pub(crate) fn builder(
             Some(Gpu::open(ordinal)?)
         }
     };
-    if let (true, Provider::Cuda(_), Some(gpu)) = (options.native_kernels, &options.provider, &gpu) {
-        // Asked now: what is missing is told by name, not in the words of a failed load.
-        gpu.loaded()?;
-    }
     let configured = configure(runtime, options, gpu.as_ref()).map_err(|e| load_error(program, &e))?;
     Ok((configured, gpu))
 }
@@ -297,7 +298,7 @@ fn configure(
         builder = match (&options.provider, gpu) {
             (Provider::Cpu(_), _) => builder.with_operators(kernels::domain()?)?,
             (Provider::Cuda(cuda), Some(gpu)) => {
-                builder.with_operators(crate::cuda::kernels::operator::domain(gpu, cuda.tf32)?)?
+                builder.with_operators(crate::cuda::kernels::operator::domain(gpu, cuda)?)?
             }
             // TensorRT fuses the function bodies itself.
             _ => builder,

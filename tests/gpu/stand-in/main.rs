@@ -130,3 +130,8 @@ fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
     proven("no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
 }
+
+#[test]
+fn scratch_memory_stays_where_it_is() {
+    proven("scratch", &[]);
+}

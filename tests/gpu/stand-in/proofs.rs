@@ -171,3 +171,9 @@ fn no_compiler() {
     assert!(refusal.contains("NVRTC") && refusal.contains("nvidia-cuda-nvrtc"), "{refusal}");
     load(false).unwrap();
 }
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn scratch() {
+    kernels::memory::scratch_stays_where_it_is(&Gpu::open(0).unwrap());
+}

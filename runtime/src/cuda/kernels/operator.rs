@@ -12,26 +12,51 @@ use ort::value::{DynTensorValueType, TensorElementType, ValueRef, ValueRefMut};
 use super::gpu_queue::GpuQueue;
 use super::native::{NativeOp, Place};
 use super::queue::Address;
+use super::scratch::Pool;
 use crate::cuda::Gpu;
+use crate::error::Result;
 use crate::kernels::{Attributes, DOMAIN, Op, count, operator};
+use crate::provider::CudaOptions;
 
 const PROVIDER: &str = "CUDAExecutionProvider";
 
-/// The domain with all kernels for sessions on `gpu`.
-pub(crate) fn domain(gpu: &Arc<Gpu>, tf32: bool) -> ort::Result<OperatorDomain> {
+/// The domain with all kernels for one session on `gpu`.
+pub(crate) fn domain(gpu: &Arc<Gpu>, options: &CudaOptions) -> ort::Result<OperatorDomain> {
+    // A recorded run writes to its memory whenever it is started, also between two launches of another thread's queue: it
+    // must have memory of its own.
+    let pool = options.cuda_graph.then(Arc::default);
+    let shared = Shared { gpu: gpu.clone(), tf32: options.tf32, pool };
     let all =
         Op::ALL.into_iter().flat_map(|op| [DType::F32, DType::Bf16, DType::F16].map(|dtype| (op, dtype)));
     all.fold(OperatorDomain::new(DOMAIN), |domain, (op, dtype)| {
-        domain?.add(CudaOperator { op, dtype, gpu: gpu.clone(), tf32 })
+        domain?.add(CudaOperator { op, dtype, shared: shared.clone() })
     })
+}
+
+/// What the kernels of a session have in common.
+#[derive(Clone)]
+struct Shared {
+    gpu: Arc<Gpu>,
+    tf32: bool,
+    /// Memory; the GPU's where there is none.
+    pool: Option<Arc<Pool>>,
+}
+
+impl Shared {
+    fn queue(&self) -> Result<GpuQueue> {
+        let queue = match &self.pool {
+            Some(pool) => GpuQueue::lending(&self.gpu, pool),
+            None => GpuQueue::new(&self.gpu)?,
+        };
+        Ok(queue.with_tf32(self.tf32))
+    }
 }
 
 /// An op of one element type.
 struct CudaOperator {
     op: Op,
     dtype: DType,
-    gpu: Arc<Gpu>,
-    tf32: bool,
+    shared: Shared,
 }
 
 impl CudaOperator {
@@ -76,22 +101,21 @@ impl Operator for CudaOperator {
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<CudaKernel> {
         let attributes = Attributes::read(self.op, context).map_err(ort::Error::new)?;
         let op = NativeOp::of(self.op, self.dtype, attributes);
-        op.prepare(&self.gpu).map_err(|e| ort::Error::new(e.to_string()))?;
-        Ok(CudaKernel { op, kind: self.op, gpu: self.gpu.clone(), tf32: self.tf32 })
+        op.prepare(&self.shared.gpu).map_err(|e| ort::Error::new(e.to_string()))?;
+        Ok(CudaKernel { op, kind: self.op, shared: self.shared.clone() })
     }
 }
 
 struct CudaKernel {
     op: NativeOp,
     kind: Op,
-    gpu: Arc<Gpu>,
-    tf32: bool,
+    shared: Shared,
 }
 
 impl Kernel for CudaKernel {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
         // The session was given this stream; on another one the scratch memory would be used twice at once.
-        let expected = self.gpu.stream().cu_stream().cast();
+        let expected = self.shared.gpu.stream().cu_stream().cast();
         if context.stream()?.is_none_or(|stream| stream.as_ptr() != expected) {
             return Err(ort::Error::new(format!(
                 "{} runs on another stream than its GPU's",
@@ -120,10 +144,7 @@ impl Kernel for CudaKernel {
             outputs.push(Address(value.downcast::<DynTensorValueType>()?.data_ptr() as u64));
         }
         count(self.kind);
-        let enqueue = || {
-            let queue = GpuQueue::new(&self.gpu)?.with_tf32(self.tf32);
-            self.op.enqueue(&queue, &inputs, &outputs)
-        };
-        enqueue().map_err(|e| ort::Error::new(e.to_string()))
+        let enqueued = self.shared.queue().and_then(|queue| self.op.enqueue(&queue, &inputs, &outputs));
+        enqueued.map_err(|e| ort::Error::new(e.to_string()))
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::ensure;
 use graph_builder::{DType, ExternalTensor, Graph, Precision, Shape, Type, Weights};
 use half::{bf16, f16};
+use runtime::library::cache_directory;
 use runtime::{Binding, Provider, Runtime, Session, SessionOptions, SharedArena};
 
 use crate::Usage;
@@ -55,7 +56,11 @@ impl Execution {
 
     /// How sessions are loaded.
     pub fn session_options(&self) -> SessionOptions {
-        SessionOptions { threads: self.threads, provider: self.provider.clone(), ..SessionOptions::default() }
+        let provider = match cache_directory() {
+            Some(cache) => self.provider.clone().cached_in(&cache.join("tensorrt")),
+            None => self.provider.clone(),
+        };
+        SessionOptions { threads: self.threads, provider, ..SessionOptions::default() }
     }
 
     /// Provider and precision in a few words.

@@ -189,7 +189,8 @@ impl<'g> Scope<'g> {
 
     #[track_caller]
     fn declare(&self, name: &str, dims: &[Dim], init: Init, trainable: bool) -> Value<'g> {
-        let parameter = Parameter { name: self.at(name).path, dims: dims.to_vec(), init, trainable };
+        let (name, dims, dtype) = (self.at(name).path, dims.to_vec(), PARAMETER_DTYPE);
+        let parameter = Parameter { name, dims, init, trainable, dtype };
         let found = self.builder.with_graph(|g| g.parameters.iter().position(|p| p.name == parameter.name));
         let index = if let Some(index) = found {
             let before = self.builder.with_graph(|g| g.parameters[index].clone());
@@ -214,7 +215,7 @@ impl<'g> Scope<'g> {
             state.graph.parameters.push(parameter.clone());
             state.graph.parameters.len() - 1
         };
-        let ty = Type::new(PARAMETER_DTYPE, parameter.shape());
+        let ty = Type::new(parameter.dtype, parameter.shape());
         self.builder.push(ParameterRef { index, name: parameter.name, ty }.into(), &[])
     }
 }

@@ -122,6 +122,43 @@ pub enum GraphError {
         /// What the file holds.
         got: String,
     },
+    /// No precision has this name.
+    #[error("unknown precision \"{name}\"; give f32, bf16 or f16")]
+    UnknownPrecision {
+        /// The name as written.
+        name: String,
+    },
+    /// A graph that is to be brought to a precision is not f32 throughout.
+    #[error("{pass}: {op} in {place} is {got} already; bring an f32 graph to a precision, and once")]
+    NotF32 {
+        /// Name of the pass.
+        pass: &'static str,
+        /// Name of the op.
+        op: &'static str,
+        /// Scope and source line.
+        place: Place,
+        /// Type of its answer.
+        got: String,
+    },
+    /// The CUDA provider has no kernel for a node in its type.
+    #[error(
+        "program `{program}`: {op} of `{layer}`{within} has no CUDA kernel for {got}, only for {legal}; give the op the \
+         policy f32 in the table of `passes::POLICIES`"
+    )]
+    IllegalType {
+        /// Name of the program.
+        program: String,
+        /// The standard op.
+        op: String,
+        /// Name of the node, which begins with its scope path.
+        layer: String,
+        /// The fused op in whose function body the op stands, in words, or nothing.
+        within: String,
+        /// The element type.
+        got: crate::shape::DType,
+        /// The element types that it has a kernel for.
+        legal: String,
+    },
     /// The model message could not be written.
     #[error("emitting `{graph}`: {reason}")]
     Emit {

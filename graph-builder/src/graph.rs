@@ -65,6 +65,8 @@ pub struct Parameter {
     pub init: Init,
     /// Whether it receives a gradient.
     pub trainable: bool,
+    /// Element type in the program: f32, or the compute type of a program in mixed precision. Masters are f32.
+    pub dtype: DType,
 }
 
 impl Parameter {
@@ -234,7 +236,7 @@ impl Graph {
     }
 }
 
-/// Element type that parameters are declared in: masters are always f32.
+/// Element type that parameters are declared in; [`Graph::in_precision`] may narrow it. Masters are always f32.
 pub const PARAMETER_DTYPE: DType = DType::F32;
 
 impl Graph {

@@ -7,7 +7,8 @@
 //! | [`builder`], [`value`] | what a model author holds: builder and scope, values and their methods |
 //! | [`graph`] | nodes, parameters, the text form |
 //! | [`op`], [`ops`] | the closed set of ops, five rules each |
-//! | [`passes`] | rewrites, one visible list; recomputation |
+//! | [`passes`] | rewrites, one visible list; recomputation; mixed precision by one visible table |
+//! | [`precision`] | what a program computes in |
 //! | [`onnx`] | emission |
 //! | [`eval`] | the f64 interpreter that everything else is compared with |
 //! | [`liveness`] | how much memory intermediate values need at once |
@@ -40,6 +41,7 @@ pub mod onnx;
 pub mod op;
 pub mod ops;
 pub mod passes;
+pub mod precision;
 pub mod probe;
 pub mod program;
 pub mod role;
@@ -55,6 +57,7 @@ pub use op::{Cost, Op};
 pub use ops::activation::Activation;
 pub use ops::patch::PatchOrder;
 pub use ops::window::Window;
+pub use precision::Precision;
 pub use program::{OnnxProgram, TensorSpec};
 pub use role::Role;
 pub use shape::{DType, Shape, Type};

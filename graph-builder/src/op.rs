@@ -101,6 +101,11 @@ macro_rules! ops {
 
             /// Variant names; the proofs check that each has a row.
             pub const NAMES: &'static [&'static str] = &[$(stringify!($name)),+];
+
+            /// Name of the variant.
+            pub fn variant(&self) -> &'static str {
+                match self { $(Self::$name(_) => stringify!($name)),+ }
+            }
         }
 
         impl fmt::Debug for Op {

@@ -1,7 +1,7 @@
 //! The invariants of a well-formed graph, checked after the build and after every pass.
 
 use crate::error::{GraphError, Result};
-use crate::graph::{Graph, Node};
+use crate::graph::{Graph, Node, Parameter};
 use crate::op::Op;
 use crate::shape::{Shape, Type};
 
@@ -38,7 +38,8 @@ pub(crate) fn verify(graph: &Graph, stage: &str) -> Result<()> {
         }
         if let Op::Parameter(p) = &node.op {
             let known = graph.parameters.get(p.index);
-            if known.is_none_or(|known| known.name != p.name || known.shape() != p.ty.shape) {
+            let declared = |known: &Parameter| Type { dtype: known.dtype, shape: known.shape() };
+            if known.is_none_or(|known| known.name != p.name || declared(known) != p.ty) {
                 return fault(i, format!("parameter `{}` is not declared so", p.name));
             }
         }

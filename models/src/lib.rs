@@ -29,6 +29,9 @@ pub mod solver;
 
 pub use config::{DitConfig, InitScheme, MupConfig, Objective};
 pub use error::ModelError;
-pub use programs::{Guidance, HYPERPARAMETERS, ProgramKind, Recompute, program};
+pub use programs::{
+    Guidance, HYPERPARAMETERS, LOSS_SCALE, ProgramKind, Recompute, has_loss_scale, optimised_program,
+    program, program_for,
+};
 pub use schedule::{DdpmSchedule, Spacing, TRAINING_STEPS};
 pub use solver::{COEFFICIENTS, Solver, SolverKind, SolverPlan, SolverStep};

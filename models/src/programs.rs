@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use graph_builder::{Builder, DType, Graph, Type, Value};
+use graph_builder::{Builder, DType, Graph, Precision, Type, Value};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DitConfig, Objective};
@@ -108,7 +108,16 @@ impl Recompute {
 /// Scalars that stay inputs of the training programs, with the value that leaves the published loss as it is.
 pub const HYPERPARAMETERS: [(&str, f32); 2] = [("hp.output_multiplier", 1.0), ("hp.vb_weight", 1.0)];
 
-/// Builds `kind` for a batch of `n` samples.
+/// Factor on the loss whose gradients a training step in f16 gives: an input, scalar f32. The losses that it reports
+/// are without it. Small cotangents would be zero in f16 without a large factor; the update divides by it.
+pub const LOSS_SCALE: &str = "hp.loss_scale";
+
+/// Whether the program takes [`LOSS_SCALE`].
+pub fn has_loss_scale(kind: ProgramKind, precision: Precision) -> bool {
+    kind == ProgramKind::TrainStep && precision == Precision::F16
+}
+
+/// Builds `kind` for a batch of `n` samples, in f32.
 ///
 /// # Errors
 /// [`ModelError::Graph`] when the graph cannot be built, [`ModelError::BadValue`] for a batch of zero or guidance
@@ -118,6 +127,37 @@ pub fn program(
     kind: ProgramKind,
     n: usize,
     guidance: Guidance,
+) -> Result<Graph, ModelError> {
+    program_for(cfg, kind, n, guidance, Precision::F32)
+}
+
+/// The optimised program in a precision: [`program_for`], the passes, `recompute`, and the conversions last.
+///
+/// # Errors
+/// As [`program`].
+pub fn optimised_program(
+    cfg: &DitConfig,
+    kind: ProgramKind,
+    n: usize,
+    guidance: Guidance,
+    recompute: Recompute,
+    precision: Precision,
+) -> Result<Graph, ModelError> {
+    let optimised = program_for(cfg, kind, n, guidance, precision)?.optimised()?;
+    Ok(recompute.apply(optimised)?.in_precision(precision)?)
+}
+
+/// Builds `kind` as it is brought to a precision later: f32 throughout, with [`LOSS_SCALE`] where the precision needs
+/// one. [`Graph::in_precision`] makes the conversions, after all other passes.
+///
+/// # Errors
+/// As [`program`].
+pub fn program_for(
+    cfg: &DitConfig,
+    kind: ProgramKind,
+    n: usize,
+    guidance: Guidance,
+    precision: Precision,
 ) -> Result<Graph, ModelError> {
     cfg.validate()?;
     if n == 0 {
@@ -145,7 +185,7 @@ pub fn program(
         ProgramKind::Loss => {
             let _ = loss(&b, cfg, n)?;
         }
-        ProgramKind::TrainStep => train_step(&b, cfg, n)?,
+        ProgramKind::TrainStep => train_step(&b, cfg, n, has_loss_scale(kind, precision))?,
     }
     Ok(b.finish()?)
 }
@@ -288,8 +328,11 @@ fn loss<'g>(b: &'g Builder, cfg: &DitConfig, n: usize) -> Result<Value<'g>, Mode
     Ok(loss)
 }
 
-fn train_step(b: &Builder, cfg: &DitConfig, n: usize) -> Result<(), ModelError> {
-    let loss = loss(b, cfg, n)?;
+fn train_step(b: &Builder, cfg: &DitConfig, n: usize, scaled: bool) -> Result<(), ModelError> {
+    let mut loss = loss(b, cfg, n)?;
+    if scaled {
+        loss = loss * b.input(LOSS_SCALE, Type::f32([]));
+    }
     let parameters = b.trainable();
     let values: Vec<Value<'_>> = parameters.iter().map(|(_, v)| *v).collect();
     for ((name, _), grad) in parameters.iter().zip(b.gradients(loss, &values)?) {

@@ -260,6 +260,14 @@ pub enum RuntimeError {
         /// What does not add up.
         reason: String,
     },
+    /// The CUDA kernels cannot be compiled.
+    #[error("cannot compile the CUDA kernels in {source_file}: {reason}")]
+    Kernel {
+        /// The source file.
+        source_file: String,
+        /// The compiler's own words.
+        reason: String,
+    },
     /// A call into ONNX Runtime outside loading and running failed.
     #[error("ONNX Runtime: cannot {action}: {reason}")]
     Ort {

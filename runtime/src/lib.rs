@@ -16,7 +16,7 @@
 //! | [`memory`] | peak and present memory of the process |
 //! | [`tensor`], [`safetensors_file`] | tensors in host memory and their files |
 //! | [`mod@file`] | files written beside and renamed |
-//! | [`cuda`] | NVIDIA's libraries, a GPU's context and stream, memory and arenas on it |
+//! | [`cuda`] | NVIDIA's libraries, a GPU's context and stream, memory and arenas on it, kernels compiled at need |
 //! | [`device`], [`provider`] | where programs run; what is missing for it is said, never worked around |
 //! | [`doctor`] | what this machine has: a list of checks with remedies |
 //!

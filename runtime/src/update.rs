@@ -17,6 +17,7 @@ const SMALL: usize = 8 * BLOCK;
 ///
 /// For each gradient entry, in this order and in PyTorch's order of operations, `t` counting from 1:
 ///
+/// - `g ← s g` with the gradient scale `s`, 1 unless the loss was scaled
 /// - `g ← g · min(1, clip / (‖g‖ + 1e-6))`, the norm taken over all entries together
 /// - `m ← m + (1 − β₁)(g − m)`, `v ← β₂ v + (1 − β₂) g²`
 /// - `p ← p (1 − lr · wd) − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)`
@@ -62,14 +63,16 @@ pub struct UpdateStep<'a> {
     pub weight_decay: &'a [f64],
     /// Largest norm of all gradients together.
     pub clip: Option<f64>,
+    /// What the gradients are multiplied by before anything else: one over the factor on a scaled loss, else 1.
+    pub gradient_scale: f64,
 }
 
 /// What an update did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct UpdateReport {
-    /// Norm of all gradients together, before the clip.
+    /// Norm of all gradients together, without the loss's factor, before the clip.
     pub grad_norm: f64,
-    /// Factor that the gradients were scaled by.
+    /// Factor that the clip scaled the gradients by.
     pub clip_scale: f64,
     /// Whether the norm was finite. If not, nothing was updated.
     pub finite: bool,
@@ -148,16 +151,16 @@ impl AdamW {
     ///
     /// # Errors
     /// [`RuntimeError::LayoutMismatch`], [`RuntimeError::WrongLength`] (one rate and decay for each gradient entry),
-    /// [`RuntimeError::InvalidValue`] (a rate, decay or clip that is negative or not a number; step 0). Nothing is
+    /// [`RuntimeError::InvalidValue`] (a rate, decay, clip or scale that is negative or not a number; step 0). Nothing is
     /// updated then.
     pub fn step(&self, state: UpdateState<'_>, step: &UpdateStep<'_>) -> Result<UpdateReport> {
         self.check(&state, step)?;
-        let grad_norm = self.grad_norm(state.gradients)?;
+        let grad_norm = self.grad_norm(state.gradients)? * step.gradient_scale;
         let clip_scale = step.clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         if !grad_norm.is_finite() {
             return Ok(UpdateReport { grad_norm, clip_scale: 1.0, finite: false });
         }
-        let mut work = self.work(state, step, clip_scale);
+        let mut work = self.work(state, step, clip_scale * step.gradient_scale);
         let run =
             |(stretch, coefficients): &mut (Stretch<'_>, Coefficients)| adamw::step(stretch, coefficients);
         match &self.pool {
@@ -172,7 +175,7 @@ impl AdamW {
         &self,
         state: UpdateState<'a>,
         step: &UpdateStep<'_>,
-        clip_scale: f64,
+        gradient_factor: f64,
     ) -> Vec<(Stretch<'a>, Coefficients)> {
         let t = step.step as f64;
         let (correction1, correction2) = (1.0 - self.beta1.powf(t), (1.0 - self.beta2.powf(t)).sqrt());
@@ -186,7 +189,7 @@ impl AdamW {
         for (i, (((&target, (_, _, gradient)), first), second)) in entries {
             let (lr, weight_decay) = (step.lr[i], step.weight_decay[i]);
             let coefficients = Coefficients {
-                gradient: clip_scale as f32,
+                gradient: gradient_factor as f32,
                 decay: (1.0 - lr * weight_decay) as f32,
                 one_minus_beta1: (1.0 - self.beta1) as f32,
                 beta2: self.beta2 as f32,
@@ -233,6 +236,8 @@ impl AdamW {
         if let Some(clip) = step.clip {
             in_range("clip", clip, "a number > 0", clip > 0.0)?;
         }
+        let scale = step.gradient_scale;
+        in_range("gradient scale", scale, "a finite number > 0", scale > 0.0 && scale.is_finite())?;
         in_range("step", step.step as f64, "1 or more", step.step > 0)
     }
 }

@@ -221,3 +221,25 @@ fn a_second_build_has_nothing_to_do_and_says_what_differs() {
     scene.mudit(&format!("{line} tuned/model.safetensors --batch 3")).succeeds();
     Engine::open(scene.path("e")).unwrap().verify().unwrap();
 }
+
+#[test]
+fn programs_of_low_precision_are_emitted_with_weights_of_their_type() {
+    let scene = Scene::new();
+    for (precision, dtype) in [("bf16", safetensors::Dtype::BF16), ("f16", safetensors::Dtype::F16)] {
+        let line = format!(
+            "build-engine --model checkpoint --weights checkpoint/model.safetensors --program step,denoise-cfg,train-step \
+             --batch 2 --precision {precision} --provider none --out {precision}"
+        );
+        scene.mudit(&line).succeeds();
+        let engine = Engine::open(scene.path(precision)).unwrap();
+        let weights = engine.manifest().weights.as_ref().unwrap();
+        let bytes = fs::read(scene.path(precision).join(&weights.file)).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(tensors.tensor("blocks.0.attn.qkv.weight").unwrap().dtype(), dtype);
+        let step = engine.manifest().programs.iter().find(|p| p.name == "step").unwrap();
+        assert!(
+            step.inputs.iter().chain(&step.outputs).all(|t| t.dtype.bytes() != 2),
+            "the contract's types stay"
+        );
+    }
+}

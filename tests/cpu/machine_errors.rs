@@ -95,7 +95,11 @@ fn what_this_version_cannot_build_is_refused() {
         scene.refuses(&format!("{engine} --provider {provider}"), 1, &[&named]);
     }
     for precision in ["bf16", "f16"] {
-        scene.refuses(&format!("{engine} --precision {precision}"), 1, &["--precision f32"]);
+        scene.refuses(
+            &format!("{engine} --precision {precision}"),
+            2,
+            &["--precision f32", "--provider none"],
+        );
     }
 }
 

@@ -26,6 +26,7 @@ mod op_rows;
 mod op_table;
 mod parity;
 mod passes;
+mod precision;
 mod process;
 mod profile;
 mod random_graph;

@@ -256,8 +256,10 @@ fn trained(fixture: &Fixture, native_kernels: bool) -> Trained {
                 second_moments,
                 ema: Some((&mut ema, 0.9)),
             };
-            let report =
-                update.step(state, &UpdateStep { step, lr: &lr, weight_decay: &weight_decay, clip: None });
+            let report = update.step(
+                state,
+                &UpdateStep { step, lr: &lr, weight_decay: &weight_decay, clip: None, gradient_scale: 1.0 },
+            );
             assert!(report.unwrap().finite);
         }
         let all = |arena: &Arena| {

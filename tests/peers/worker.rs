@@ -157,7 +157,7 @@ fn forward(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) ->
     let arena = parameters(&dit)?;
     arena.write_safetensors(directory.path().join(FILE), &BTreeMap::new())?;
     let reader = SafetensorsReader::open(directory.path().join(FILE))?;
-    let tensors = external::tensors(&reader, arena.layout())?;
+    let tensors = external::tensors(&reader, arena.layout(), |_| graph_builder::DType::F32)?;
     drop(arena);
     let graph = program(&dit, ProgramKind::Denoise, batch, Guidance::Off)?.optimised()?;
     let emitted = graph.emit(Weights::External { file: FILE, tensors: &tensors })?;

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use graph_builder::{DType, OnnxProgram, TensorSpec};
+use half::f16;
 use ndarray::{ArrayD, IxDyn};
 use runtime::{Binding, Runtime, RuntimeOptions, Session, SessionOptions, Weights, kernels};
 
@@ -112,7 +113,8 @@ fn execute(
             DType::F32 => widened(binding.output_f32(&spec.name).unwrap(), |v| f64::from(*v)),
             DType::I64 => widened(binding.output::<i64>(&spec.name).unwrap(), |v| *v as f64),
             DType::Bool => widened(binding.output::<u8>(&spec.name).unwrap(), |v| f64::from(*v)),
-            other => panic!("output `{}` has type {other}", spec.name),
+            DType::F16 => widened(binding.output::<f16>(&spec.name).unwrap(), |v| v.to_f64()),
+            other @ DType::Bf16 => panic!("output `{}` has type {other}", spec.name),
         };
         (spec.name.clone(), ArrayD::from_shape_vec(IxDyn(spec.shape.dims()), values).unwrap())
     });
@@ -128,7 +130,8 @@ pub fn feed(binding: &mut Binding, inputs: &[TensorSpec], feeds: &Feeds) {
             DType::F32 => binding.set_input(&spec.name, &narrowed(values, |v| v as f32)),
             DType::I64 => binding.set_input(&spec.name, &narrowed(values, |v| v as i64)),
             DType::Bool => binding.set_input(&spec.name, &narrowed(values, |v| v as u8)),
-            other => panic!("input `{}` has type {other}", spec.name),
+            DType::F16 => binding.set_input(&spec.name, &narrowed(values, f16::from_f64)),
+            other @ DType::Bf16 => panic!("input `{}` has type {other}", spec.name),
         };
         set.unwrap_or_else(|e| panic!("{e}"));
     }

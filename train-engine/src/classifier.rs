@@ -180,6 +180,7 @@ pub fn train_classifier(
                 lr: &vec![rate; entries],
                 weight_decay: &vec![settings.weight_decay; entries],
                 clip: Some(1.0),
+                gradient_scale: 1.0,
             },
         )?;
         progress(number + 1, steps, loss);

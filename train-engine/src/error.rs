@@ -189,6 +189,18 @@ pub enum TrainError {
         evidence: PathBuf,
     },
 
+    /// A gradient overflows f16 without any scaling of the loss.
+    #[error(
+        "step {step}: a gradient is not finite in f16 though the loss is not scaled any more ({skipped} steps were left \
+         out on the way); train in bf16, or with a lower `train.learning_rate`"
+    )]
+    LossScale {
+        /// The step, counted from 1.
+        step: u64,
+        /// Steps left out before it.
+        skipped: u64,
+    },
+
     /// A data set whose images are not what the model takes.
     #[error("the data set does not fit the model: `{key}` is {model} in the model, {data} in the data")]
     DataMismatch {

@@ -12,6 +12,7 @@
 //! | [`coordinates`] | the coordinate check: sizes of activations and updates over widths |
 //! | [`step`] | the compiled training step, bound to arenas |
 //! | [`trainer`] | the loop |
+//! | [`loss_scale`] | the factor that f16 gradients need |
 //! | [`sweep`] | many runs over settings on few compiled steps; whether optima stay |
 //! | [`classifier`] | the small classifier whose features measure small images |
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
@@ -26,6 +27,7 @@ pub mod config;
 pub mod coordinates;
 pub mod data;
 pub mod error;
+pub mod loss_scale;
 pub mod metrics;
 pub mod mup;
 pub mod random;

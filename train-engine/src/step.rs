@@ -34,7 +34,12 @@ impl StepShape {
     pub fn of(config: &TrainConfig, model: &DitConfig) -> Self {
         let train = &config.train;
         let model = neutral(model).to_json().replace(['\n', ' '], "");
-        Self(format!("{model} batch {} recompute {:?}", train.batch_size / train.accumulate, train.recompute))
+        Self(format!(
+            "{model} batch {} recompute {:?} {}",
+            train.batch_size / train.accumulate,
+            train.recompute,
+            train.precision
+        ))
     }
 }
 

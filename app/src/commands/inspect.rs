@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use clap::Args;
-use graph_builder::{Graph, TensorSpec};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use graph_builder::{DType, Graph, Precision, TensorSpec};
+use models::{DitConfig, Guidance, ProgramKind, Recompute, optimised_program, program};
 use runtime::{Engine, engine};
 use serde_json::json;
 
@@ -27,6 +27,9 @@ pub struct InspectArgs {
     /// Channels that guidance changes: a number, `all` or `off`.
     #[arg(long, default_value = "3", value_parser = guided_channels, alias = "guided-channels")]
     cfg_channels: Guidance,
+    /// What the program computes in: f32, bf16 or f16.
+    #[arg(long, requires = "program", default_value = "f32")]
+    precision: Precision,
     /// Print the program's graph instead: the text form after all passes.
     #[arg(long, requires = "program")]
     graph: bool,
@@ -74,9 +77,10 @@ impl InspectArgs {
     }
 
     fn signature(&self, model: &DitConfig, kind: ProgramKind) -> anyhow::Result<()> {
-        let graph = program(model, kind, self.batch, self.cfg_channels)?;
+        let (none, precision) = (Recompute::None, self.precision);
+        let graph = optimised_program(model, kind, self.batch, self.cfg_channels, none, precision)?;
         if self.graph {
-            return console::out(graph.optimised()?.text().trim_end());
+            return console::out(graph.text().trim_end());
         }
         let inputs: Vec<TensorSpec> =
             graph.inputs().map(|(name, ty)| spec(name, ty.dtype, &ty.shape)).collect();
@@ -86,16 +90,20 @@ impl InspectArgs {
             .map(|(name, id)| spec(name, graph.node(*id).ty.dtype, &graph.node(*id).ty.shape))
             .collect();
         let parameters = graph.parameters().len();
-        let memory = Prediction::new(&graph.optimised()?, kind);
+        let narrow = graph.parameters().iter().filter(|p| p.dtype != DType::F32).count();
+        let memory = Prediction::new(&graph, kind);
         let how = if kind.feeds_parameters() { "inputs of their own names" } else { "initializers" };
         if self.json {
             return console::json(&json!({
                 "program": kind.name(), "batch": self.batch, "inputs": inputs, "outputs": outputs,
-                "parameters": parameters, "parameters_are": how, "memory": memory,
+                "precision": precision, "parameters": parameters, "parameters_are": how,
+                "parameters_in_precision": if precision == Precision::F32 { parameters } else { narrow },
+                "memory": memory,
                 "memory_bytes": memory.total(),
             }));
         }
-        console::out(&format!("{kind}, batch {}; {parameters} parameters as {how}", self.batch))?;
+        let narrow = if narrow > 0 { format!(", {narrow} of them {precision}") } else { String::new() };
+        console::out(&format!("{kind}, batch {}; {parameters} parameters as {how}{narrow}", self.batch))?;
         console::out(&memory.words())?;
         specs("in ", &inputs)?;
         specs("out", &outputs)
@@ -123,7 +131,7 @@ impl InspectArgs {
     }
 }
 
-fn spec(name: &str, dtype: graph_builder::DType, shape: &graph_builder::Shape) -> TensorSpec {
+fn spec(name: &str, dtype: DType, shape: &graph_builder::Shape) -> TensorSpec {
     TensorSpec { name: name.to_owned(), dtype, shape: shape.clone() }
 }
 

@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use models::Guidance;
-use runtime::{Runtime, RuntimeOptions};
+use runtime::{Provider, Runtime, RuntimeOptions};
 
 use crate::console;
 
@@ -112,10 +112,15 @@ struct Machine {
 }
 
 impl Machine {
-    /// Finds (or fetches) and loads ONNX Runtime.
+    /// Finds (or fetches) and loads ONNX Runtime for the CPU.
     fn runtime(self) -> anyhow::Result<Arc<Runtime>> {
+        self.runtime_for(&Provider::default())
+    }
+
+    /// Finds (or fetches) and loads an ONNX Runtime that has a provider.
+    fn runtime_for(self, provider: &Provider) -> anyhow::Result<Arc<Runtime>> {
         let options =
-            RuntimeOptions { offline: self.offline, progress: &console::note, ..RuntimeOptions::default() };
+            RuntimeOptions { offline: self.offline, gpu: provider.is_gpu(), progress: &console::note };
         Ok(Runtime::start(&options)?)
     }
 }

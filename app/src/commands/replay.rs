@@ -115,6 +115,7 @@ impl ReplayArgs {
                     lr: &lr,
                     weight_decay: &weight_decay,
                     clip: (self.clip > 0.0).then_some(self.clip),
+                    gradient_scale: 1.0,
                 },
             )?;
             ensure!(report.finite, "step `{name}`: a gradient is not finite; nothing was written");

@@ -135,7 +135,7 @@ impl Subject<'_> {
         let path = directory.join(WEIGHTS);
         parameters.write_safetensors(&path, &BTreeMap::new())?;
         let reader = SafetensorsReader::open(&path)?;
-        let tensors = external::tensors(&reader, parameters.layout())?;
+        let tensors = external::tensors(&reader, parameters.layout(), |_| DType::F32)?;
         Ok(graph.emit(Weights::External { file: WEIGHTS, tensors: &tensors })?)
     }
 
@@ -197,7 +197,8 @@ impl Update {
     fn spent(&mut self, repeat: usize) -> anyhow::Result<Spent> {
         let zeros = vec![0.0; self.layout.entries().len()];
         // A rate of zero does the same work and keeps the parameters.
-        let step = UpdateStep { step: 1, lr: &zeros, weight_decay: &zeros, clip: Some(1.0) };
+        let step =
+            UpdateStep { step: 1, lr: &zeros, weight_decay: &zeros, clip: Some(1.0), gradient_scale: 1.0 };
         let elements = self.layout.numel() as u64;
         let mut once = || -> anyhow::Result<()> {
             let [first_moments, second_moments] = &mut self.moments;

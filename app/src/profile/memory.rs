@@ -1,6 +1,6 @@
 //! The memory that a program needs, told from its graph before anything runs.
 
-use graph_builder::Graph;
+use graph_builder::{DType, Graph, Parameter};
 use models::ProgramKind;
 use serde::Serialize;
 
@@ -10,7 +10,7 @@ const PROCESS_BYTES: u64 = 64 << 20;
 /// Predicted memory in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Prediction {
-    /// The parameters.
+    /// The parameters, and their f32 masters where a training step computes in another type.
     pub parameters: u64,
     /// Gradients of the trainable ones; 0 for programs that do not train.
     pub gradients: u64,
@@ -33,11 +33,15 @@ impl Prediction {
         let f32s = |n: usize| (n * size_of::<f32>()) as u64;
         let training = |bytes: u64| if kind == ProgramKind::TrainStep { bytes } else { 0 };
         let given = graph.inputs().map(|(_, ty)| ty.bytes());
+        let bytes = |p: &Parameter| (p.numel() * p.dtype.bytes()) as u64;
+        let parameters = graph.parameters();
+        let narrow = parameters.iter().any(|p| p.dtype != DType::F32);
+        let masters = if narrow { training(f32s(all)) } else { 0 };
         let results = graph.outputs().iter().filter(|(name, _)| !name.starts_with("grad."));
         let taken = results.map(|(_, id)| graph.node(*id).ty.bytes());
         Self {
-            parameters: f32s(all),
-            gradients: training(f32s(trainable)),
+            parameters: parameters.iter().map(bytes).sum::<u64>() + masters,
+            gradients: training(parameters.iter().filter(|p| p.trainable).map(bytes).sum()),
             optimizer: training(f32s(2 * trainable)),
             ema: training(f32s(all)),
             inputs_and_outputs: given.chain(taken).sum::<usize>() as u64 + graph.constant_bytes(),

@@ -1,15 +1,16 @@
 //! Function bodies: the plain-ONNX meaning of a fused op. They hold no shape, so one body serves every use.
 
-use onnx_protobuf::{FunctionProto, NodeProto, OperatorSetIdProto};
+use onnx_protobuf::{FunctionProto, NodeProto};
 
-use super::message::raw_tensor;
-use super::{Attribute, DOMAIN, OPSET};
+use super::message::{raw_tensor, tensor_type};
+use super::{Attribute, DOMAIN};
 use crate::shape::{DType, Type};
 
 /// A function of the domain `mudit` under construction.
 pub(crate) struct FunctionBody {
     name: &'static str,
     overload: &'static str,
+    dtype: DType,
     message: FunctionProto,
 }
 
@@ -17,28 +18,50 @@ impl FunctionBody {
     /// An empty body with the given operands and attributes; [`Self::result`] adds its results in order.
     pub(crate) fn new(name: &'static str, inputs: &[&str], attributes: &[&str]) -> Self {
         let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect();
-        let standard = OperatorSetIdProto { version: OPSET, ..OperatorSetIdProto::default() };
         let message = FunctionProto {
             name: name.into(),
             domain: DOMAIN.into(),
             input: owned(inputs),
             attribute: owned(attributes),
-            opset_import: vec![standard],
             ..FunctionProto::default()
         };
-        Self { name, overload: "", message }
+        Self { name, overload: "", dtype: DType::F32, message }
+    }
+
+    /// The body for operands and results of this type; [`Self::wide`] and [`Self::narrow`] know it from here on.
+    pub(crate) fn of(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
     }
 
     /// One of several bodies of the op: a body cannot branch on an attribute or on an absent operand.
-    pub(crate) fn overload(mut self, overload: &'static str) -> Self {
-        self.message.overload = overload.into();
-        self.overload = overload;
-        self
+    pub(crate) fn overload(self, overload: &'static str) -> Self {
+        Self { overload, ..self }
     }
 
-    /// What tells the body from the model's others: name of the op and of the overload.
-    pub(crate) fn key(&self) -> (&'static str, &'static str) {
-        (self.name, self.overload)
+    /// What tells the body from the model's others: name of the op and of the overload. A body with a type in it has
+    /// the type's name at the end of its own.
+    pub(crate) fn key(&self) -> (&'static str, String) {
+        let dtype = if self.dtype == DType::F32 { String::new() } else { self.dtype.to_string() };
+        let words = [self.overload, &dtype];
+        let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
+        (self.name, words.join("."))
+    }
+
+    /// The value in f32.
+    pub(crate) fn wide(&mut self, x: &str) -> String {
+        self.cast(x, DType::F32)
+    }
+
+    /// An f32 value in the body's type.
+    pub(crate) fn narrow(&mut self, x: &str) -> String {
+        self.cast(x, self.dtype)
+    }
+
+    fn cast(&mut self, x: &str, to: DType) -> String {
+        if self.dtype == DType::F32 {
+            return x.to_owned();
+        }
+        self.node_with("Cast", &[x], vec![Attribute::int("to", tensor_type(to))])
     }
 
     /// One node; returns the name of its answer.
@@ -46,10 +69,18 @@ impl FunctionBody {
         self.node_with(op_type, inputs, vec![])
     }
 
+    /// Three equal pieces of the last axis.
+    pub(crate) fn thirds(&mut self, x: &str) -> [String; 3] {
+        let outputs = [0, 1, 2].map(|i| format!("b{}.{i}", self.message.node.len()));
+        let attributes = vec![Attribute::int("axis", -1), Attribute::int("num_outputs", 3)];
+        self.push("Split", &[x], outputs.to_vec(), attributes);
+        outputs
+    }
+
     /// One node with attributes; returns the name of its answer.
     pub(crate) fn node_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) -> String {
         let output = format!("b{}", self.message.node.len());
-        self.push(op_type, inputs, output.clone(), attributes);
+        self.push(op_type, inputs, vec![output.clone()], attributes);
         output
     }
 
@@ -62,7 +93,21 @@ impl FunctionBody {
     pub(crate) fn result_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) {
         let output = format!("result{}", self.message.output.len());
         self.message.output.push(output.clone());
-        self.push(op_type, inputs, output, attributes);
+        self.push(op_type, inputs, vec![output], attributes);
+    }
+
+    /// The node whose f32 answer, rounded to the body's type, is the function's next result.
+    pub(crate) fn rounded_result(&mut self, op_type: &str, inputs: &[&str]) {
+        self.rounded_result_with(op_type, inputs, vec![]);
+    }
+
+    /// [`Self::rounded_result`] of a node with attributes.
+    pub(crate) fn rounded_result_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) {
+        if self.dtype == DType::F32 {
+            return self.result_with(op_type, inputs, attributes);
+        }
+        let answer = self.node_with(op_type, inputs, attributes);
+        self.result_with("Cast", &[&answer], vec![Attribute::int("to", tensor_type(self.dtype))]);
     }
 
     /// An f32 scalar.
@@ -94,18 +139,19 @@ impl FunctionBody {
     }
 
     pub(crate) fn into_message(self) -> FunctionProto {
-        self.message
+        let (_, overload) = self.key();
+        FunctionProto { overload, ..self.message }
     }
 
     fn value(&mut self, tensor: onnx_protobuf::TensorProto) -> String {
         self.node_with("Constant", &[], vec![Attribute::tensor("value", tensor)])
     }
 
-    fn push(&mut self, op_type: &str, inputs: &[&str], output: String, attributes: Vec<Attribute>) {
+    fn push(&mut self, op_type: &str, inputs: &[&str], output: Vec<String>, attributes: Vec<Attribute>) {
         self.message.node.push(NodeProto {
             op_type: op_type.into(),
             input: inputs.iter().map(ToString::to_string).collect(),
-            output: vec![output],
+            output,
             attribute: attributes.into_iter().map(Attribute::into_message).collect(),
             ..NodeProto::default()
         });

@@ -1,10 +1,11 @@
 //! Emission: a graph becomes the bytes of an ONNX model.
 //!
-//! Opset 21, IR 10. Weights are never copied into the message: a parameter is either a graph input or an
+//! Opset 21, and 23 for mixed precision, IR 10. Weights are never copied into the message: a parameter is either a graph input or an
 //! initializer whose data lies in a file beside the model. Nodes are named `scope/Op.index`, so that a profile
 //! of the running model names its layers.
 
 mod function;
+pub mod legality;
 mod message;
 mod origin;
 
@@ -23,8 +24,10 @@ use crate::ops::leaf::Constant;
 use crate::program::{OnnxProgram, TensorSpec};
 use crate::shape::{DType, Type};
 
-/// Version of the standard operator set that programs are written in.
+/// Version of the standard operator set that f32 programs are written in.
 pub const OPSET: i64 = 21;
+/// Version for programs of mixed precision: the first with attention as an op, which CUDA and TensorRT have as one kernel.
+pub const MIXED_OPSET: i64 = 23;
 /// Version of the model format.
 pub const IR_VERSION: i64 = 10;
 /// Operator domain of the fused ops.
@@ -66,7 +69,7 @@ pub(crate) struct Emitter<'a> {
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
     shared: BTreeSet<String>,
-    functions: BTreeMap<(&'static str, &'static str), FunctionProto>,
+    functions: BTreeMap<(&'static str, String), FunctionProto>,
 }
 
 impl Emitter<'_> {
@@ -78,6 +81,11 @@ impl Emitter<'_> {
     /// Number of operands of the current node.
     pub(crate) fn arity(&self) -> usize {
         self.graph.nodes[self.current].args.len()
+    }
+
+    /// Element type of the current node's first operand, which the function body of a fused op is for.
+    pub(crate) fn dtype(&self) -> DType {
+        self.arg_type(0).dtype
     }
 
     /// Type of operand `i` of the current node.
@@ -98,8 +106,8 @@ impl Emitter<'_> {
     /// A fused op of our own domain, with its function body.
     pub(crate) fn native(&mut self, body: FunctionBody, attributes: Vec<Attribute>) {
         let (name, overload) = body.key();
-        self.functions.entry((name, overload)).or_insert_with(|| body.into_message());
-        self.push((name, DOMAIN, overload), self.args(), attributes);
+        self.functions.entry((name, overload.clone())).or_insert_with(|| body.into_message());
+        self.push((name, DOMAIN, &overload), self.args(), attributes);
     }
 
     /// The current node as an initializer.
@@ -270,17 +278,21 @@ impl Graph {
             version,
             ..OperatorSetIdProto::default()
         };
+        let mixed = self.nodes.iter().any(|n| matches!(n.ty.dtype, DType::F16 | DType::Bf16));
+        let standard = version("", if mixed { MIXED_OPSET } else { OPSET });
         let mut model = ModelProto {
             ir_version: IR_VERSION,
             producer_name: "mudit".into(),
             producer_version: env!("CARGO_PKG_VERSION").into(),
-            opset_import: vec![version("", OPSET)],
+            opset_import: vec![standard.clone()],
             graph: Some(graph).into(),
             ..ModelProto::default()
         };
         if !emitter.functions.is_empty() {
             model.opset_import.push(version(DOMAIN, 1));
-            model.functions = emitter.functions.into_values().collect();
+            let bodies = emitter.functions.into_values();
+            model.functions =
+                bodies.map(|body| FunctionProto { opset_import: vec![standard.clone()], ..body }).collect();
         }
         model
             .write_to_bytes()

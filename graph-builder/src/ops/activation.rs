@@ -38,11 +38,15 @@ impl Activation {
         }
     }
 
-    /// The node that applies it to `x` in a function body.
+    /// The node that applies it to `x` in a function body, in f32, rounded to the body's type.
     pub(crate) fn node(self, f: &mut FunctionBody, x: &str) -> String {
         match self {
             Self::None => x.to_owned(),
-            Self::Gelu => f.node_with("Gelu", &[x], vec![Attribute::text("approximate", "tanh")]),
+            Self::Gelu => {
+                let x = f.wide(x);
+                let y = f.node_with("Gelu", &[&x], vec![Attribute::text("approximate", "tanh")]);
+                f.narrow(&y)
+            }
         }
     }
 
@@ -117,9 +121,10 @@ impl Rules for GeluGrad {
         vec![Grad::None, Grad::None]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("GeluGrad", &["x", "ct"], &[]);
-        let slope = gelu_slope_nodes(&mut f, "x");
-        f.result("Mul", &[&slope, "ct"]);
+        let mut f = FunctionBody::new("GeluGrad", &["x", "ct"], &[]).of(emitter.dtype());
+        let [x, ct] = ["x", "ct"].map(|v| f.wide(v));
+        let slope = gelu_slope_nodes(&mut f, &x);
+        f.rounded_result("Mul", &[&slope, &ct]);
         emitter.native(f, vec![]);
     }
     fn eval(&self, args: &[&Array], _: &Type) -> Array {

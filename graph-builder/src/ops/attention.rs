@@ -3,10 +3,10 @@
 use ndarray::{Array2, Axis};
 
 use crate::error::{Refusal, refuse};
-use crate::eval::Array;
+use crate::eval::{Array, operand};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
 use crate::op::{Cost, Grad, Rules, traffic};
-use crate::shape::{Shape, Type};
+use crate::shape::{DType, Shape, Type};
 use crate::value::Value;
 
 /// Multi-head self-attention: `softmax(q kᵀ · scale) v` for each head, heads side by side.
@@ -68,6 +68,12 @@ fn weights(q: &Array2<f64>, k: &Array2<f64>, scale: f64) -> Array2<f64> {
     weights
 }
 
+/// The matrix as it goes into a product of this type.
+fn rounded(dtype: DType, x: &Array2<f64>) -> Array2<f64> {
+    let values = operand(dtype, x.clone().into_dyn());
+    Array2::from_shape_vec(x.dim(), values.iter().copied().collect()).unwrap_or_else(|_| x.clone())
+}
+
 /// All heads of all samples.
 fn each_head(samples: usize, heads: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..samples).flat_map(move |n| (0..heads).map(move |h| (n, h)))
@@ -94,12 +100,14 @@ fn turned(f: &mut FunctionBody, x: &str) -> String {
     f.node_with("Transpose", &[x], vec![Attribute::ints("perm", vec![0, 1, 3, 2])])
 }
 
-/// Nodes for scaled queries and for the weights (N, H, T, T).
+/// Nodes for scaled queries and for the weights (N, H, T, T), which are f32.
 fn weight_nodes(f: &mut FunctionBody, q: &str, k: &str) -> (String, String) {
     let scale = f.scalar_attribute("scale");
+    let scale = f.narrow(&scale);
     let scaled = f.node("Mul", &[q, &scale]);
     let k = turned(f, k);
     let products = f.node("MatMul", &[&scaled, &k]);
+    let products = f.wide(&products);
     (scaled, f.node_with("Softmax", &[&products], vec![Attribute::int("axis", -1)]))
 }
 
@@ -118,7 +126,16 @@ impl Rules for Attention {
         vec![Grad::Value(args[0].attention_grad(ct, self.heads, self.scale))]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]);
+        let mut f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]).of(emitter.dtype());
+        if emitter.dtype() != DType::F32 {
+            let [q, k, v] = f.thirds("qkv");
+            let heads = ["q_num_heads", "kv_num_heads"].map(|name| Attribute::int_of(name, "heads"));
+            let mut options =
+                vec![Attribute::float_of("scale", "scale"), Attribute::int("softmax_precision", 1)];
+            options.extend(heads);
+            f.result_with("Attention", &[&q, &k, &v], options);
+            return emitter.native(f, attributes(self.heads, self.scale));
+        }
         let [q, k, v] = head_nodes(&mut f);
         let (_, weights) = weight_nodes(&mut f, &q, &k);
         let mixed = f.node("MatMul", &[&weights, &v]); // (N, H, T, K)
@@ -131,7 +148,7 @@ impl Rules for Attention {
         let mut answer = Array::zeros(out.shape.dims());
         for (n, h) in each_head(out.shape.0[0], self.heads) {
             let [q, k, v] = head(args[0], self.heads, (n, h));
-            let mixed = weights(&q, &k, self.scale).dot(&v);
+            let mixed = rounded(out.dtype, &weights(&q, &k, self.scale)).dot(&v);
             for ((i, j), value) in mixed.indexed_iter() {
                 answer[[n, i, h * v.ncols() + j]] = *value;
             }
@@ -161,23 +178,28 @@ impl Rules for AttentionGrad {
         vec![Grad::None, Grad::None]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("AttentionGrad", &["qkv", "ct"], &["heads", "scale"]);
+        let f = FunctionBody::new("AttentionGrad", &["qkv", "ct"], &["heads", "scale"]);
+        let mut f = f.of(emitter.dtype());
         let [q, k, v] = head_nodes(&mut f);
         let (scaled, weights) = weight_nodes(&mut f, &q, &k);
         let shape = shape_nodes(&mut f, &[0, 0]);
         let ct = f.node("Reshape", &["ct", &shape]); // (N, T, H, K)
         let ct = f.node_with("Transpose", &[&ct], vec![Attribute::ints("perm", vec![0, 2, 1, 3])]);
-        let weights_t = turned(&mut f, &weights);
+        let weights_t = f.narrow(&weights);
+        let weights_t = turned(&mut f, &weights_t);
         let dv = f.node("MatMul", &[&weights_t, &ct]);
         let v_t = turned(&mut f, &v);
         let dweights = f.node("MatMul", &[&ct, &v_t]);
+        let dweights = f.wide(&dweights);
         let weighted = f.node("Mul", &[&weights, &dweights]);
         let last = f.int_list(&[-1]);
         let sum = f.node("ReduceSum", &[&weighted, &last]);
         let centred = f.node("Sub", &[&dweights, &sum]);
         let dproducts = f.node("Mul", &[&weights, &centred]);
+        let dproducts = f.narrow(&dproducts);
         let dq = f.node("MatMul", &[&dproducts, &k]);
         let scale = f.scalar_attribute("scale");
+        let scale = f.narrow(&scale);
         let dq = f.node("Mul", &[&dq, &scale]);
         let dproducts_t = turned(&mut f, &dproducts);
         let dk = f.node("MatMul", &[&dproducts_t, &scaled]);
@@ -200,7 +222,8 @@ impl Rules for AttentionGrad {
             let weights = weights(&q, &k, self.scale);
             let dweights = ct.dot(&v.t());
             let sums = (&weights * &dweights).sum_axis(Axis(1)).insert_axis(Axis(1));
-            let dproducts = &weights * &(&dweights - &sums) * self.scale;
+            let dproducts = rounded(out.dtype, &(&weights * &(&dweights - &sums) * self.scale));
+            let weights = rounded(out.dtype, &weights);
             for (part, grad) in
                 [dproducts.dot(&k), dproducts.t().dot(&q), weights.t().dot(&ct)].iter().enumerate()
             {

@@ -3,7 +3,7 @@
 use ndarray::{Array2, Axis};
 
 use crate::error::{Refusal, refuse};
-use crate::eval::{Array, bundle, expand, filled};
+use crate::eval::{Array, bundle, expand, filled, operand};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
 use crate::op::{Cost, Grad, Rules, traffic};
 use crate::ops::activation::{Activation, GELU_GRAD_FLOPS, gelu_grad, gelu_slope_nodes};
@@ -56,10 +56,11 @@ fn matrix(x: &Array) -> Array2<f64> {
         .unwrap_or_else(|_| Array2::from_elem((rows, width), f64::NAN))
 }
 
-fn eval_linear(activation: Activation, args: &[&Array], out: &Shape) -> Array {
-    let product = matrix(&activation.eval(args[0])).dot(&matrix(args[1]).t());
+fn eval_linear(activation: Activation, args: &[&Array], out: &Type) -> Array {
+    let x = operand(out.dtype, activation.eval(args[0]));
+    let product = matrix(&x).dot(&matrix(args[1]).t());
     let sum = product + &matrix(args[2]);
-    filled(out, sum)
+    filled(&out.shape, sum)
 }
 
 /// Nodes for `act(x) Wᵀ + b`.
@@ -110,13 +111,14 @@ impl Rules for Linear {
         linear_grads(self.activation, [args[0], args[1]], ct).map(Grad::Value).into()
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("Linear", &["x", "weight", "bias"], &["activation"]);
+        let f = FunctionBody::new("Linear", &["x", "weight", "bias"], &["activation"]);
+        let mut f = f.of(emitter.dtype());
         let [product, bias] = linear_nodes(&mut f, self.activation, "x");
         f.result("Add", &[&product, &bias]);
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
-        eval_linear(self.activation, args, &out.shape)
+        eval_linear(self.activation, args, out)
     }
     fn cost(&self, args: &[&Type], out: &Type) -> Cost {
         let n = width(out);
@@ -158,11 +160,12 @@ impl Rules for LinearGradInput {
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let gelu = self.activation == Activation::Gelu;
         let inputs: &[&str] = if gelu { &["ct", "weight", "h"] } else { &["ct", "weight"] };
-        let mut f = FunctionBody::new("LinearGradInput", inputs, &["activation"]);
+        let mut f = FunctionBody::new("LinearGradInput", inputs, &["activation"]).of(emitter.dtype());
         if gelu {
             let product = f.node("MatMul", &["ct", "weight"]);
-            let slope = gelu_slope_nodes(&mut f, "h");
-            f.result("Mul", &[&slope, &product]);
+            let (product, h) = (f.wide(&product), f.wide("h"));
+            let slope = gelu_slope_nodes(&mut f, &h);
+            f.rounded_result("Mul", &[&slope, &product]);
         } else {
             f.result("MatMul", &["ct", "weight"]);
         }
@@ -210,16 +213,18 @@ impl Rules for LinearGradWeight {
         vec![Grad::None, Grad::None]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("LinearGradWeight", &["ct", "x"], &["activation"]);
+        let f = FunctionBody::new("LinearGradWeight", &["ct", "x"], &["activation"]);
+        let mut f = f.of(emitter.dtype());
         let x = self.activation.node(&mut f, "x");
         let [ct, x] = ["ct", &x].map(|v| f.node_with("Flatten", &[v], vec![Attribute::int("axis", -1)]));
         f.result_with("Gemm", &[&ct, &x], vec![Attribute::int("transA", 1)]);
-        let rows = f.int_list(&[0]);
-        f.result_with("ReduceSum", &[&ct, &rows], vec![Attribute::int("keepdims", 0)]);
+        let (ct, rows) = (f.wide(&ct), f.int_list(&[0]));
+        f.rounded_result_with("ReduceSum", &[&ct, &rows], vec![Attribute::int("keepdims", 0)]);
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
-    fn eval(&self, args: &[&Array], _: &Type) -> Array {
-        let (ct, x) = (matrix(args[0]), matrix(&self.activation.eval(args[1])));
+    fn eval(&self, args: &[&Array], out: &Type) -> Array {
+        let x = operand(out.dtype, self.activation.eval(args[1]));
+        let (ct, x) = (matrix(args[0]), matrix(&x));
         bundle(&[ct.t().dot(&x).into_dyn(), ct.sum_axis(Axis(0)).into_dyn()])
     }
     fn cost(&self, args: &[&Type], out: &Type) -> Cost {
@@ -263,15 +268,16 @@ impl Rules for LinearGateResidual {
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let inputs = ["x", "gate", "a", "weight", "bias"];
-        let mut f = FunctionBody::new("LinearGateResidual", &inputs, &["activation"]);
+        let mut f = FunctionBody::new("LinearGateResidual", &inputs, &["activation"]).of(emitter.dtype());
         let [product, bias] = linear_nodes(&mut f, self.activation, "a");
+        let [product, bias, gate, x] = [&product, &bias, "gate", "x"].map(|v| f.wide(v));
         let branch = f.node("Add", &[&product, &bias]);
-        let gated = f.node("Mul", &["gate", &branch]);
-        f.result("Add", &["x", &gated]);
+        let gated = f.node("Mul", &[&gate, &branch]);
+        f.rounded_result("Add", &[&x, &gated]);
         emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
-        args[0] + expand(args[1], &out.shape) * eval_linear(self.activation, &args[2..], &out.shape)
+        args[0] + expand(args[1], &out.shape) * eval_linear(self.activation, &args[2..], out)
     }
     fn cost(&self, args: &[&Type], out: &Type) -> Cost {
         let n = width(out);

@@ -54,13 +54,15 @@ impl Rules for LayerNormModulate {
         grad.results().into_iter().map(Grad::Value).collect()
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("LayerNormModulate", &["x", "shift", "scale"], &["epsilon"]);
+        let inputs = ["x", "shift", "scale"];
+        let mut f = FunctionBody::new("LayerNormModulate", &inputs, &["epsilon"]).of(emitter.dtype());
+        let [x, shift, scale] = inputs.map(|v| f.wide(v));
         let last = f.int_list(&[-1]);
         let one = f.scalar(1.0);
-        let (normal, _) = normalised(&mut f, &last);
-        let scale1 = f.node("Add", &["scale", &one]);
+        let (normal, _) = normalised(&mut f, &x, &last);
+        let scale1 = f.node("Add", &[&scale, &one]);
         let scaled = f.node("Mul", &[&normal, &scale1]);
-        f.result("Add", &[&scaled, "shift"]);
+        f.rounded_result("Add", &[&scaled, &shift]);
         emitter.native(f, vec![Attribute::float("epsilon", self.epsilon)]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
@@ -113,21 +115,24 @@ impl Rules for LayerNormModulateGrad {
         } else {
             (&["x", "scale", "ct"], "")
         };
-        let mut f = FunctionBody::new("LayerNormModulateGrad", inputs, &["epsilon"]).overload(overload);
+        let f = FunctionBody::new("LayerNormModulateGrad", inputs, &["epsilon"]);
+        let mut f = f.of(emitter.dtype()).overload(overload);
+        let [x, scale, ct] = ["x", "scale", "ct"].map(|v| f.wide(v));
         let (last, tokens, one) = (f.int_list(&[-1]), f.int_list(&[1]), f.scalar(1.0));
-        let (normal, deviation) = normalised(&mut f, &last);
-        let scale1 = f.node("Add", &["scale", &one]);
-        let scaled = f.node("Mul", &["ct", &scale1]);
+        let (normal, deviation) = normalised(&mut f, &x, &last);
+        let scale1 = f.node("Add", &[&scale, &one]);
+        let scaled = f.node("Mul", &[&ct, &scale1]);
         let rest = layer_norm_grad_nodes(&mut f, &normal, &scaled, &last);
         if residual {
             let dx = f.node("Div", &[&rest, &deviation]);
-            f.result("Add", &["residual", &dx]);
+            let residual = f.wide("residual");
+            f.rounded_result("Add", &[&residual, &dx]);
         } else {
-            f.result("Div", &[&rest, &deviation]);
+            f.rounded_result("Div", &[&rest, &deviation]);
         }
-        f.result("ReduceSum", &["ct", &tokens]);
-        let weighted = f.node("Mul", &["ct", &normal]);
-        f.result("ReduceSum", &[&weighted, &tokens]);
+        f.rounded_result("ReduceSum", &[&ct, &tokens]);
+        let weighted = f.node("Mul", &[&ct, &normal]);
+        f.rounded_result("ReduceSum", &[&weighted, &tokens]);
         emitter.native(f, vec![Attribute::float("epsilon", self.epsilon)]);
     }
     fn eval(&self, args: &[&Array], _: &Type) -> Array {
@@ -173,9 +178,11 @@ impl Rules for GateResidual {
         vec![Grad::Value(ct), Grad::Value(dgate), Grad::Value(dy)]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("GateResidual", &["x", "gate", "y"], &[]);
-        let gated = f.node("Mul", &["gate", "y"]);
-        f.result("Add", &["x", &gated]);
+        let inputs = ["x", "gate", "y"];
+        let mut f = FunctionBody::new("GateResidual", &inputs, &[]).of(emitter.dtype());
+        let [x, gate, y] = inputs.map(|v| f.wide(v));
+        let gated = f.node("Mul", &[&gate, &y]);
+        f.rounded_result("Add", &[&x, &gated]);
         emitter.native(f, vec![]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
@@ -216,11 +223,13 @@ impl Rules for GateResidualGrad {
         vec![Grad::None; 3]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("GateResidualGrad", &["gate", "y", "ct"], &[]);
+        let inputs = ["gate", "y", "ct"];
+        let mut f = FunctionBody::new("GateResidualGrad", &inputs, &[]).of(emitter.dtype());
+        let [gate, y, ct] = inputs.map(|v| f.wide(v));
         let tokens = f.int_list(&[1]);
-        f.result("Mul", &["gate", "ct"]);
-        let weighted = f.node("Mul", &["ct", "y"]);
-        f.result("ReduceSum", &[&weighted, &tokens]);
+        f.rounded_result("Mul", &[&gate, &ct]);
+        let weighted = f.node("Mul", &[&ct, &y]);
+        f.rounded_result("ReduceSum", &[&weighted, &tokens]);
         emitter.native(f, vec![]);
     }
     fn eval(&self, args: &[&Array], _: &Type) -> Array {

@@ -112,12 +112,13 @@ impl Rules for SoftmaxGrad {
         vec![Grad::None, Grad::None]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("SoftmaxGrad", &["y", "ct"], &[]);
-        let weighted = f.node("Mul", &["y", "ct"]);
+        let mut f = FunctionBody::new("SoftmaxGrad", &["y", "ct"], &[]).of(emitter.dtype());
+        let [y, ct] = ["y", "ct"].map(|v| f.wide(v));
+        let weighted = f.node("Mul", &[&y, &ct]);
         let last = f.int_list(&[-1]);
         let sum = f.node("ReduceSum", &[&weighted, &last]);
-        let centred = f.node("Sub", &["ct", &sum]);
-        f.result("Mul", &["y", &centred]);
+        let centred = f.node("Sub", &[&ct, &sum]);
+        f.rounded_result("Mul", &[&y, &centred]);
         emitter.native(f, vec![]);
     }
     fn eval(&self, args: &[&Array], _: &Type) -> Array {
@@ -172,11 +173,12 @@ impl Rules for LayerNorm {
     }
 }
 
-/// Nodes for `x̂ = (x − mean) / √(var + ε)` over the axes `last`, and for the root; ε is the function's attribute.
-pub(crate) fn normalised(f: &mut FunctionBody, last: &str) -> (String, String) {
+/// Nodes for `x̂ = (x − mean) / √(var + ε)` over the axes `last`, and for the root; `x` is f32, ε is the function's
+/// attribute.
+pub(crate) fn normalised(f: &mut FunctionBody, x: &str, last: &str) -> (String, String) {
     let epsilon = f.scalar_attribute("epsilon");
-    let mean = f.node("ReduceMean", &["x", last]);
-    let centred = f.node("Sub", &["x", &mean]);
+    let mean = f.node("ReduceMean", &[x, last]);
+    let centred = f.node("Sub", &[x, &mean]);
     let square = f.node("Mul", &[&centred, &centred]);
     let variance = f.node("ReduceMean", &[&square, last]);
     let variance = f.node("Add", &[&variance, &epsilon]);
@@ -236,11 +238,12 @@ impl Rules for LayerNormGrad {
         vec![Grad::None, Grad::None]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("LayerNormGrad", &["x", "ct"], &["epsilon"]);
+        let mut f = FunctionBody::new("LayerNormGrad", &["x", "ct"], &["epsilon"]).of(emitter.dtype());
+        let [x, ct] = ["x", "ct"].map(|v| f.wide(v));
         let last = f.int_list(&[-1]);
-        let (normal, deviation) = normalised(&mut f, &last);
-        let rest = layer_norm_grad_nodes(&mut f, &normal, "ct", &last);
-        f.result("Div", &[&rest, &deviation]);
+        let (normal, deviation) = normalised(&mut f, &x, &last);
+        let rest = layer_norm_grad_nodes(&mut f, &normal, &ct, &last);
+        f.rounded_result("Div", &[&rest, &deviation]);
         emitter.native(f, vec![Attribute::float("epsilon", self.epsilon)]);
     }
     fn eval(&self, args: &[&Array], _: &Type) -> Array {

@@ -4,8 +4,11 @@
 //! code that no output needs is dropped on the way.
 
 mod fuse;
+mod precision;
 mod recompute;
 mod simplify;
+
+pub use precision::{POLICIES, Policy, policy};
 
 use crate::error::{Place, Result};
 use crate::graph::{Graph, Node, ValueId};

@@ -227,7 +227,8 @@ pub fn compiler() -> Result<Compiler> {
 pub fn compiler_or_fetch(options: &RuntimeOptions<'_>) -> Result<Compiler> {
     let installed = places().iter().any(|place| place.join(NVRTC.names[0]).is_file());
     if !installed && open(NVRTC.names[0]).is_err() {
-        let cache = fetched_folder().ok_or_else(|| RuntimeError::LibraryNotFound {
+        // The wheels name the folder in it themselves.
+        let cache = cache_directory().ok_or_else(|| RuntimeError::LibraryNotFound {
             reason: "no cache directory for NVRTC: neither MUDIT_CACHE nor HOME is set".to_owned(),
             remedy: INSTALL_CUDA.to_owned(),
         })?;

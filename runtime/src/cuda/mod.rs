@@ -5,6 +5,7 @@
 
 mod arena;
 mod gpu;
+pub mod kernels;
 pub mod libraries;
 mod memory;
 

@@ -5,7 +5,7 @@ use super::simd::multiversion;
 /// Everything the update of one entry needs beside its arrays. Scalars are computed in f64 and rounded once.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Coefficients {
-    /// Gradient scale of the clip.
+    /// Scale of the gradient: the clip's, over the factor on the loss.
     pub(crate) gradient: f32,
     /// `1 − lr · weight decay`
     pub(crate) decay: f32,

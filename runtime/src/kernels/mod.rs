@@ -27,7 +27,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ort::operator::OperatorDomain;
 
 use operator::NativeOp;
-pub(crate) use signature::Op;
+pub(crate) use product::Activation;
+pub use signature::Source as AttributeSource;
+pub(crate) use signature::{Attributes, Op};
 
 /// Name of the domain of the native ops.
 pub const DOMAIN: &str = "mudit";

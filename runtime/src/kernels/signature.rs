@@ -66,10 +66,13 @@ pub(crate) struct Attributes {
     pub(crate) width: usize,
 }
 
-/// Where attributes come from: a node, at two stages of a session's life.
-pub(crate) trait Source {
+/// Where attributes come from: a node, at several stages of its life.
+pub trait Source {
+    /// An attribute that is a number.
     fn float(&self, name: &str) -> Option<f32>;
+    /// An attribute that is a whole number.
     fn int(&self, name: &str) -> Option<i64>;
+    /// An attribute that is text.
     fn text(&self, name: &str) -> Option<String>;
 }
 

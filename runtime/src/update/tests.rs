@@ -37,6 +37,11 @@ const LR: [f64; 3] = [1e-2, 3e-3, 5e-2];
 const DECAY: [f64; 3] = [0.0, 0.1, 0.3];
 
 fn run(large: usize, threads: usize, clip: Option<f64>, steps: u64) -> Run {
+    run_scaled(large, threads, clip, steps, 1.0)
+}
+
+/// A run whose gradients come multiplied by a factor.
+fn run_scaled(large: usize, threads: usize, clip: Option<f64>, steps: u64, factor: f32) -> Run {
     let (pl, gl) = (parameter_layout(large), gradient_layout(&parameter_layout(large)));
     let adamw = AdamW::new(&pl, &gl, CONSTANTS, threads).unwrap();
     let mut run = Run {
@@ -47,7 +52,8 @@ fn run(large: usize, threads: usize, clip: Option<f64>, steps: u64) -> Run {
         reports: Vec::new(),
     };
     for step in 1..=steps {
-        let gradients = noise(&gl, step as f32, 0.1);
+        let mut gradients = Arena::zeros(gl.clone()).unwrap();
+        gradients.add_scaled(&noise(&gl, step as f32, 0.1), factor).unwrap();
         let state = UpdateState {
             parameters: &mut run.parameters,
             gradients: &gradients,
@@ -55,8 +61,9 @@ fn run(large: usize, threads: usize, clip: Option<f64>, steps: u64) -> Run {
             second_moments: &mut run.second,
             ema: Some((&mut run.ema, 0.9)),
         };
-        run.reports
-            .push(adamw.step(state, &UpdateStep { step, lr: &LR, weight_decay: &DECAY, clip }).unwrap());
+        let gradient_scale = 1.0 / f64::from(factor);
+        let step = UpdateStep { step, lr: &LR, weight_decay: &DECAY, clip, gradient_scale };
+        run.reports.push(adamw.step(state, &step).unwrap());
     }
     run
 }
@@ -158,7 +165,8 @@ fn gradients_that_are_not_finite_change_nothing() {
             second_moments: &mut second,
             ema: None,
         };
-        let step = UpdateStep { step: 1, lr: &LR, weight_decay: &DECAY, clip: Some(1.0) };
+        let step =
+            UpdateStep { step: 1, lr: &LR, weight_decay: &DECAY, clip: Some(1.0), gradient_scale: 1.0 };
         assert!(!adamw.step(state, &step).unwrap().finite);
         assert!(parameters.iter().eq(noise(&pl, 0.0, 1.0).iter()));
         assert!(first.iter().all(|(_, _, m)| m.iter().all(|&x| x == 0.0)));
@@ -172,16 +180,29 @@ fn bad_settings_are_refused() {
     let strange = ArenaLayout::new([("a".to_owned(), [11].into())]).unwrap();
     assert!(matches!(AdamW::new(&pl, &strange, CONSTANTS, 1), Err(RuntimeError::WrongShape { .. })));
     let adamw = AdamW::new(&pl, &gl, CONSTANTS, 1).unwrap();
-    let good = UpdateStep { step: 1, lr: &LR, weight_decay: &DECAY, clip: None };
+    let good = UpdateStep { step: 1, lr: &LR, weight_decay: &DECAY, clip: None, gradient_scale: 1.0 };
     for step in [
         UpdateStep { step: 0, ..good },
         UpdateStep { lr: &LR[..2], ..good },
         UpdateStep { weight_decay: &[0.0, f64::NAN, 0.0], ..good },
         UpdateStep { clip: Some(0.0), ..good },
+        UpdateStep { gradient_scale: f64::INFINITY, ..good },
     ] {
         let mut arenas = [&pl, &gl, &gl, &gl].map(|l| Arena::zeros(l.clone()).unwrap());
         let [parameters, gradients, first_moments, second_moments] = &mut arenas;
         let state = UpdateState { parameters, gradients, first_moments, second_moments, ema: None };
         assert!(adamw.step(state, &step).is_err(), "{step:?}");
+    }
+}
+
+#[test]
+fn gradients_of_a_scaled_loss_give_the_bits_of_plain_ones() {
+    // A power of two changes no digit on its way in and out.
+    let (plain, scaled) = (run(1000, 1, Some(0.05), 3), run_scaled(1000, 1, Some(0.05), 3, 65_536.0));
+    assert_eq!(plain.reports, scaled.reports, "norm and clip are those of the plain gradients");
+    for (x, y) in [(&plain.parameters, &scaled.parameters), (&plain.second, &scaled.second)] {
+        for ((name, _, x), (_, _, y)) in x.iter().zip(y.iter()) {
+            assert!(x.iter().zip(y).all(|(x, y)| x.to_bits() == y.to_bits()), "{name}");
+        }
     }
 }

@@ -22,7 +22,7 @@ pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
             } else {
                 "() { return 0; }"
             };
-            source += &format!("int {symbol}{body}\n");
+            source.extend(["int ", symbol.as_str(), body, "\n"]);
         }
         link(&library(&name), &source, Some(&name), &[library("libcuda.so.1")])?;
     }

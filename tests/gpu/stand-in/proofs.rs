@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use graph_builder::{DType, Shape};
+use graph_builder::{DType, Precision, Shape};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::{
@@ -10,21 +10,28 @@ use runtime::{
     SessionOptions, Weights,
 };
 
-/// Loads a program of DiT-XL/2 with CPU fall-back disabled and asserts where its nodes are.
+/// Loads a program of DiT-XL/2 in every precision with CPU fall-back disabled and asserts where its nodes are.
 fn is_placed(kind: ProgramKind, guidance: Guidance) {
+    for precision in Precision::ALL {
+        is_placed_in(precision, kind, guidance);
+    }
+}
+
+fn is_placed_in(precision: Precision, kind: ProgramKind, guidance: Guidance) {
     let model = DitConfig::resolve("DiT-XL/2").unwrap();
     let graph = program(&model, kind, 2, guidance).unwrap().optimised().unwrap();
-    let emitted = graph.emit(graph_builder::Weights::Inputs).unwrap();
+    let emitted = graph.in_precision(precision).unwrap().emit(graph_builder::Weights::Inputs).unwrap();
+    emitted.check_cuda(&|_, _| false).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
     let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
     let runtime = Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"));
     let provider = Provider::Cuda(CudaOptions::default());
     let session_options = SessionOptions { provider, record_placement: true, ..SessionOptions::default() };
     let session = Session::load(&runtime, &emitted, &Weights::Inside, &session_options)
-        .unwrap_or_else(|e| panic!("{kind}: {e}"));
+        .unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
     let placement = session.placement().unwrap_or_else(|e| panic!("{e}"));
     assert!(placement.nodes.len() > 500, "{} nodes", placement.nodes.len());
     let elsewhere: Vec<_> = placement.elsewhere("CUDAExecutionProvider").map(ToString::to_string).collect();
-    assert!(elsewhere.is_empty(), "{kind}: not on CUDA: {elsewhere:#?}");
+    assert!(elsewhere.is_empty(), "{kind} {precision}: not on CUDA: {elsewhere:#?}");
 }
 
 #[test]

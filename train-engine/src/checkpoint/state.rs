@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::STATE_FILE;
 use crate::error::{Result, TrainError};
+use crate::loss_scale::LossScale;
 
 /// The content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,6 +32,9 @@ pub struct State {
     pub elapsed_seconds: f64,
     /// [`TrainConfig::hash`](crate::config::TrainConfig::hash) of the run.
     pub config_hash: String,
+    /// The factor on the loss, of a run in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// Role, learning-rate factor and init of each parameter.
     pub mup: Value,
 }

@@ -15,6 +15,7 @@ fn state(step: u64) -> State {
         seed: 3,
         elapsed_seconds: 0.1 + 0.2,
         config_hash: "abc".into(),
+        loss_scale: Some(crate::loss_scale::LossScale::starting_at(512.0)),
         mup: serde_json::json!({"z": {"role": "hidden"}, "a": {"role": "input"}}),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use graph_builder::Precision;
 use models::{InitScheme, Objective, Recompute, SolverKind};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -224,6 +225,8 @@ pub struct TrainSection {
     /// `none` or `blocks`: what is computed again for the backward pass rather than kept. The results are the same
     /// bits; `blocks` needs less memory and about a third more time.
     pub recompute: Recompute,
+    /// `f32`, `bf16` or `f16`: what the training step computes in. Masters, moments and averages are f32.
+    pub precision: Precision,
     /// Seed of every draw.
     pub seed: u64,
     /// Compute threads; 0 takes all cores.
@@ -262,6 +265,7 @@ impl Default for TrainSection {
             batch_size: 256,
             accumulate: 1,
             recompute: Recompute::None,
+            precision: Precision::F32,
             seed: 0,
             threads: 0,
             learning_rate: 1e-4,

@@ -47,6 +47,20 @@ fn the_resolved_configuration_reads_back_as_itself() {
 }
 
 #[test]
+fn the_precision_is_a_key_with_three_names() {
+    assert_eq!(parse(TEXT, &[]).unwrap().train.precision, graph_builder::Precision::F32);
+    let config = parse(TEXT, &["train.precision=bf16"]).unwrap();
+    assert_eq!(config.train.precision, graph_builder::Precision::Bf16);
+    assert!(config.to_toml().unwrap().contains("precision = \"bf16\""));
+    assert!(message(TEXT, &["train.precision=fp8"]).contains("f32"));
+    assert_ne!(
+        config.hash().unwrap(),
+        parse(TEXT, &[]).unwrap().hash().unwrap(),
+        "it decides what a step computes"
+    );
+}
+
+#[test]
 fn every_section_is_in_the_table_of_sections() {
     let names: Vec<&str> = keys::SECTIONS.iter().map(|(name, _)| *name).collect();
     assert_eq!(keys::fields_of::<TrainConfig>(), names);

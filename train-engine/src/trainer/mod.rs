@@ -8,8 +8,8 @@ mod whole_run;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use graph_builder::Graph;
-use models::{DitConfig, Guidance, Objective, ProgramKind, TRAINING_STEPS, program};
+use graph_builder::{Graph, Precision};
+use models::{DitConfig, Guidance, LOSS_SCALE, Objective, ProgramKind, TRAINING_STEPS, program};
 use runtime::update::{UpdateState, UpdateStep};
 use runtime::{AdamW, Arena, Runtime, SessionOptions, SharedArena, UpdateReport};
 
@@ -18,6 +18,7 @@ use crate::config::{TimeSampling, TrainConfig};
 use crate::data::Batch;
 use crate::error::{Result, TrainError};
 use crate::evidence;
+use crate::loss_scale::LossScale;
 use crate::mup::{MupTable, Stamp, draw_parameters};
 use crate::random::{Purpose, Stream};
 use crate::schedule::{ema_decay, learning_rate_factor};
@@ -42,6 +43,8 @@ pub struct Trainer {
     accumulated: Option<Arena>,
     mup: MupTable,
     noise: Vec<f32>,
+    /// The factor on the loss, in f16.
+    loss_scale: Option<LossScale>,
 }
 
 impl Trainer {
@@ -50,6 +53,7 @@ impl Trainer {
     /// # Errors
     /// [`TrainError::Model`], [`TrainError::Runtime`], [`TrainError::BadValue`].
     pub fn new(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
+        refuse_precision(config)?;
         let train = &config.train;
         let micro = train.batch_size / train.accumulate;
         let step = CompiledStep::compile(runtime, model, micro, train.recompute, &session_options(config))?;
@@ -61,6 +65,7 @@ impl Trainer {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn shared(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
+        refuse_precision(config)?;
         Self::on(
             CompiledStep::compile_shared(runtime, config, model, &session_options(config))?,
             config,
@@ -78,7 +83,9 @@ impl Trainer {
         let (mup, optimizer) = parameterisation(config, model, &declared, &step)?;
         drop(parameters);
         let (config, model, noise) = (config.clone(), model.clone(), Vec::new());
-        let mut trainer = Self { config, model, step, optimizer, ema, moments, accumulated, mup, noise };
+        let loss_scale = None;
+        let mut trainer =
+            Self { config, model, step, optimizer, ema, moments, accumulated, mup, noise, loss_scale };
         trainer.begin(&declared)?;
         Ok(trainer)
     }
@@ -108,6 +115,7 @@ impl Trainer {
         for moment in &mut self.moments {
             moment.fill(0.0);
         }
+        self.loss_scale = (self.config.train.precision == Precision::F16).then(LossScale::default);
         Ok(())
     }
 
@@ -121,11 +129,19 @@ impl Trainer {
         &self.mup
     }
 
+    /// The factor on the loss, of a run in f16.
+    pub fn loss_scale(&self) -> Option<&LossScale> {
+        self.loss_scale.as_ref()
+    }
+
     /// One optimizer step on `batch`; nothing is updated when the gradient is not finite.
     ///
     /// # Errors
     /// [`TrainError::Runtime`], [`TrainError::Internal`].
     pub fn step(&mut self, batch: &Batch) -> Result<(StepLoss, UpdateReport)> {
+        if let Some(scale) = &self.loss_scale {
+            self.step.set_hyperparameter(LOSS_SCALE, scale.scale())?;
+        }
         let accumulate = self.config.train.accumulate;
         let image = batch.x0.len() / batch.y.len().max(1);
         let micro = self.step.batch;
@@ -203,8 +219,26 @@ impl Trainer {
             ema: Some((&mut ema, ema_decay(train, step))),
         };
         let clip = (train.clip > 0.0).then_some(train.clip);
-        let step = UpdateStep { step: step + 1, lr: &lr, weight_decay: &weight_decay, clip };
+        // Steps left out do not count for the moments' correction.
+        let (gradient_scale, skipped) =
+            self.loss_scale.map_or((1.0, 0), |scale| (scale.gradient_scale(), scale.skipped()));
+        let step = UpdateStep {
+            step: step + 1 - skipped,
+            lr: &lr,
+            weight_decay: &weight_decay,
+            clip,
+            gradient_scale,
+        };
         Ok(self.optimizer.step(state, &step)?)
+    }
+
+    /// Whether the run can go on after this step (counted from 1): one whose gradient overflowed f16 is left out, and
+    /// the next has a smaller factor.
+    fn goes_on(&mut self, step: u64, loss: &StepLoss, update: &UpdateReport) -> Result<bool> {
+        match &mut self.loss_scale {
+            Some(scale) if loss.loss.is_finite() => scale.record(step, update.finite).map(|()| true),
+            _ => Ok(update.finite && loss.loss.is_finite()),
+        }
     }
 
     /// Writes the three files of a checkpoint that hold the model, enough to sample from.
@@ -258,6 +292,19 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// The CPU provider computes in f32.
+fn refuse_precision(config: &TrainConfig) -> Result<()> {
+    let precision = config.train.precision;
+    if precision == Precision::F32 {
+        return Ok(());
+    }
+    Err(TrainError::BadValue {
+        key: "train.precision",
+        value: precision.to_string(),
+        allowed: "`f32` on the CPU, which has no faster type; bf16 and f16 need a GPU".into(),
+    })
 }
 
 fn session_options(config: &TrainConfig) -> SessionOptions {

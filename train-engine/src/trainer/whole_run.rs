@@ -100,6 +100,7 @@ pub fn run(
     let train = &config.train;
     // What the configuration and the data alone can refuse is refused before anything is written.
     let model = config.model_config(dataset.as_ref())?;
+    super::refuse_precision(config)?;
     let plan = BatchPlan::new(train.seed, dataset.len(), train.batch_size)?;
     let lock = RunLock::acquire(run_dir)?;
     let warnings = std::cell::RefCell::new(Vec::new());
@@ -116,8 +117,9 @@ pub fn run(
     runtime::file::write_atomically(run_dir.join(RUN_CONFIG_FILE), |out| out.write_all(text.as_bytes()))?;
 
     let mut trainer = Trainer::new(runtime, config, &model)?;
-    if let Some((path, _)) = &found {
+    if let Some((path, state)) = &found {
         trainer.read(path)?;
+        trainer.loss_scale = state.loss_scale.or(trainer.loss_scale);
     }
     let compiled = trainer.compiled();
     let info = RunInfo {
@@ -149,7 +151,7 @@ pub fn run(
     for batch in loader {
         let batch = batch?;
         let (loss, update) = trainer.step(&batch)?;
-        if !update.finite || !loss.loss.is_finite() {
+        if !trainer.goes_on(batch.step + 1, &loss, &update)? {
             let path = trainer.save_evidence(run_dir, &batch, &loss, update.grad_norm)?;
             return Err(TrainError::NotFinite { step: batch.step + 1, loss: loss.loss, evidence: path });
         }
@@ -166,6 +168,10 @@ pub fn run(
                 values.push(("loss.vb", mean(&report.loss.vb)));
             }
             values.extend([("grad_norm", grad_norm), ("lr", lr), ("images_per_s", rate)]);
+            if let Some(scale) = trainer.loss_scale() {
+                let skipped = scale.skipped() as f64;
+                values.extend([("loss_scale", scale.scale()), ("skipped_steps", skipped)]);
+            }
             values.extend(peak_resident_bytes().map(|bytes| ("peak_memory_mb", bytes as f64 / 1e6)));
             metrics.append(done, &values)?;
             if let Some(events) = &mut events {
@@ -188,6 +194,7 @@ pub fn run(
                 seed: train.seed,
                 elapsed_seconds: before + start.elapsed().as_secs_f64(),
                 config_hash: config.hash()?,
+                loss_scale: trainer.loss_scale().copied(),
                 mup: serde_json::to_value(trainer.mup())
                     .map_err(|e| TrainError::Internal(format!("the muP table does not serialise: {e}")))?,
             };

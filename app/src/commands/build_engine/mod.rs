@@ -8,12 +8,13 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use graph_builder::{ExternalTensor, OnnxProgram, Weights};
+use graph_builder::{DType, ExternalTensor, OnnxProgram, Precision, Shape, Weights};
+use half::{bf16, f16};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name};
 use runtime::provider::{CudaOptions, TensorRtOptions};
 use runtime::safetensors_file::SafetensorsReader;
-use runtime::{Engine, Provider, SessionOptions};
+use runtime::{Engine, HostData, HostTensor, Provider, SessionOptions, write_safetensors_file};
 use serde_json::json;
 use train_engine::mup::{MupTable, check_stamp};
 use train_engine::step::parameter_layout;
@@ -35,17 +36,6 @@ enum ProviderName {
     Cuda,
     /// NVIDIA GPUs through TensorRT.
     Tensorrt,
-}
-
-/// Element type that the program computes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Precision {
-    /// IEEE binary32.
-    F32,
-    /// bfloat16, with f32 masters.
-    Bf16,
-    /// IEEE binary16, with f32 masters.
-    F16,
 }
 
 /// Another program's layout of the directory.
@@ -76,8 +66,8 @@ pub struct BuildEngineArgs {
     /// Channels that guidance changes: a number, `all`, or `off` for a `step` without guidance.
     #[arg(long, default_value = "3", value_parser = guided_channels, alias = "guided-channels")]
     cfg_channels: Guidance,
-    /// Element type of the computation.
-    #[arg(long, value_enum, default_value = "f32")]
+    /// Element type of the computation: f32, bf16 or f16; other than f32 for GPUs only.
+    #[arg(long, default_value = "f32")]
     precision: Precision,
     /// Who the engine is built for.
     #[arg(long, value_enum, default_value = "cpu")]
@@ -115,7 +105,7 @@ impl BuildEngineArgs {
         let model = DitConfig::resolve(&self.model)?;
         let carries = self.programs.iter().any(|p| !p.feeds_parameters());
         let weights = match (&self.weights, carries) {
-            (Some(file), _) => Some(Parameters::open(&model, file)?),
+            (Some(file), _) => Some(Parameters::open(&model, file, self.precision)?),
             (None, true) => {
                 let names: Vec<_> =
                     self.programs.iter().filter(|p| !p.feeds_parameters()).map(ToString::to_string).collect();
@@ -158,8 +148,10 @@ impl BuildEngineArgs {
             return self.tell_nothing_to_do(engine, start.elapsed().as_secs_f64());
         }
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
-        let reports =
-            if self.provider == ProviderName::Cpu { self.try_out(&model, &draft)? } else { Vec::new() };
+        let reports = match self.provider() {
+            Some(provider) => self.try_out(provider, &model, &draft)?,
+            None => Vec::new(),
+        };
         if !reports.is_empty()
             && let Some(extra) = draft.manifest_mut().extra.as_object_mut()
         {
@@ -192,7 +184,7 @@ impl BuildEngineArgs {
         key.set("mudit", env!("CARGO_PKG_VERSION"));
         key.set("onnxruntime", runtime::library::PINNED_VERSION);
         key.set("provider", format!("{:?}", self.provider).to_lowercase());
-        key.set("precision", format!("{:?}", self.precision).to_lowercase());
+        key.set("precision", self.precision);
         key.set("validation", if self.no_validation { "off" } else { "on" });
         for (batch, p) in programs {
             key.set(model_file_name(&p.name, *batch), runtime::file::sha256_bytes(&p.bytes));
@@ -226,17 +218,27 @@ impl BuildEngineArgs {
 
     /// Refuses what cannot be built here before any work is done.
     fn check_provider(&self) -> anyhow::Result<()> {
-        match self.provider {
-            ProviderName::None | ProviderName::Cpu => {}
-            ProviderName::Cuda => Provider::Cuda(CudaOptions::default()).check()?,
-            ProviderName::Tensorrt => Provider::TensorRt(TensorRtOptions::default()).check()?,
+        if let Some(provider) = self.provider() {
+            provider.check()?;
         }
-        anyhow::ensure!(
-            self.precision == Precision::F32,
-            "precision {:?} is not there yet: programs of this version compute in f32; use --precision f32",
-            self.precision
-        );
+        if self.provider == ProviderName::Cpu && self.precision != Precision::F32 {
+            let text = format!(
+                "programs for the CPU compute in f32: use --precision f32, or build for a GPU; --provider none only emits {}",
+                self.precision
+            );
+            return Err(Usage(text).into());
+        }
         Ok(())
+    }
+
+    /// Who runs the programs; `None` when nobody does.
+    fn provider(&self) -> Option<Provider> {
+        match self.provider {
+            ProviderName::None => None,
+            ProviderName::Cpu => Some(Provider::default()),
+            ProviderName::Cuda => Some(Provider::Cuda(CudaOptions::default())),
+            ProviderName::Tensorrt => Some(Provider::TensorRt(TensorRtOptions::default())),
+        }
     }
 
     fn emit(
@@ -246,12 +248,18 @@ impl BuildEngineArgs {
         batch: usize,
         weights: Option<&Parameters>,
     ) -> anyhow::Result<OnnxProgram> {
-        let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
+        let graph =
+            program(model, kind, batch, self.cfg_channels)?.optimised()?.in_precision(self.precision)?;
         let how = match weights {
             Some(w) if !kind.feeds_parameters() => Weights::External { file: &w.name, tensors: &w.tensors },
             _ => Weights::Inputs,
         };
-        Ok(graph.emit(how)?)
+        let emitted = graph.emit(how)?;
+        if self.provider == ProviderName::Cuda || self.precision != Precision::F32 {
+            // Function bodies are what runs there: no fused op has a kernel of its own on a GPU.
+            emitted.check_cuda(&|_, _| false)?;
+        }
+        Ok(emitted)
     }
 
     fn notes(&self, model: &DitConfig, key: EngineKey) -> anyhow::Result<EngineNotes> {
@@ -261,7 +269,7 @@ impl BuildEngineArgs {
             key,
             options: json!({
                 "provider": format!("{:?}", self.provider).to_lowercase(),
-                "precision": format!("{:?}", self.precision).to_lowercase(),
+                "precision": self.precision.to_string(),
                 "guided_channels": format!("{:?}", self.cfg_channels),
             }),
             versions: BTreeMap::from([
@@ -275,10 +283,20 @@ impl BuildEngineArgs {
     }
 
     /// Loads each program, compares its answers with the reference's and times a run.
-    fn try_out(&self, model: &DitConfig, draft: &EngineDraft) -> anyhow::Result<Vec<Report>> {
-        let runtime = self.machine.runtime()?;
+    fn try_out(
+        &self,
+        provider: Provider,
+        model: &DitConfig,
+        draft: &EngineDraft,
+    ) -> anyhow::Result<Vec<Report>> {
+        let runtime = self.machine.runtime_for(&provider)?;
         let engine = draft.engine()?;
-        let options = SessionOptions { threads: self.machine.threads, ..SessionOptions::default() };
+        let options = SessionOptions {
+            threads: self.machine.threads,
+            provider,
+            record_placement: self.explain,
+            ..SessionOptions::default()
+        };
         let programs = &engine.manifest().programs;
         let mut reports = Vec::new();
         for (i, p) in programs.iter().enumerate() {
@@ -286,11 +304,18 @@ impl BuildEngineArgs {
             let start = Instant::now();
             let session = engine.session(&runtime, &p.name, p.batch, &options)?;
             let load_seconds = start.elapsed().as_secs_f64();
+            if self.explain && !self.json {
+                let placement = session.placement()?;
+                let places =
+                    placement.by_provider().into_iter().map(|(who, nodes)| format!("{nodes} nodes on {who}"));
+                console::out(&format!("{}: {}", p.file, places.collect::<Vec<_>>().join(", ")))?;
+            }
             let case = Case {
                 model,
                 kind: p.name.parse()?,
                 batch: p.batch,
                 guidance: self.cfg_channels,
+                precision: self.precision,
                 weights: self.weights.as_deref(),
             };
             let place = || format!("trying {}", p.file);
@@ -313,26 +338,43 @@ struct Parameters {
 }
 
 impl Parameters {
-    /// Checks a file's header against the model; converts the file where its tensors are not f32.
-    fn open(model: &DitConfig, file: &Path) -> anyhow::Result<Self> {
-        let layout = parameter_layout(&program(model, ProgramKind::Denoise, 1, Guidance::Off)?)?;
+    /// Checks a file's header against the model; converts the file where its tensors have not the types that the
+    /// programs take.
+    fn open(model: &DitConfig, file: &Path, precision: Precision) -> anyhow::Result<Self> {
+        let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
+        let layout = parameter_layout(&graph)?;
+        let graph = graph.optimised()?.in_precision(precision)?;
+        let dtypes: BTreeMap<&str, DType> =
+            graph.parameters().iter().map(|p| (p.name.as_str(), p.dtype)).collect();
+        let dtype = |name: &str| dtypes.get(name).copied().unwrap_or(DType::F32);
         let reader = SafetensorsReader::open(file)?;
         check_stamp(&reader.metadata(), model, file)?;
         layout
             .expect(&reader, false)
             .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))?;
-        let f32 = |name: &String| matches!(reader.dtype(name), Ok(safetensors::Dtype::F32));
-        if layout.entries().keys().all(f32) {
+        let fits = |name: &String| {
+            matches!(
+                (reader.dtype(name), dtype(name)),
+                (Ok(safetensors::Dtype::F32), DType::F32)
+                    | (Ok(safetensors::Dtype::BF16), DType::Bf16)
+                    | (Ok(safetensors::Dtype::F16), DType::F16)
+            )
+        };
+        let source = file.to_path_buf();
+        if layout.entries().keys().all(fits) {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let tensors = tensors(&reader, &layout)?;
-            let source = file.to_path_buf();
+            let tensors = tensors(&reader, &layout, dtype)?;
             return Ok(Self { source: source.clone(), file: source, name, tensors, _converted: None });
         }
         let directory = tempfile::tempdir().context("a place for the converted weights")?;
         let path = directory.path().join(CONVERTED);
-        weights::read(model, file)?.write_safetensors(&path, &BTreeMap::new())?;
-        let tensors = tensors(&SafetensorsReader::open(&path)?, &layout)?;
-        let source = file.to_path_buf();
+        let values = weights::read(model, file)?;
+        let converted = values
+            .iter()
+            .map(|(name, entry, values)| Ok((name.to_owned(), narrowed(&entry.shape, values, dtype(name))?)))
+            .collect::<anyhow::Result<_>>()?;
+        write_safetensors_file(&path, &converted, &BTreeMap::new())?;
+        let tensors = tensors(&SafetensorsReader::open(&path)?, &layout, dtype)?;
         Ok(Self { source, file: path, name: CONVERTED.into(), tensors, _converted: Some(directory) })
     }
 
@@ -341,4 +383,14 @@ impl Parameters {
         let weights = known.and_then(|engine| engine.manifest().weights.as_ref());
         Ok(FileStamp::of(&self.source, weights.and_then(|w| w.source.as_ref()))?)
     }
+}
+
+/// Values as a tensor of another float type.
+fn narrowed(shape: &Shape, values: &[f32], dtype: DType) -> anyhow::Result<HostTensor> {
+    let data = match dtype {
+        DType::Bf16 => HostData::Bf16(values.iter().map(|v| bf16::from_f32(*v)).collect()),
+        DType::F16 => HostData::F16(values.iter().map(|v| f16::from_f32(*v)).collect()),
+        DType::F32 | DType::I64 | DType::Bool => HostData::F32(values.to_vec()),
+    };
+    Ok(HostTensor::new(shape.clone(), data)?)
 }

@@ -6,17 +6,25 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::ensure;
-use graph_builder::{DType, TensorSpec};
+use graph_builder::{DType, Precision, TensorSpec};
+use half::{bf16, f16};
 use models::{DitConfig, Guidance, Objective, ProgramKind, program};
 use runtime::{Arena, Binding, Session, SessionOptions, SharedArena};
 use serde::Serialize;
 use train_engine::random::{Purpose, Stream};
-use train_engine::step::parameter_layout;
+use train_engine::step::{parameter_layout, read_lock};
 
 use super::super::weights;
 
-/// Largest relative difference of an f32 program's answers: sums in another order.
-const F32_TOLERANCE: f64 = 1e-4;
+/// Largest relative difference from the f32 answers: sums in another order in f32, a dozen layers' roundings else.
+const fn tolerance(precision: Precision) -> f64 {
+    match precision {
+        Precision::F32 => 1e-4,
+        Precision::F16 => 2e-2,
+        Precision::Bf16 => 1e-1,
+    }
+}
+
 /// Spread of parameters where no weights were given.
 const PARAMETER_STD: f32 = 0.02;
 /// Random inputs that all samples but the first are drawn from, one after the other.
@@ -28,6 +36,7 @@ pub(super) struct Case<'a> {
     pub(super) kind: ProgramKind,
     pub(super) batch: usize,
     pub(super) guidance: Guidance,
+    pub(super) precision: Precision,
     pub(super) weights: Option<&'a Path>,
 }
 
@@ -108,7 +117,8 @@ impl Case<'_> {
         let slots_independent = self.probe_slots(&mut binding, &answers)?;
         drop(binding);
         let (output, difference) = self.differs(session, parameters.as_ref(), &answers)?;
-        let validation = Validation { difference, output, tolerance: F32_TOLERANCE, slots_independent };
+        let validation =
+            Validation { difference, output, tolerance: tolerance(self.precision), slots_independent };
         ensure!(
             difference <= validation.tolerance,
             "`{}` differs from the plain program's by {difference:.2e}, allowed {:.0e}: the engine is not published; \
@@ -133,7 +143,9 @@ impl Case<'_> {
         let mut arena = Arena::zeros(parameter_layout(&graph)?)?;
         for (i, view) in arena.views_mut().into_iter().enumerate() {
             Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
-            view.iter_mut().for_each(|value| *value *= PARAMETER_STD);
+            for value in view.iter_mut() {
+                *value *= PARAMETER_STD;
+            }
         }
         Ok(Some(arena.into_shared()))
     }
@@ -212,7 +224,8 @@ impl Case<'_> {
     /// Values of an input by the meaning of its name; `None` for parameters.
     fn values(&self, spec: &TensorSpec, draw: u64) -> Option<Vec<f32>> {
         // By name: the two programs do not have the same inputs at the same places.
-        let name = u64::from_be_bytes(std::array::from_fn(|i| spec.name.bytes().nth(i).unwrap_or(0)));
+        let name =
+            u64::from_be_bytes(std::array::from_fn(|i| spec.name.as_bytes().get(i).copied().unwrap_or(0)));
         let numel = spec.shape.numel();
         let sample = numel / self.batch.max(1);
         let mut values = vec![0.0; numel];
@@ -236,17 +249,44 @@ impl Case<'_> {
     }
 }
 
+/// Binds the parameters of a program that takes them: f32 ones in place, narrower ones converted.
 fn bind(session: &Arc<Session>, parameters: Option<&SharedArena>) -> anyhow::Result<Binding> {
     let mut builder = Binding::builder(session);
-    if let Some(arena) = parameters {
-        builder.bind_inputs_by_name(arena)?;
+    let Some(arena) = parameters else { return Ok(builder.finish()?) };
+    let layout = read_lock(arena)?.layout().clone();
+    let (mut whole, mut narrow) = (Vec::new(), Vec::new());
+    for spec in session.inputs().iter().filter(|s| layout.entries().contains_key(&s.name)) {
+        if spec.dtype == DType::F32 { &mut whole } else { &mut narrow }.push(spec);
     }
-    Ok(builder.finish()?)
+    for spec in whole {
+        builder.bind_input_arena(&spec.name, arena, &spec.name)?;
+    }
+    let mut binding = builder.finish()?;
+    let values = read_lock(arena)?;
+    for spec in narrow {
+        let values = values.view(&spec.name)?;
+        if spec.dtype == DType::Bf16 {
+            let narrowed: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+            binding.set_input(&spec.name, &narrowed)?;
+        } else {
+            let narrowed: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
+            binding.set_input(&spec.name, &narrowed)?;
+        }
+    }
+    drop(values);
+    Ok(binding)
 }
 
 fn outputs(binding: &Binding) -> anyhow::Result<Vec<(String, Vec<f32>)>> {
     let specs = binding.session().outputs();
-    specs.iter().map(|s| Ok((s.name.clone(), binding.output_f32(&s.name)?.to_vec()))).collect()
+    let values = |spec: &TensorSpec| -> anyhow::Result<Vec<f32>> {
+        Ok(match spec.dtype {
+            DType::Bf16 => binding.output::<bf16>(&spec.name)?.iter().map(|v| v.to_f32()).collect(),
+            DType::F16 => binding.output::<f16>(&spec.name)?.iter().map(|v| v.to_f32()).collect(),
+            _ => binding.output_f32(&spec.name)?.to_vec(),
+        })
+    };
+    specs.iter().map(|spec| Ok((spec.name.clone(), values(spec)?))).collect()
 }
 
 /// Sums of squares of the difference and of `want`.

@@ -1,0 +1,386 @@
+// Self-attention for elements of 16 bits on the matrix units; no matrix of tokens by tokens reaches memory.
+//
+// A block of four warps takes 64 rows of one head of one sample and walks over the columns in tiles of shared memory,
+// the next one on its way while the present one is used. Head sizes below HEAD are padded with zeros there. Scores are
+// kept in powers of two: scaled by log2(e), so that a weight is one exp2.
+
+const u32 THREADS = 128;
+const u32 ROWS = 64;
+const float LOG2_E = 1.4426950408889634f;
+
+// `samples` x `tokens` rows of q k v, features ordered (q k v, head, feature).
+struct Heads {
+    u32 tokens, heads, size;
+    float scale;
+};
+
+// What the backward needs of a row of scores: the logarithm (base 2) of the sum of its exponentials, and the sum of
+// weight times cotangent of the weight.
+struct Row {
+    float log_sum, delta;
+};
+
+// Rows of HEAD elements in shared memory; 8 more keep the rows that one access names in different banks.
+template <u32 HEAD> struct Tile {
+    static const u32 STRIDE = HEAD + 8;
+};
+
+// Begins to copy `rows` rows of a head to a tile; rows from `present` on, and features from `size` on, become zero.
+template <u32 HEAD, class T>
+DEVICE void fill(T *tile, const T *from, u64 stride, u32 rows, u32 present, u32 size) {
+    const u32 chunks = HEAD / 8;
+    for (u32 i = threadIdx.x; i < rows * chunks; i += THREADS) {
+        const u32 row = i / chunks, feature = i % chunks * 8;
+        const bool there = row < present && feature < size;
+        copy_begin(tile + row * Tile<HEAD>::STRIDE + feature, there ? from + row * stride + feature : from, there);
+    }
+}
+
+// A warp's 16 rows of a tile as left operands, one for every 16 features.
+template <u32 HEAD, class T> DEVICE void left_operands(u32 (&to)[HEAD / 16][4], const T *tile) {
+    const u32 lane = threadIdx.x % WARP, row = threadIdx.x / WARP * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+    for (u32 k = 0; k < HEAD / 16; k++) {
+        load_matrices(to[k], tile + row * Tile<HEAD>::STRIDE + k * 16 + lane / 16 * 8);
+    }
+}
+
+// products[j] (16 rows, columns 8j..8j+8) = rows times the tile's rows, over the features.
+template <u32 HEAD, u32 COLUMNS, class T>
+DEVICE void times_rows(float (&products)[COLUMNS / 8][4], const u32 (&rows)[HEAD / 16][4], const T *tile) {
+    const u32 lane = threadIdx.x % WARP;
+#pragma unroll
+    for (u32 j = 0; j < COLUMNS / 8; j += 2) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            products[j][i] = 0.0f;
+            products[j + 1][i] = 0.0f;
+        }
+#pragma unroll
+        for (u32 k = 0; k < HEAD / 16; k++) {
+            u32 b[4];
+            const u32 column = j * 8 + lane / 16 * 8 + lane % 8, feature = k * 16 + lane / 8 % 2 * 8;
+            load_matrices(b, tile + column * Tile<HEAD>::STRIDE + feature);
+            Half<T>::multiply(products[j], rows[k], b[0], b[1]);
+            Half<T>::multiply(products[j + 1], rows[k], b[2], b[3]);
+        }
+    }
+}
+
+// sums[f] (16 rows, features 8f..8f+8) += weights (16 rows, COLUMNS) times the tile.
+template <u32 HEAD, u32 COLUMNS, class T>
+DEVICE void add_weighted(float (&sums)[HEAD / 8][4], const float (&weights)[COLUMNS / 8][4], const T *tile) {
+    const u32 lane = threadIdx.x % WARP;
+#pragma unroll
+    for (u32 j = 0; j < COLUMNS / 8; j += 2) {
+        const u32 a[4] = {
+            Half<T>::pack(weights[j][0], weights[j][1]), Half<T>::pack(weights[j][2], weights[j][3]),
+            Half<T>::pack(weights[j + 1][0], weights[j + 1][1]), Half<T>::pack(weights[j + 1][2], weights[j + 1][3])};
+#pragma unroll
+        for (u32 f = 0; f < HEAD / 8; f += 2) {
+            u32 b[4];
+            const u32 column = j * 8 + lane / 8 % 2 * 8 + lane % 8, feature = f * 8 + lane / 16 * 8;
+            load_matrices_transposed(b, tile + column * Tile<HEAD>::STRIDE + feature);
+            Half<T>::multiply(sums[f], a, b[0], b[1]);
+            Half<T>::multiply(sums[f + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// Sum and largest value over the four lanes that share a row.
+DEVICE float row_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+DEVICE float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+// Scales scores, and takes columns from `present` on out of the softmax.
+template <u32 COLUMNS> DEVICE void prepare(float (&scores)[COLUMNS / 8][4], float scale, u32 present) {
+    const u32 column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (u32 j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            scores[j][i] = j * 8 + column + i % 2 < present ? scores[j][i] * scale : MINUS_INFINITY;
+        }
+    }
+}
+
+// Takes a tile's scores into running maxima (0: row g, 1: row g + 8), turns them into exponentials below the new
+// maxima and gives the factors of what was summed before.
+template <u32 COLUMNS> DEVICE void rise(float (&scores)[COLUMNS / 8][4], float (&maxima)[2], float (&factors)[2]) {
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        float most = maxima[half];
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; j++) {
+            most = fmaxf(most, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
+        }
+        most = row_max(most);
+        factors[half] = exp2_fast(maxima[half] - most);
+        maxima[half] = most;
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; j++) {
+            scores[j][2 * half] = exp2_fast(scores[j][2 * half] - most);
+            scores[j][2 * half + 1] = exp2_fast(scores[j][2 * half + 1] - most);
+        }
+    }
+}
+
+// Writes a warp's 16 rows of a head, times a factor for the rows g and g + 8.
+template <u32 HEAD, class T>
+DEVICE void write_rows(T *to, u64 stride, const float (&sums)[HEAD / 8][4], float first, float second, u32 row,
+                       u32 tokens, u32 size) {
+    const u32 lane = threadIdx.x % WARP, g = row + lane / 4;
+#pragma unroll
+    for (u32 f = 0; f < HEAD / 8; f++) {
+        if (f * 8 >= size) {
+            break;
+        }
+        T *at = to + g * stride + f * 8 + lane % 4 * 2;
+        if (g < tokens) {
+            *(u32 *)at = Half<T>::pack(sums[f][0] * first, sums[f][1] * first);
+        }
+        if (g + 8 < tokens) {
+            *(u32 *)(at + 8 * stride) = Half<T>::pack(sums[f][2] * second, sums[f][3] * second);
+        }
+    }
+}
+
+// The tiles of two matrices of the same rows, two of each: one in use, one on its way.
+template <u32 HEAD, u32 COLUMNS, class T> struct Stages {
+    T *first, *second;
+    static const u32 SIZE = COLUMNS * Tile<HEAD>::STRIDE;
+
+    DEVICE Stages(T *shared) : first(shared), second(shared + 2 * SIZE) {}
+
+    // Begins tile `number` of matrices that start at `a` and `b`.
+    DEVICE void begin(u32 number, const T *a, u64 stride_a, const T *b, u64 stride_b, u32 tokens, u32 size) const {
+        const u32 start = number * COLUMNS, present = tokens > start ? tokens - start : 0, at = number % 2 * SIZE;
+        if (present > 0) {
+            fill<HEAD>(first + at, a + start * stride_a, stride_a, COLUMNS, present, size);
+            fill<HEAD>(second + at, b + start * stride_b, stride_b, COLUMNS, present, size);
+        }
+        copy_close();
+    }
+};
+
+// out = softmax(q k^T scale) v. Block (rows, head, sample).
+template <u32 HEAD, class T> DEVICE void forward(const T *qkv, T *out, const Heads &h) {
+    const u32 COLUMNS = 64;
+    SHARED_BYTES(shared);
+    const u32 width = h.heads * h.size, row = blockIdx.x * ROWS, tiles = (h.tokens + COLUMNS - 1) / COLUMNS;
+    const u64 stride = 3 * (u64)width;
+    const T *q = qkv + blockIdx.z * h.tokens * stride + blockIdx.y * h.size, *k = q + width, *v = k + width;
+    const Stages<HEAD, COLUMNS, T> stages((T *)shared);
+
+    // The queries pass through the tile that the second tile of keys will take.
+    T *const queries = stages.first + Stages<HEAD, COLUMNS, T>::SIZE;
+    fill<HEAD>(queries, q + row * stride, stride, ROWS, h.tokens - row, h.size);
+    stages.begin(0, k, stride, v, stride, h.tokens, h.size);
+    copy_wait<0>();
+    __syncthreads();
+    u32 rows[HEAD / 16][4];
+    left_operands<HEAD>(rows, queries);
+
+    float sums[HEAD / 8][4] = {}, maxima[2] = {MINUS_INFINITY, MINUS_INFINITY}, totals[2] = {};
+    for (u32 tile = 0; tile < tiles; tile++) {
+        copy_wait<0>();
+        // The tile has arrived for all, and nobody reads the other one any more.
+        __syncthreads();
+        stages.begin(tile + 1, k, stride, v, stride, h.tokens, h.size);
+        const u32 at = tile % 2 * Stages<HEAD, COLUMNS, T>::SIZE;
+        float scores[COLUMNS / 8][4], factors[2];
+        times_rows<HEAD, COLUMNS>(scores, rows, stages.first + at);
+        prepare<COLUMNS>(scores, h.scale * LOG2_E, h.tokens - tile * COLUMNS);
+        rise<COLUMNS>(scores, maxima, factors);
+        totals[0] *= factors[0];
+        totals[1] *= factors[1];
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; j++) {
+            totals[0] += scores[j][0] + scores[j][1];
+            totals[1] += scores[j][2] + scores[j][3];
+        }
+#pragma unroll
+        for (u32 f = 0; f < HEAD / 8; f++) {
+            sums[f][0] *= factors[0];
+            sums[f][1] *= factors[0];
+            sums[f][2] *= factors[1];
+            sums[f][3] *= factors[1];
+        }
+        add_weighted<HEAD, COLUMNS>(sums, scores, stages.second + at);
+    }
+    copy_wait<0>();
+    T *const to = out + (u64)blockIdx.z * h.tokens * width + blockIdx.y * h.size;
+    const float first = 1.0f / row_sum(totals[0]), second = 1.0f / row_sum(totals[1]);
+    write_rows<HEAD>(to, width, sums, first, second, row + threadIdx.x / WARP * 16, h.tokens, h.size);
+}
+
+// The part of the backward whose rows are queries: dq, and for each row what dk and dv need of it. The columns are
+// walked over twice: for the sums of the rows, then for dq.
+template <u32 HEAD, class T>
+DEVICE void backward_queries(const T *qkv, const T *ct, T *dqkv, Row *all, const Heads &h) {
+    const u32 COLUMNS = 32;
+    SHARED_BYTES(shared);
+    const u32 width = h.heads * h.size, row = blockIdx.x * ROWS, tiles = (h.tokens + COLUMNS - 1) / COLUMNS;
+    const u64 stride = 3 * (u64)width, head = blockIdx.z * h.tokens * stride + blockIdx.y * h.size;
+    const T *q = qkv + head, *k = q + width, *v = k + width;
+    ct += (u64)blockIdx.z * h.tokens * width + blockIdx.y * h.size;
+    const Stages<HEAD, COLUMNS, T> stages((T *)shared);
+
+    // Queries and cotangents pass through the stages, which are as large.
+    T *const queries = (T *)shared, *const cotangents = queries + ROWS * Tile<HEAD>::STRIDE;
+    fill<HEAD>(queries, q + row * stride, stride, ROWS, h.tokens - row, h.size);
+    fill<HEAD>(cotangents, ct + (u64)row * width, width, ROWS, h.tokens - row, h.size);
+    copy_close();
+    copy_wait<0>();
+    __syncthreads();
+    u32 query_rows[HEAD / 16][4], ct_rows[HEAD / 16][4];
+    left_operands<HEAD>(query_rows, queries);
+    left_operands<HEAD>(ct_rows, cotangents);
+    __syncthreads();
+
+    const float scale = h.scale * LOG2_E;
+    float maxima[2] = {MINUS_INFINITY, MINUS_INFINITY}, totals[2] = {}, deltas[2] = {};
+    float sums[HEAD / 8][4] = {};
+    stages.begin(0, k, stride, v, stride, h.tokens, h.size);
+    for (u32 step = 0; step < 2 * tiles; step++) {
+        const bool again = step >= tiles;
+        const u32 tile = again ? step - tiles : step, next = tile + 1 < tiles ? tile + 1 : 0;
+        copy_wait<0>();
+        __syncthreads();
+        // Tiles alternate between the stages in the order of the steps.
+        const u32 at = step % 2 * Stages<HEAD, COLUMNS, T>::SIZE, other = (step + 1) % 2 * Stages<HEAD, COLUMNS, T>::SIZE;
+        if (step + 1 < 2 * tiles) {
+            const u64 start = (u64)next * COLUMNS * stride;
+            fill<HEAD>(stages.first + other, k + start, stride, COLUMNS, h.tokens - next * COLUMNS, h.size);
+            fill<HEAD>(stages.second + other, v + start, stride, COLUMNS, h.tokens - next * COLUMNS, h.size);
+        }
+        copy_close();
+        float scores[COLUMNS / 8][4], dweights[COLUMNS / 8][4];
+        times_rows<HEAD, COLUMNS>(scores, query_rows, stages.first + at);
+        times_rows<HEAD, COLUMNS>(dweights, ct_rows, stages.second + at);
+        prepare<COLUMNS>(scores, scale, h.tokens - tile * COLUMNS);
+        if (!again) {
+            float factors[2];
+            rise<COLUMNS>(scores, maxima, factors);
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                totals[half] *= factors[half];
+                deltas[half] *= factors[half];
+#pragma unroll
+                for (u32 j = 0; j < COLUMNS / 8; j++) {
+                    totals[half] += scores[j][2 * half] + scores[j][2 * half + 1];
+                    deltas[half] += scores[j][2 * half] * dweights[j][2 * half] +
+                                    scores[j][2 * half + 1] * dweights[j][2 * half + 1];
+                }
+            }
+            if (tile + 1 == tiles) {
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    const float total = row_sum(totals[half]);
+                    deltas[half] = row_sum(deltas[half]) / total;
+                    maxima[half] += log2f(total);
+                }
+            }
+            continue;
+        }
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                scores[j][i] = exp2_fast(scores[j][i] - maxima[i / 2]) * (dweights[j][i] - deltas[i / 2]);
+            }
+        }
+        add_weighted<HEAD, COLUMNS>(sums, scores, stages.first + at);
+    }
+    copy_wait<0>();
+    const u32 first = row + threadIdx.x / WARP * 16;
+    write_rows<HEAD>(dqkv + head, stride, sums, h.scale, h.scale, first, h.tokens, h.size);
+    Row *const rows = all + ((u64)blockIdx.z * h.heads + blockIdx.y) * h.tokens;
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        const u32 token = first + threadIdx.x % WARP / 4 + 8 * half;
+        if (threadIdx.x % 4 == 0 && token < h.tokens) {
+            rows[token].log_sum = maxima[half];
+            rows[token].delta = deltas[half];
+        }
+    }
+}
+
+// The part whose rows are keys: dk and dv.
+template <u32 HEAD, class T>
+DEVICE void backward_keys(const T *qkv, const T *ct, T *dqkv, const Row *all, const Heads &h) {
+    const u32 COLUMNS = 32;
+    SHARED_BYTES(shared);
+    const u32 width = h.heads * h.size, row = blockIdx.x * ROWS, tiles = (h.tokens + COLUMNS - 1) / COLUMNS;
+    const u64 stride = 3 * (u64)width, head = blockIdx.z * h.tokens * stride + blockIdx.y * h.size;
+    const T *q = qkv + head, *k = q + width, *v = k + width;
+    ct += (u64)blockIdx.z * h.tokens * width + blockIdx.y * h.size;
+    const Row *const rows = all + ((u64)blockIdx.z * h.heads + blockIdx.y) * h.tokens;
+    const Stages<HEAD, COLUMNS, T> stages((T *)shared);
+
+    T *const keys = (T *)shared, *const values = keys + ROWS * Tile<HEAD>::STRIDE;
+    fill<HEAD>(keys, k + row * stride, stride, ROWS, h.tokens - row, h.size);
+    fill<HEAD>(values, v + row * stride, stride, ROWS, h.tokens - row, h.size);
+    copy_close();
+    copy_wait<0>();
+    __syncthreads();
+    u32 key_rows[HEAD / 16][4], value_rows[HEAD / 16][4];
+    left_operands<HEAD>(key_rows, keys);
+    left_operands<HEAD>(value_rows, values);
+    __syncthreads();
+
+    const float scale = h.scale * LOG2_E;
+    float dkeys[HEAD / 8][4] = {}, dvalues[HEAD / 8][4] = {};
+    stages.begin(0, q, stride, ct, width, h.tokens, h.size);
+    for (u32 tile = 0; tile < tiles; tile++) {
+        copy_wait<0>();
+        __syncthreads();
+        stages.begin(tile + 1, q, stride, ct, width, h.tokens, h.size);
+        const u32 at = tile % 2 * Stages<HEAD, COLUMNS, T>::SIZE;
+        float weights[COLUMNS / 8][4], dweights[COLUMNS / 8][4];
+        times_rows<HEAD, COLUMNS>(weights, key_rows, stages.first + at);
+        times_rows<HEAD, COLUMNS>(dweights, value_rows, stages.second + at);
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                const u32 query = tile * COLUMNS + j * 8 + threadIdx.x % 4 * 2 + i;
+                const bool there = query < h.tokens;
+                const float log_sum = there ? rows[query].log_sum : 0.0f, delta = there ? rows[query].delta : 0.0f;
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    float &weight = weights[j][2 * half + i], &dweight = dweights[j][2 * half + i];
+                    weight = there ? exp2_fast(weight * scale - log_sum) : 0.0f;
+                    dweight = weight * (dweight - delta);
+                }
+            }
+        }
+        add_weighted<HEAD, COLUMNS>(dvalues, weights, stages.second + at);
+        add_weighted<HEAD, COLUMNS>(dkeys, dweights, stages.first + at);
+    }
+    copy_wait<0>();
+    const u32 first = row + threadIdx.x / WARP * 16;
+    write_rows<HEAD>(dqkv + head + width, stride, dkeys, h.scale, h.scale, first, h.tokens, h.size);
+    write_rows<HEAD>(dqkv + head + 2 * width, stride, dvalues, 1.0f, 1.0f, first, h.tokens, h.size);
+}
+
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+
+#define ATTENTION(NAME, T, HEAD)                                                                                       \
+    KERNEL attention_##NAME##_##HEAD(const T *qkv, T *out, Heads h) { forward<HEAD>(qkv, out, h); }                    \
+    KERNEL attention_grad_queries_##NAME##_##HEAD(const T *qkv, const T *ct, T *dqkv, Row *rows, Heads h) {            \
+        backward_queries<HEAD>(qkv, ct, dqkv, rows, h);                                                                \
+    }                                                                                                                  \
+    KERNEL attention_grad_keys_##NAME##_##HEAD(const T *qkv, const T *ct, T *dqkv, const Row *rows, Heads h) {         \
+        backward_keys<HEAD>(qkv, ct, dqkv, rows, h);                                                                   \
+    }
+ATTENTION(bf16, bf16, 64)
+ATTENTION(bf16, bf16, 80)
+ATTENTION(f16, f16, 64)
+ATTENTION(f16, f16, 80)

@@ -4,6 +4,7 @@ mod execution;
 
 use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use crate::cuda::Gpu;
 use crate::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT};
@@ -99,16 +100,52 @@ impl Default for Provider {
 }
 
 impl fmt::Display for Provider {
+    /// The name that [`FromStr`] takes; a GPU's number only where it is not 0.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cpu(_) => "cpu",
-            Self::Cuda(_) => "cuda",
-            Self::TensorRt(_) => "tensorrt",
+        f.write_str(self.name())?;
+        match self.device() {
+            Device::Cuda { ordinal } if ordinal > 0 => write!(f, ":{ordinal}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromStr for Provider {
+    type Err = RuntimeError;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, ordinal) = match text.split_once(':') {
+            Some((name, number)) => (name, number.parse().ok()),
+            None => (text, Some(0)),
+        };
+        match (name, ordinal) {
+            ("cpu", _) if text == name => Some(Self::default()),
+            ("cuda", Some(ordinal)) => Some(Self::Cuda(CudaOptions { ordinal, ..CudaOptions::default() })),
+            ("tensorrt", Some(ordinal)) => {
+                Some(Self::TensorRt(TensorRtOptions { ordinal, ..TensorRtOptions::default() }))
+            }
+            _ => None,
+        }
+        .ok_or_else(|| RuntimeError::InvalidValue {
+            what: "provider".to_owned(),
+            expected:
+                "cpu, cuda, tensorrt, or cuda:<number> or tensorrt:<number> for another GPU than number 0"
+                    .to_owned(),
+            got: format!("`{text}`"),
         })
     }
 }
 
 impl Provider {
+    /// `cpu`, `cuda` or `tensorrt`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "cpu",
+            Self::Cuda(_) => "cuda",
+            Self::TensorRt(_) => "tensorrt",
+        }
+    }
+
     /// Where the provider's buffers live.
     pub fn device(&self) -> Device {
         match self {
@@ -188,6 +225,19 @@ mod tests {
         assert!(text.starts_with("provider `tensorrt` is not available: "), "{text}");
         for part in ["driver", "nvidia-cudnn-cu13==", "tensorrt-cu13==10.16.1.11", "use provider `cpu`"] {
             assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn names_round_trip_and_others_are_refused() {
+        for name in ["cpu", "cuda", "cuda:1", "tensorrt", "tensorrt:3"] {
+            assert_eq!(name.parse::<Provider>().unwrap().to_string(), name);
+        }
+        for name in ["gpu", "cpu:0", "cuda:x", "cuda:", "", "CUDA"] {
+            assert!(
+                name.parse::<Provider>().unwrap_err().to_string().contains("expected cpu, cuda"),
+                "{name}"
+            );
         }
     }
 

@@ -13,12 +13,12 @@ use train_engine::data::{self, BatchPlan, Dataset, Loader};
 use train_engine::signals::StopSignal;
 use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE, Trainer};
 
-use super::Machine;
 use super::fid;
 use super::fid::quick::{self, Distances};
 use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance, solver};
 use super::train::draw_loss;
 use super::weights::{self, Which};
+use super::{Machine, of_training};
 use crate::Usage;
 use crate::console;
 use crate::render::progress::duration;
@@ -191,7 +191,7 @@ impl QuickstartArgs {
             guidance: guidance(section.guidance, &loaded.model),
             guided: Guidance::All,
             batch: SAMPLE_BATCH,
-            threads: config.train.threads,
+            execution: of_training(config),
         };
         let recipe = fid::set::recipe(&self.out, &loaded, &settings, config.train.seed, self.fid_images)?;
         quick::distances(runtime, &self.out, config.data.path.as_deref(), recipe, self.machine)
@@ -211,7 +211,7 @@ impl QuickstartArgs {
             guidance: guidance(section.guidance, model),
             guided: Guidance::All,
             batch: SAMPLE_BATCH,
-            threads: config.train.threads,
+            execution: of_training(config),
         };
         let mut sampler = Sampler::new(runtime, model, &loaded.parameters, &settings)?;
         let title = format!("Fashion-MNIST, {} training steps", config.train.steps);

@@ -3,7 +3,9 @@
 mod validation;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -12,9 +14,8 @@ use graph_builder::{DType, ExternalTensor, OnnxProgram, Precision, Shape, Weight
 use half::{bf16, f16};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name};
-use runtime::provider::{CudaOptions, TensorRtOptions};
 use runtime::safetensors_file::SafetensorsReader;
-use runtime::{Engine, HostData, HostTensor, Provider, SessionOptions, write_safetensors_file};
+use runtime::{Engine, HostData, HostTensor, Provider, RuntimeError, SessionOptions, write_safetensors_file};
 use serde_json::json;
 use train_engine::mup::{MupTable, check_stamp};
 use train_engine::step::parameter_layout;
@@ -25,17 +26,28 @@ use crate::Usage;
 use crate::console;
 use crate::external::tensors;
 
-/// Who the engine is built for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ProviderName {
-    /// Emit only; nothing is loaded.
-    None,
-    /// Emit, load on ONNX Runtime's CPU kernels, validate and time a run.
-    Cpu,
-    /// NVIDIA GPUs through CUDA libraries.
-    Cuda,
-    /// NVIDIA GPUs through TensorRT.
-    Tensorrt,
+/// Who the engine is built for; nobody when programs are only emitted.
+#[derive(Clone, Debug, PartialEq)]
+struct BuiltFor(Option<Provider>);
+
+impl FromStr for BuiltFor {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "none" => Ok(Self(None)),
+            text => text.parse().map(|p| Self(Some(p))).map_err(|e: RuntimeError| format!("{e}; or none")),
+        }
+    }
+}
+
+impl fmt::Display for BuiltFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(provider) => provider.fmt(f),
+            None => f.write_str("none"),
+        }
+    }
 }
 
 /// Another program's layout of the directory.
@@ -69,9 +81,9 @@ pub struct BuildEngineArgs {
     /// Element type of the computation: f32, bf16 or f16; other than f32 for GPUs only.
     #[arg(long, default_value = "f32")]
     precision: Precision,
-    /// Who the engine is built for.
-    #[arg(long, value_enum, default_value = "cpu")]
-    provider: ProviderName,
+    /// Who the engine is built for: cpu, cuda, tensorrt; none only emits, nothing is loaded.
+    #[arg(long, default_value = "cpu")]
+    provider: BuiltFor,
     /// Write a model repository for another server instead of an engine: a model for each program and batch size.
     #[arg(long, value_enum)]
     export: Option<Export>,
@@ -148,7 +160,7 @@ impl BuildEngineArgs {
             return self.tell_nothing_to_do(engine, start.elapsed().as_secs_f64());
         }
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
-        let reports = match self.provider() {
+        let reports = match self.provider.0.clone() {
             Some(provider) => self.try_out(provider, &model, &draft)?,
             None => Vec::new(),
         };
@@ -183,7 +195,7 @@ impl BuildEngineArgs {
         let mut key = EngineKey::default();
         key.set("mudit", env!("CARGO_PKG_VERSION"));
         key.set("onnxruntime", runtime::library::PINNED_VERSION);
-        key.set("provider", format!("{:?}", self.provider).to_lowercase());
+        key.set("provider", &self.provider);
         key.set("precision", self.precision);
         key.set("validation", if self.no_validation { "off" } else { "on" });
         for (batch, p) in programs {
@@ -218,10 +230,10 @@ impl BuildEngineArgs {
 
     /// Refuses what cannot be built here before any work is done.
     fn check_provider(&self) -> anyhow::Result<()> {
-        if let Some(provider) = self.provider() {
+        if let Some(provider) = &self.provider.0 {
             provider.check()?;
         }
-        if self.provider == ProviderName::Cpu && self.precision != Precision::F32 {
+        if matches!(self.provider.0, Some(Provider::Cpu(_))) && self.precision != Precision::F32 {
             let text = format!(
                 "programs for the CPU compute in f32: use --precision f32, or build for a GPU; --provider none only emits {}",
                 self.precision
@@ -229,16 +241,6 @@ impl BuildEngineArgs {
             return Err(Usage(text).into());
         }
         Ok(())
-    }
-
-    /// Who runs the programs; `None` when nobody does.
-    fn provider(&self) -> Option<Provider> {
-        match self.provider {
-            ProviderName::None => None,
-            ProviderName::Cpu => Some(Provider::default()),
-            ProviderName::Cuda => Some(Provider::Cuda(CudaOptions::default())),
-            ProviderName::Tensorrt => Some(Provider::TensorRt(TensorRtOptions::default())),
-        }
     }
 
     fn emit(
@@ -255,7 +257,7 @@ impl BuildEngineArgs {
             _ => Weights::Inputs,
         };
         let emitted = graph.emit(how)?;
-        if self.provider == ProviderName::Cuda || self.precision != Precision::F32 {
+        if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
             // Function bodies are what runs there: no fused op has a kernel of its own on a GPU.
             emitted.check_cuda(&|_, _| false)?;
         }
@@ -268,7 +270,7 @@ impl BuildEngineArgs {
         Ok(EngineNotes {
             key,
             options: json!({
-                "provider": format!("{:?}", self.provider).to_lowercase(),
+                "provider": self.provider.to_string(),
                 "precision": self.precision.to_string(),
                 "guided_channels": format!("{:?}", self.cfg_channels),
             }),

@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 use serde::Serialize;
 
+use super::kernels::Loaded;
 use super::libraries::DRIVER;
 use super::turns::{Turn, Turns};
 use crate::error::{Result, RuntimeError};
@@ -49,6 +50,8 @@ pub struct Gpu {
     stream: Arc<CudaStream>,
     transfers: Arc<CudaStream>,
     turns: Turns,
+    /// Kernels and what goes with them, once somebody asked.
+    loaded: OnceLock<Loaded>,
 }
 
 impl fmt::Debug for Gpu {
@@ -81,7 +84,8 @@ impl Gpu {
             let (stream, transfers) = (context.new_stream()?, context.new_stream()?);
             Ok((info, context, stream, transfers))
         })?;
-        let gpu = Arc::new(Self { info, context, stream, transfers, turns: Turns::default() });
+        let (turns, loaded) = (Turns::default(), OnceLock::new());
+        let gpu = Arc::new(Self { info, context, stream, transfers, turns, loaded });
         open.insert(ordinal, gpu.clone());
         Ok(gpu)
     }
@@ -156,6 +160,15 @@ impl Gpu {
     /// Waits on the host until a stream has come to its mark.
     pub(crate) fn wait(event: &CudaEvent) -> Result<()> {
         guarded("wait for the GPU", || event.synchronize())
+    }
+
+    /// This crate's kernels on it.
+    pub(crate) fn loaded(&self) -> Result<&Loaded> {
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let loaded = Loaded::open(self)?;
+        Ok(self.loaded.get_or_init(|| loaded))
     }
 
     /// Calls the driver with this GPU's context current, when it is this thread's turn.

@@ -33,6 +33,13 @@ impl DeviceMemory {
     /// # Errors
     /// [`RuntimeError::GpuOutOfMemory`], [`RuntimeError::Cuda`].
     pub fn zeros(gpu: &Arc<Gpu>, bytes: usize, what: &str) -> Result<Self> {
+        let memory = Self::uninitialised(gpu, bytes, what)?;
+        memory.clear()?;
+        Ok(memory)
+    }
+
+    /// `bytes` bytes of anything; `what` names them in the error when they cannot be had.
+    pub(crate) fn uninitialised(gpu: &Arc<Gpu>, bytes: usize, what: &str) -> Result<Self> {
         // SAFETY: plain allocation with the GPU's context current; zero bytes would be refused.
         let given = gpu.call("allocate memory", || Ok(unsafe { result::malloc_sync(bytes.max(1)) }))?;
         let address = given.map_err(|e| {
@@ -42,9 +49,7 @@ impl DeviceMemory {
                 RuntimeError::cuda("allocate memory", e)
             }
         })?;
-        let memory = Self { address, bytes, gpu: gpu.clone() };
-        memory.clear()?;
-        Ok(memory)
+        Ok(Self { address, bytes, gpu: gpu.clone() })
     }
 
     /// Size in bytes.
@@ -147,7 +152,7 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         let address = self.address;
-        // SAFETY: allocated in `zeros`, freed once; freeing waits for queued work that uses it. A driver that is
+        // SAFETY: allocated in `uninitialised`, freed once; freeing waits for queued work that uses it. A driver that is
         // already shutting down frees it itself.
         drop(self.gpu.call("free memory", || unsafe { result::free_sync(address) }));
     }

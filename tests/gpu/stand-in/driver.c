@@ -1,16 +1,19 @@
 /* Stands in for NVIDIA's driver library on a machine without a GPU: one device that says it is of compute capability 8.0.
- * Its memory is the host's, copies are copies, and no kernel computes anything. What is queued on a stream is done at
- * once, or, on the streams whose numbers (from 1, in the order of their making) MUDIT_STAND_IN_LATE holds, as late as the
- * program's own waits allow: a wait that is missing then shows in the values. MUDIT_STAND_IN_MEMORY is the size of its
- * memory in bytes. */
+ * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host; those of NVIDIA's libraries and
+ * of ONNX Runtime compute nothing. What is queued on a stream is done at once, or, on the streams whose numbers (from 1, in
+ * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits and its kernels allow: a wait
+ * that is missing then shows in the values. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes; with
+ * MUDIT_STAND_IN_BACKWARDS the threads and blocks of a kernel take turns in the opposite order. */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_READY = 600, NOT_SUPPORTED = 801 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801 };
 enum { HEADER = 256 };
 static size_t used;
 static void *current;
@@ -108,6 +111,8 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   char *block = aligned_alloc(HEADER, whole);
   if (!block) return OUT_OF_MEMORY;
   *(size_t *)block = bytes;
+  /* Ones are no numbers in any float type: what reads them before it writes shows. */
+  if (bytes <= 64 << 20) memset(block + HEADER, 0xFF, bytes);
   __atomic_add_fetch(&used, bytes, __ATOMIC_SEQ_CST);
   *address = (uint64_t)(uintptr_t)(block + HEADER);
   return OK;
@@ -179,6 +184,57 @@ int cuEventSynchronize(void *event) {
   pthread_mutex_unlock(&lock);
   return OK;
 }
-int cuGetErrorName(int error, const char **text) { *text = error == OUT_OF_MEMORY ? "out of memory" : "refused by the stand-in"; return OK; }
+/* A module is a source of kernels, compiled for the host beside this library. */
+typedef const char *launch(const char *, const uint32_t *, uint32_t, uint32_t, bool, void **);
+struct function {
+  launch *launch;
+  char name[64];
+  int shared;
+};
+static const char *complaint = "a kernel failed";
+
+int cuModuleLoadData(void **module, const char *image) {
+  static const char begin[] = "stand-in ";
+  Dl_info here;
+  char path[4096];
+  if (strncmp(image, begin, sizeof begin - 1) || !dladdr(cuModuleLoadData, &here)) return NO_IMAGE;
+  snprintf(path, sizeof path, "%.*s%s.so", (int)(strrchr(here.dli_fname, '/') + 1 - here.dli_fname), here.dli_fname, image + sizeof begin - 1);
+  *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  return *module ? OK : NO_IMAGE;
+}
+int cuModuleGetFunction(struct function **function, void *module, const char *name) {
+  bool (*has)(const char *) = dlsym(module, "mudit_has");
+  if (!has || !has(name)) return NOT_FOUND;
+  *function = calloc(1, sizeof **function);
+  (*function)->launch = dlsym(module, "mudit_launch");
+  snprintf((*function)->name, sizeof (*function)->name, "%s", name);
+  (*function)->shared = 48 << 10;
+  return OK;
+}
+int cuFuncSetAttribute(struct function *function, int attribute, int value) {
+  if (attribute != 8 || value > 166912) return INVALID;
+  if (value > function->shared) function->shared = value;
+  return OK;
+}
+int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
+                   unsigned threads_z, unsigned shared, void *stream, void **arguments, void **extra) {
+  static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+  const uint32_t grid[3] = {x, y, z};
+  if (!x || !y || !z || x > 2147483647 || y > 65535 || z > 65535 || threads > 1024 || threads_y != 1 || threads_z != 1 ||
+      shared > (unsigned)function->shared)
+    return INVALID;
+  cuStreamSynchronize(stream); /* what the arguments point to is gone later */
+  counts.waits--;
+  pthread_mutex_lock(&turn);
+  const char *words = function->launch(function->name, grid, threads, shared, getenv("MUDIT_STAND_IN_BACKWARDS"), arguments);
+  if (words) complaint = words;
+  pthread_mutex_unlock(&turn);
+  return words ? FAILED : OK;
+}
+
+int cuGetErrorName(int error, const char **text) {
+  *text = error == OUT_OF_MEMORY ? "out of memory" : error == FAILED ? complaint : "refused by the stand-in";
+  return OK;
+}
 int cuGetErrorString(int error, const char **text) { return cuGetErrorName(error, text); }
 int cuTensorMapEncodeTiled(void) { return NOT_SUPPORTED; }

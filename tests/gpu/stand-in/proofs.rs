@@ -10,6 +10,16 @@ use runtime::{
     SessionOptions, Weights,
 };
 
+use crate::kernels;
+
+/// Lets the threads and blocks of kernels take turns in the opposite order, or in order again.
+#[allow(unsafe_code, reason = "a proof's process has one thread that works")]
+fn backwards(on: bool) {
+    const VARIABLE: &str = "MUDIT_STAND_IN_BACKWARDS";
+    // SAFETY: nothing else in the process reads or changes the environment meanwhile.
+    unsafe { if on { std::env::set_var(VARIABLE, "1") } else { std::env::remove_var(VARIABLE) } }
+}
+
 /// Loads a program of DiT-XL/2 in every precision with CPU fall-back disabled and asserts where its nodes are.
 fn is_placed(kind: ProgramKind, guidance: Guidance) {
     for precision in Precision::ALL {
@@ -101,4 +111,24 @@ fn out_of_memory() {
         DeviceArena::zeros(&gpu, layout(), DType::F32, "a proof").unwrap();
     }
     assert_eq!(gpu.memory().unwrap(), (1_000_000, 1_000_000));
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn fused_ops() {
+    let gpu = Gpu::open(0).unwrap();
+    kernels::ops::every_fused_op(&gpu, &backwards);
+    kernels::ops::large_heads_are_refused(&gpu);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn noise() {
+    kernels::random::noise_is_the_hosts(&Gpu::open(0).unwrap());
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn update() {
+    kernels::update::update_is_the_hosts(&Gpu::open(0).unwrap(), &backwards);
 }

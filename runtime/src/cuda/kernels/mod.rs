@@ -4,8 +4,13 @@
 //! inline assembly, and `types.cuh`. Kernels are named `<kernel>_<element type>`.
 
 mod compile;
+mod gpu_queue;
+mod loaded;
 mod native;
+mod products;
 mod queue;
+mod scratch;
+mod update;
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,8 +18,11 @@ use std::str::FromStr;
 use crate::error::RuntimeError;
 
 pub use compile::{Compiled, Compiler, KernelInfo};
+pub use gpu_queue::GpuQueue;
+pub(crate) use loaded::Loaded;
 pub use native::{NativeOp, Place};
 pub use queue::{Address, Arguments, Launch, Product, Queue};
+pub use update::{Control, Piece, Segment, UpdatePlaces, UpdatePlan};
 
 pub use crate::kernels::AttributeSource;
 

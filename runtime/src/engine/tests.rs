@@ -137,7 +137,7 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
         let mut next =
             EngineDraft::new(&place, &[(1, &program)], Some((&weights, stamp.clone())), notes()).unwrap();
         assert!(!next.take_compiled(&opened, |file| file.ends_with(".engine")).unwrap(), "no model to load");
-        assert!(next.take_compiled(&opened, |file| file.ends_with(".onnx")).unwrap());
+        assert!(next.take_compiled(&opened, |file| file == "test-b1-compiled.onnx").unwrap());
         next.add_kernels(&RANDOM, Architecture::SM_90, b"code").unwrap();
         let manifest = next.publish().unwrap();
         let compiled = manifest.programs[0].compiled.as_ref().unwrap();

@@ -125,7 +125,6 @@ impl Target {
 
     /// Compiles every kernel for an architecture into the engine.
     pub(super) fn compile_kernels(
-        &self,
         architecture: Architecture,
         draft: &mut EngineDraft,
         offline: bool,
@@ -144,7 +143,8 @@ impl Target {
             return Ok(false);
         }
         // What was filled with the old weights stays behind.
-        Ok(draft.take_compiled(engine, |file| file.ends_with(".onnx") || file.ends_with(STRIPPED))?)
+        Ok(draft
+            .take_compiled(engine, |file| file.ends_with(".tensorrt.onnx") || file.ends_with(STRIPPED))?)
     }
 
     /// The provider that loads a program for the first time, and the model that it writes of what it compiles.

@@ -36,6 +36,7 @@ enum Export {
 
 /// Arguments of `mudit build-engine`.
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 pub struct BuildEngineArgs {
     /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, or a checkpoint directory.
     #[arg(long)]
@@ -132,7 +133,7 @@ impl BuildEngineArgs {
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
         if let Some(architecture) = target.elsewhere() {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
-            target.compile_kernels(architecture, &mut draft, self.machine.offline)?;
+            Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
         }
         let refitted = match (&known, differences.as_deref()) {
             (Some(engine), Some([only])) if only.part == "weights" => {

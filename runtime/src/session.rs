@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use graph_builder::{DType, OnnxProgram, Shape, TensorSpec};
@@ -93,6 +94,8 @@ pub struct Session {
     _weights: Option<Arc<[u8]>>,
     /// The GPU on whose stream it runs.
     gpu: Option<Arc<Gpu>>,
+    /// Bindings made so far.
+    graphs: AtomicU32,
     runtime: Arc<Runtime>,
 }
 
@@ -122,9 +125,9 @@ impl Session {
             gpu.loaded()?;
         }
         let mut builder = with_weights(builder, program, weights)?;
-        let turn = runtime.loading();
+        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_memory(&program.bytes).map_err(failed)?;
-        drop(turn);
+        drop(turns);
         let session = Self::new(runtime, program.name.clone(), inner, weights, gpu)?;
         session.check("input", &program.inputs, &session.inputs)?;
         session.check("output", &program.outputs, &session.outputs)?;
@@ -149,9 +152,9 @@ impl Session {
         std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let name = path.display().to_string();
         let (mut builder, gpu) = builder(runtime, options, &name)?;
-        let turn = runtime.loading();
+        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
-        drop(turn);
+        drop(turns);
         let session = Self::new(runtime, name, inner, &Weights::Inside, gpu)?;
         if let Some((inputs, outputs)) = signature {
             session.check("input", inputs, &session.inputs)?;
@@ -198,6 +201,26 @@ impl Session {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A number for the CUDA graph of a binding; 0 would be ONNX Runtime's default for all.
+    pub(crate) fn next_graph(&self) -> u32 {
+        self.graphs.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The error of a run: memory that ran out on a GPU is told apart.
+    pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
+        let reason = error.to_string();
+        match &self.gpu {
+            Some(gpu) if reason.contains("Failed to allocate memory") || reason.contains("out of memory") => {
+                let after = |text: &str| Some(reason.split_once(text)?.1.trim_start().to_owned());
+                let digits = after("requested buffer of size")
+                    .map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
+                let bytes = digits.and_then(|d| d.parse().ok()).unwrap_or(0);
+                crate::cuda::out_of_memory(gpu, bytes, &format!("values inside `{}`", self.name))
+            }
+            _ => RuntimeError::Run { program: self.name.clone(), reason },
+        }
+    }
+
     fn new(
         runtime: &Arc<Runtime>,
         name: String,
@@ -214,7 +237,7 @@ impl Session {
             Weights::Inside | Weights::Directory(_) => None,
         };
         let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, runtime })
+        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, graphs: AtomicU32::new(0), runtime })
     }
 
     fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {

@@ -75,12 +75,11 @@ impl ClassifierModel {
         runtime: &Arc<Runtime>,
         shape: Classifier,
         parameters: SharedArena,
-        threads: usize,
+        options: &SessionOptions,
     ) -> Result<Self> {
         let graph = shape.features(EVALUATION_BATCH)?;
         let program = graph.emit(graph_builder::Weights::Inputs).map_err(models::ModelError::from)?;
-        let options = SessionOptions { threads, ..SessionOptions::default() };
-        let session = Session::load(runtime, &program, &runtime::Weights::Inside, &options)?;
+        let session = Session::load(runtime, &program, &runtime::Weights::Inside, options)?;
         let mut builder = Binding::builder(&session);
         builder.bind_inputs_by_name(&parameters)?;
         Ok(Self { shape, binding: builder.finish()?, parameters })
@@ -185,7 +184,7 @@ pub fn train_classifier(
         )?;
         progress(number + 1, steps, loss);
     }
-    ClassifierModel::new(runtime, shape, step.parameters, settings.threads)
+    ClassifierModel::new(runtime, shape, step.parameters, &options)
 }
 
 /// Factor on the learning rate: up, then down to zero.

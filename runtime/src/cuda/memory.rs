@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "owns memory of the GPU and answers for the addresses of copies")]
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, result, sys};
@@ -124,12 +125,19 @@ impl DeviceMemory {
     /// # Errors
     /// [`RuntimeError::WrongLength`], [`RuntimeError::Cuda`].
     pub fn copy_from(&self, other: &Self) -> Result<()> {
-        let address = self.at(0, other.bytes)?;
+        self.copy_range(0, other, 0..other.bytes)
+    }
+
+    /// Queues a copy of a part of another block on the same GPU to `offset`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::WrongLength`] when it passes an end; [`RuntimeError::Cuda`].
+    pub fn copy_range(&self, offset: usize, other: &Self, range: Range<usize>) -> Result<()> {
+        let (to, from) = (self.at(offset, range.len())?, other.at(range.start, range.len())?);
         let stream = self.gpu.stream().cu_stream();
         // SAFETY: both ranges are inside their blocks, and blocks do not overlap.
-        self.gpu.call("copy on the GPU", || unsafe {
-            result::memcpy_dtod_async(address, other.address, other.bytes, stream)
-        })
+        self.gpu
+            .call("copy on the GPU", || unsafe { result::memcpy_dtod_async(to, from, range.len(), stream) })
     }
 
     fn at(&self, offset: usize, len: usize) -> Result<sys::CUdeviceptr> {
@@ -151,7 +159,7 @@ impl Drop for DeviceMemory {
 }
 
 /// The error of a request that the GPU cannot serve.
-fn out_of_memory(gpu: &Gpu, bytes: usize, what: &str) -> RuntimeError {
+pub(crate) fn out_of_memory(gpu: &Gpu, bytes: usize, what: &str) -> RuntimeError {
     let (free, total) = gpu.memory().unwrap_or((0, gpu.info().memory_bytes));
     RuntimeError::GpuOutOfMemory {
         ordinal: gpu.info().ordinal,

@@ -8,7 +8,12 @@ mod gpu;
 pub mod kernels;
 pub mod libraries;
 mod memory;
+mod pinned;
+mod turns;
 
 pub use arena::DeviceArena;
 pub use gpu::{Gpu, GpuInfo};
 pub use memory::DeviceMemory;
+pub(crate) use memory::out_of_memory;
+pub use pinned::PinnedMemory;
+pub use turns::Turn;

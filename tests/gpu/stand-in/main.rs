@@ -5,7 +5,9 @@
 //! Each proof runs in a process of its own, because the libraries must be known before anything is loaded.
 #![allow(clippy::unwrap_used, reason = "a proof fails by panicking")]
 
+mod bindings;
 mod build;
+mod counts;
 #[path = "../kernels/mod.rs"]
 mod kernels;
 mod proofs;
@@ -48,7 +50,7 @@ fn stage() -> Result<&'static Stage, String> {
     STAGE.get_or_init(prepare).as_ref().map_err(Clone::clone)
 }
 
-/// Runs one of the proofs in a process that knows the stand-ins.
+/// Runs one of the proofs, by its path, in a process that knows the stand-ins.
 ///
 /// A machine that lacks a compiler or the wheel says so aloud; with `CI` set it fails.
 #[allow(clippy::print_stderr, reason = "a proof that was not tried says so")]
@@ -59,7 +61,7 @@ fn proven(name: &str, variables: &[(&str, &str)]) {
         Err(reason) => panic!("{name}: {reason}"),
     };
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", &format!("proofs::{name}"), "--nocapture"])
+        .args(["--ignored", "--exact", name, "--nocapture"])
         .env("MUDIT_CUDA_LIBRARIES", &stage.folder)
         .env("MUDIT_CACHE", stage.folder.join("cache"))
         .env("ORT_DYLIB_PATH", &stage.onnx_runtime)
@@ -82,42 +84,65 @@ fn proven(name: &str, variables: &[(&str, &str)]) {
 
 #[test]
 fn every_node_of_step_is_placed_on_cuda() {
-    proven("step_is_placed", &[]);
+    proven("proofs::step_is_placed", &[]);
 }
 
 #[test]
 fn every_node_of_guided_denoising_is_placed_on_cuda() {
-    proven("denoise_cfg_is_placed", &[]);
+    proven("proofs::denoise_cfg_is_placed", &[]);
 }
 
 #[test]
 fn every_node_of_the_training_step_is_placed_on_cuda() {
-    proven("train_step_is_placed", &[]);
+    proven("proofs::train_step_is_placed", &[]);
 }
 
 #[test]
 fn values_go_to_the_device_and_come_back() {
-    proven("memory_round_trip", &[]);
+    proven("proofs::memory_round_trip", &[]);
 }
 
 #[test]
 fn memory_that_runs_out_is_an_error_with_numbers() {
-    proven("out_of_memory", &[("MUDIT_STAND_IN_MEMORY", "1000000")]);
+    proven("proofs::out_of_memory", &[("MUDIT_STAND_IN_MEMORY", "1000000")]);
+}
+
+#[test]
+fn arenas_on_the_device_are_used_in_place() {
+    proven("bindings::arenas_on_the_device_are_used_in_place", &[]);
+}
+
+#[test]
+fn arenas_of_the_host_cross_when_they_have_changed() {
+    proven("bindings::arenas_of_the_host_cross_when_they_have_changed", &[]);
+}
+
+#[test]
+fn the_next_runs_inputs_go_ahead_of_it() {
+    // Everything at once; then with the stream for programs late, the one for transfers, and both.
+    for late in ["", "1", "2", "12"] {
+        proven("bindings::the_next_runs_inputs_go_ahead_of_it", &[("MUDIT_STAND_IN_LATE", late)]);
+    }
+}
+
+#[test]
+fn bindings_on_the_device_are_checked() {
+    proven("bindings::bindings_on_the_device_are_checked", &[]);
 }
 
 #[test]
 fn fused_ops_compute_what_the_interpreter_computes_in_every_type_and_order_of_threads() {
-    proven("fused_ops", &[]);
+    proven("proofs::fused_ops", &[]);
 }
 
 #[test]
 fn noise_has_the_hosts_bits() {
-    proven("noise", &[]);
+    proven("proofs::noise", &[]);
 }
 
 #[test]
 fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
-    proven("update", &[]);
+    proven("proofs::update", &[]);
 }
 
 #[test]

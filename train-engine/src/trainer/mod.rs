@@ -297,7 +297,7 @@ impl Trainer {
 /// The CPU provider computes in f32.
 fn refuse_precision(config: &TrainConfig) -> Result<()> {
     let precision = config.train.precision;
-    if precision == Precision::F32 {
+    if precision == Precision::F32 || config.train.provider.is_gpu() {
         return Ok(());
     }
     Err(TrainError::BadValue {
@@ -308,7 +308,8 @@ fn refuse_precision(config: &TrainConfig) -> Result<()> {
 }
 
 fn session_options(config: &TrainConfig) -> SessionOptions {
-    SessionOptions { threads: config.train.threads, ..SessionOptions::default() }
+    let (threads, provider) = (config.train.threads, config.train.provider.clone());
+    SessionOptions { threads, provider, ..SessionOptions::default() }
 }
 
 /// The parameters of a model as declared: a step that is shared has the declarations of another init.

@@ -147,16 +147,16 @@ fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
 
 #[test]
 fn fused_ops_are_nodes_of_the_cuda_provider_and_compute_what_their_cpu_twins_do() {
-    proven("fused_nodes", &[]);
+    proven("proofs::fused_nodes", &[]);
 }
 
 #[test]
 fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
-    proven("no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+    proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
 }
 
 #[test]
 fn scratch_memory_stays_where_it_is() {
-    proven("scratch", &[]);
+    proven("proofs::scratch", &[]);
 }

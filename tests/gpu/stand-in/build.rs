@@ -69,6 +69,19 @@ fn cudnn(provider: &Path) -> Result<String, String> {
     Ok(source)
 }
 
+/// A folder of the same libraries without NVRTC's.
+pub(super) fn without_compiler(folder: &Path, to: &Path) -> Result<(), String> {
+    drop(fs::remove_dir_all(to));
+    fs::create_dir_all(to).map_err(|e| e.to_string())?;
+    for file in fs::read_dir(folder).map_err(|e| e.to_string())?.flatten() {
+        let name = file.file_name();
+        if name.to_string_lossy().contains(".so.") && name != "libnvrtc.so.13" {
+            fs::copy(file.path(), to.join(name)).map_err(|e| e.to_string())?;
+        }
+    }
+    Ok(())
+}
+
 /// Compiles a source of kernels for the host, unless that was done before.
 fn emulated(folder: &Path, source: &Source) -> Result<(), String> {
     let whole = emulation(source);

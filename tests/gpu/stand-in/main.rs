@@ -24,6 +24,9 @@ use runtime::library::locate;
 /// For one proof: loading DiT-XL/2's training step takes some ten seconds here.
 const LIMIT: Duration = Duration::from_mins(5);
 
+/// Folder of all stand-ins but NVRTC's.
+const NO_COMPILER: &str = "stand-in-without-compiler";
+
 /// The stand-ins and the ONNX Runtime they serve.
 struct Stage {
     folder: PathBuf,
@@ -40,6 +43,7 @@ fn stage() -> Result<&'static Stage, String> {
         let provider = library.provider_file("cuda").ok_or("no CUDA provider")?;
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in");
         build::build(&provider, &folder)?;
+        build::without_compiler(&folder, &folder.with_file_name(NO_COMPILER))?;
         // What the stand-in compiler gives must not lie with real machine code.
         drop(std::fs::remove_dir_all(folder.join("cache")));
         Ok(Stage { folder, onnx_runtime: library.path })
@@ -152,4 +156,20 @@ fn noise_has_the_hosts_bits() {
 #[test]
 fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
     proven("proofs::update", &[]);
+}
+
+#[test]
+fn fused_ops_are_nodes_of_the_cuda_provider_and_compute_what_their_cpu_twins_do() {
+    proven("fused_nodes", &[]);
+}
+
+#[test]
+fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
+    proven("no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+}
+
+#[test]
+fn scratch_memory_stays_where_it_is() {
+    proven("scratch", &[]);
 }

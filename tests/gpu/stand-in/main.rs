@@ -7,6 +7,7 @@
 
 mod bindings;
 mod build;
+mod commands;
 mod counts;
 #[path = "../kernels/mod.rs"]
 mod kernels;
@@ -50,21 +51,33 @@ fn stage() -> Result<&'static Stage, String> {
     STAGE.get_or_init(prepare).as_ref().map_err(Clone::clone)
 }
 
-/// Runs one of the proofs, by its path, in a process that knows the stand-ins.
-///
-/// A machine that lacks a compiler or the wheel says so aloud; with `CI` set it fails.
+impl Stage {
+    /// Lets a process know the stand-ins.
+    fn environment<'c>(&self, command: &'c mut Command) -> &'c mut Command {
+        command
+            .env("MUDIT_CUDA_LIBRARIES", &self.folder)
+            .env("MUDIT_CACHE", self.folder.join("cache"))
+            .env("ORT_DYLIB_PATH", &self.onnx_runtime)
+    }
+}
+
+/// The stage for a proof. A machine that lacks a compiler or the wheel says so aloud; with `CI` set it fails.
 #[allow(clippy::print_stderr, reason = "a proof that was not tried says so")]
-fn proven(name: &str, variables: &[(&str, &str)]) {
-    let stage = match stage() {
-        Ok(stage) => stage,
-        Err(reason) if std::env::var_os("CI").is_none() => return eprintln!("SKIPPED: {name}: {reason}"),
+fn staged(name: &str) -> Option<&'static Stage> {
+    match stage() {
+        Ok(stage) => return Some(stage),
+        Err(reason) if std::env::var_os("CI").is_none() => eprintln!("SKIPPED: {name}: {reason}"),
         Err(reason) => panic!("{name}: {reason}"),
-    };
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    }
+    None
+}
+
+/// Runs one of the proofs, by its path, in a process that knows the stand-ins.
+fn proven(name: &str, variables: &[(&str, &str)]) {
+    let Some(stage) = staged(name) else { return };
+    let mut child = stage
+        .environment(&mut Command::new(std::env::current_exe().unwrap()))
         .args(["--ignored", "--exact", name, "--nocapture"])
-        .env("MUDIT_CUDA_LIBRARIES", &stage.folder)
-        .env("MUDIT_CACHE", stage.folder.join("cache"))
-        .env("ORT_DYLIB_PATH", &stage.onnx_runtime)
         .envs(variables.iter().copied())
         .spawn()
         .unwrap();

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use runtime::cuda::kernels::{Architecture, COMMON, Compiler, SOURCES};
-use runtime::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT, compiler_or_fetch};
+use runtime::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT, find_or_fetch_compiler};
 use runtime::cuda::{Gpu, GpuInfo};
 use runtime::engine::{EngineDraft, EngineKey, EngineProgram};
 use runtime::library::cache_directory;
@@ -129,7 +129,7 @@ impl Target {
         draft: &mut EngineDraft,
         offline: bool,
     ) -> anyhow::Result<()> {
-        compiler_or_fetch(&RuntimeOptions { gpu: true, offline, progress: &console::note })?;
+        find_or_fetch_compiler(&RuntimeOptions { gpu: true, offline, progress: &console::note })?;
         let compiler = Compiler::open(None)?;
         for source in SOURCES {
             draft.add_kernels(source, architecture, &compiler.compile(source, architecture)?.cubin)?;

@@ -13,7 +13,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use graph_builder::{Graph, OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
-use runtime::cuda::kernels::Architecture;
+use runtime::cuda::kernels::{self, Architecture};
 use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name};
 use runtime::{Engine, Provider, SessionOptions};
 use serde_json::json;
@@ -309,8 +309,7 @@ impl BuildEngineArgs {
             };
             let emitted = p.graph.emit(how)?;
             if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
-                // Function bodies are what runs there: no fused op has a kernel of its own on a GPU.
-                emitted.check_cuda(&|_, _| false)?;
+                emitted.check_cuda(&kernels::has)?;
             }
             built.push((p.batch, emitted));
         }

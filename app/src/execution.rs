@@ -96,6 +96,12 @@ impl Placed {
         Self::constants(values)
     }
 
+    /// A model's parameters that go on changing: inputs of the program, of which a GPU has a copy in the program's types
+    /// that is renewed when they have changed.
+    pub fn changing(parameters: &SharedArena) -> Self {
+        Self(Place::Arena(parameters.clone()))
+    }
+
     /// Parameters that become constants of the program, given as name, shape, type in the program, and values.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ impl Counts {
         // SAFETY: the library is the stand-in's, which is loaded already; its function fills a record of this layout.
         unsafe {
             let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
-            assert!(!library.is_null(), "{}", path.display());
+            assert!(!library.is_null(), "{path:?}");
             let function = libc::dlsym(library, c"stand_in_counts".as_ptr());
             assert!(!function.is_null());
             let ask: unsafe extern "C" fn(*mut Self) = std::mem::transmute(function);

@@ -1,12 +1,17 @@
 //! Who computes a program, in which element type, and where its parameters are meanwhile.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, LockResult};
 
 use anyhow::ensure;
 use graph_builder::{DType, ExternalTensor, Graph, Precision, Shape, Type, Weights};
 use half::{bf16, f16};
-use runtime::{Binding, Provider, Runtime, Session, SessionOptions, SharedArena};
+use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::cuda::{DeviceArena, Gpu};
+use runtime::library::cache_directory;
+use runtime::{
+    Arena, ArenaLayout, Binding, CudaOptions, Provider, Runtime, Session, SessionOptions, SharedArena,
+};
 
 use crate::Usage;
 
@@ -55,7 +60,23 @@ impl Execution {
 
     /// How sessions are loaded.
     pub fn session_options(&self) -> SessionOptions {
-        SessionOptions { threads: self.threads, provider: self.provider.clone(), ..SessionOptions::default() }
+        let provider = match cache_directory() {
+            Some(cache) => self.provider.clone().cached_in(&cache.join("tensorrt")),
+            None => self.provider.clone(),
+        };
+        SessionOptions { threads: self.threads, provider, ..SessionOptions::default() }
+    }
+
+    /// The same for parameters that change between runs, with which TensorRT would build anew each time.
+    #[must_use]
+    pub fn without_constants(&self) -> Self {
+        let provider = match &self.provider {
+            Provider::TensorRt(options) => {
+                Provider::Cuda(CudaOptions { ordinal: options.ordinal, ..CudaOptions::default() })
+            }
+            other => other.clone(),
+        };
+        Self { provider, ..self.clone() }
     }
 
     /// Provider and precision in a few words.
@@ -70,36 +91,55 @@ pub struct Placed(Place);
 
 #[derive(Clone, Debug)]
 enum Place {
-    /// Inputs of the program, in the host's memory.
-    Arena(SharedArena),
+    /// Inputs of the program, in the host's memory; a GPU has a copy that follows.
+    Host(SharedArena),
+    /// Inputs of the program, on the GPU, one arena for each element type.
+    Device(Vec<Arc<DeviceArena>>),
     /// Constants of the program, which its provider moves where it wants them.
     Constants { bytes: Arc<[u8]>, tensors: Arc<BTreeMap<String, ExternalTensor>> },
 }
 
 impl Placed {
-    /// A model's parameters for programs like `graph`: in place on the CPU, a copy in the program's types on a GPU.
+    /// A model's parameters for all of its sampling programs, as they are now: in place on the CPU, one copy in the
+    /// programs' types on a GPU.
     ///
     /// # Errors
-    /// An arena that lacks a parameter of the graph.
-    pub fn of(parameters: &SharedArena, graph: &Graph, execution: &Execution) -> anyhow::Result<Self> {
-        let lost = |_| anyhow::anyhow!("a thread panicked while it held the parameters");
+    /// An arena that lacks a parameter of the model; no memory on the GPU.
+    pub fn of(parameters: &SharedArena, model: &DitConfig, execution: &Execution) -> anyhow::Result<Self> {
         if !execution.provider.is_gpu() {
-            parameters.write().map_err(|e| lost(e.to_string()))?.freeze();
-            return Ok(Self(Place::Arena(parameters.clone())));
+            return Ok(Self(Place::Host(parameters.clone())));
         }
+        let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?.optimised()?;
         let graph = graph.in_precision(execution.precision)?;
-        let arena = parameters.read().map_err(|e| lost(e.to_string()))?;
-        let values = graph
-            .parameters()
-            .iter()
-            .map(|p| Ok((p.name.as_str(), p.shape(), p.dtype, arena.view(&p.name)?)));
-        Self::constants(values)
+        let arena = lock(parameters.read())?;
+        if let Provider::Cuda(CudaOptions { ordinal, .. }) = execution.provider {
+            let gpu = Gpu::open(ordinal)?;
+            let mut arenas = Vec::new();
+            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+                let of_type = graph.parameters().iter().filter(|p| p.dtype == dtype);
+                let layout = ArenaLayout::new(of_type.map(|p| (p.name.clone(), p.shape())))?;
+                if layout.is_empty() {
+                    continue;
+                }
+                let mut values = Arena::zeros(Arc::new(layout))?;
+                let layout = values.layout().clone();
+                for name in layout.entries().keys() {
+                    values.view_mut(name)?.copy_from_slice(arena.view(name)?);
+                }
+                let device = DeviceArena::zeros(&gpu, layout, dtype, "the model's parameters")?;
+                device.upload(&values)?;
+                arenas.push(Arc::new(device));
+            }
+            return Ok(Self(Place::Device(arenas)));
+        }
+        // TensorRT chooses kernels by the weights and lays them out anew: they must be constants.
+        let values = graph.parameters().iter();
+        Self::constants(values.map(|p| Ok((p.name.as_str(), p.shape(), p.dtype, arena.view(&p.name)?))))
     }
 
-    /// A model's parameters that go on changing: inputs of the program, of which a GPU has a copy in the program's types
-    /// that is renewed when they have changed.
-    pub fn changing(parameters: &SharedArena) -> Self {
-        Self(Place::Arena(parameters.clone()))
+    /// A model's parameters that go on changing: every run takes them as they are then. TensorRT cannot.
+    pub fn following(parameters: &SharedArena) -> Self {
+        Self(Place::Host(parameters.clone()))
     }
 
     /// Parameters that become constants of the program, given as name, shape, type in the program, and values.
@@ -129,7 +169,7 @@ impl Placed {
                     bytes.extend_from_slice(bytemuck::cast_slice(&narrow));
                 }
                 DType::F32 | DType::I64 | DType::Bool => {
-                    bytes.extend_from_slice(bytemuck::cast_slice(values))
+                    bytes.extend_from_slice(bytemuck::cast_slice(values));
                 }
             }
             let (ty, length) = (Type::new(dtype, shape), (bytes.len() - offset) as u64);
@@ -152,7 +192,7 @@ impl Placed {
     ) -> anyhow::Result<Binding> {
         let graph = graph.optimised()?.in_precision(execution.precision)?;
         let (weights, memory) = match &self.0 {
-            Place::Arena(_) => (Weights::Inputs, runtime::Weights::Inside),
+            Place::Host(_) | Place::Device(_) => (Weights::Inputs, runtime::Weights::Inside),
             Place::Constants { bytes, tensors } => {
                 (Weights::External { file: IN_MEMORY, tensors }, runtime::Weights::Memory(bytes.clone()))
             }
@@ -163,11 +203,32 @@ impl Placed {
         }
         let session = Session::load(runtime, &program, &memory, options)?;
         let mut builder = Binding::builder(&session);
-        if let Place::Arena(arena) = &self.0 {
-            builder.bind_inputs_by_name(arena)?;
-        }
+        let bound = match &self.0 {
+            Place::Host(arena) => {
+                lock(arena.write())?.freeze();
+                builder.bind_inputs_by_name(arena)?
+            }
+            Place::Device(arenas) => {
+                let mut bound = 0;
+                for arena in arenas {
+                    bound += builder.bind_device_inputs_by_name(arena)?;
+                }
+                bound
+            }
+            Place::Constants { .. } => graph.parameters().len(),
+        };
+        // An input that nothing feeds would be zeros.
+        ensure!(
+            bound == graph.parameters().len(),
+            "internal: {bound} of the program's {} parameters are bound",
+            graph.parameters().len()
+        );
         Ok(builder.finish()?)
     }
+}
+
+fn lock<T>(taken: LockResult<T>) -> anyhow::Result<T> {
+    taken.map_err(|_| anyhow::anyhow!("a thread panicked while it held the parameters"))
 }
 
 #[cfg(test)]

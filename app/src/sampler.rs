@@ -5,11 +5,10 @@
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use graph_builder::Graph;
 use models::{
     COEFFICIENTS, DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, SolverPlan, program,
 };
-use runtime::{Binding, Runtime, SharedArena};
+use runtime::{Binding, Runtime};
 use train_engine::random::{Purpose, Stream};
 
 use crate::execution::{Execution, Placed};
@@ -90,36 +89,14 @@ impl Sampler {
     pub fn new(
         runtime: &Arc<Runtime>,
         model: &DitConfig,
-        parameters: &SharedArena,
+        parameters: &Placed,
         settings: &Settings,
-    ) -> anyhow::Result<Self> {
-        Self::on(runtime, model, settings, |graph| Placed::of(parameters, graph, &settings.execution))
-    }
-
-    /// A sampler of parameters that go on changing: it draws from what they are at each call.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn following(
-        runtime: &Arc<Runtime>,
-        model: &DitConfig,
-        parameters: &SharedArena,
-        settings: &Settings,
-    ) -> anyhow::Result<Self> {
-        Self::on(runtime, model, settings, |_| Ok(Placed::changing(parameters)))
-    }
-
-    fn on(
-        runtime: &Arc<Runtime>,
-        model: &DitConfig,
-        settings: &Settings,
-        place: impl Fn(&Graph) -> anyhow::Result<Placed>,
     ) -> anyhow::Result<Self> {
         let plan = settings.solver.plan(model.objective, model.learn_sigma)?;
         let guided = if settings.guidance == 1.0 { Guidance::Off } else { settings.guided };
         let graph = program(model, ProgramKind::Step, settings.batch, guided)?;
         let execution = &settings.execution;
-        let binding = place(&graph)?.load(runtime, &graph, execution, &execution.session_options())?;
+        let binding = parameters.load(runtime, &graph, execution, &execution.session_options())?;
         let image = model.in_channels * model.input_size * model.input_size;
         let guidance = (guided != Guidance::Off).then_some(settings.guidance as f32);
         let (label_rows, null_class) = (model.label_rows(), model.null_class());

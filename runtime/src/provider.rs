@@ -3,7 +3,7 @@
 mod execution;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::cuda::Gpu;
@@ -53,7 +53,8 @@ pub struct TensorRtOptions {
     pub engine_prefix: Option<String>,
     /// Folder with the measurements of kernels, which make the next build shorter.
     pub timing_cache: Option<PathBuf>,
-    /// Write a model that holds the built engine to this file. It is loaded like any other model, without a build.
+    /// Write a model that stands for the built engine to this file, and the engine beside it. It is loaded like any
+    /// other model, without a build. Excludes `engine_cache`.
     pub context_file: Option<PathBuf>,
     /// Shapes that an engine is built for, where the model leaves an axis open.
     pub profiles: Vec<ShapeProfile>,
@@ -144,6 +145,18 @@ impl Provider {
             Self::Cuda(_) => "cuda",
             Self::TensorRt(_) => "tensorrt",
         }
+    }
+
+    /// The same, keeping what TensorRT builds and measures in `folder` where nothing else was said.
+    #[must_use]
+    pub fn cached_in(mut self, folder: &Path) -> Self {
+        if let Self::TensorRt(options) = &mut self
+            && options.context_file.is_none()
+        {
+            options.engine_cache.get_or_insert_with(|| folder.join("engines"));
+            options.timing_cache.get_or_insert_with(|| folder.to_path_buf());
+        }
+        self
     }
 
     /// Where the provider's buffers live.

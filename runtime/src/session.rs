@@ -38,7 +38,9 @@ pub struct SessionOptions {
     pub threads: usize,
     /// Graph rewriting.
     pub optimization: Optimization,
-    /// Run `mudit` ops by this crate's kernels; otherwise by the function bodies inside the model.
+    /// Run `mudit` ops by this crate's kernels, on the CPU and on CUDA; otherwise, and always on TensorRT, by the function
+    /// bodies inside the model. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or more: a session of a
+    /// program with such ops that cannot have them is refused.
     pub native_kernels: bool,
     /// Let idle threads spin before they sleep: faster steps, but a core is busy while it waits.
     pub spinning: bool,
@@ -117,6 +119,11 @@ impl Session {
     ) -> Result<Arc<Self>> {
         let failed = |e: ort::Error| load_error(&program.name, &e);
         let (builder, gpu) = builder(runtime, options, &program.name)?;
+        let kernels = options.native_kernels && !program.native_ops.is_empty();
+        if let (true, Provider::Cuda(_), Some(gpu)) = (kernels, &options.provider, &gpu) {
+            // Asked now: what is missing is told by name, not in the words of a failed load.
+            gpu.loaded()?;
+        }
         let mut builder = with_weights(builder, program, weights)?;
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_memory(&program.bytes).map_err(failed)?;
@@ -280,7 +287,7 @@ pub(crate) fn builder(
             Some(Gpu::open(ordinal)?)
         }
     };
-    let configured = configure(runtime, options, gpu.as_deref()).map_err(|e| load_error(program, &e))?;
+    let configured = configure(runtime, options, gpu.as_ref()).map_err(|e| load_error(program, &e))?;
     Ok((configured, gpu))
 }
 
@@ -289,7 +296,7 @@ pub(crate) fn builder(
 fn configure(
     runtime: &Arc<Runtime>,
     options: &SessionOptions,
-    gpu: Option<&Gpu>,
+    gpu: Option<&Arc<Gpu>>,
 ) -> ort::Result<SessionBuilder> {
     let level = match options.optimization {
         Optimization::None => GraphOptimizationLevel::Disable,
@@ -309,10 +316,16 @@ fn configure(
     if options.threads > 0 {
         builder = builder.with_intra_threads(options.threads)?;
     }
-    builder = provider::register(builder, &options.provider, gpu)?;
-    // On a GPU the function bodies run: this crate's kernels are for the CPU.
-    if options.native_kernels && matches!(options.provider, Provider::Cpu(_)) {
-        builder = builder.with_operators(kernels::domain()?)?;
+    builder = provider::register(builder, &options.provider, gpu.map(Arc::as_ref))?;
+    if options.native_kernels {
+        builder = match (&options.provider, gpu) {
+            (Provider::Cpu(_), _) => builder.with_operators(kernels::domain()?)?,
+            (Provider::Cuda(cuda), Some(gpu)) => {
+                builder.with_operators(crate::cuda::kernels::operator::domain(gpu, cuda)?)?
+            }
+            // TensorRT fuses the function bodies itself.
+            _ => builder,
+        };
     }
     if options.record_placement {
         builder = builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?;

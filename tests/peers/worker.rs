@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use graph_builder::Weights;
 use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use mudit::execution::{Execution, Placed};
 use mudit::external;
 use mudit::sampler::{NoiseSource, Sampler, Settings};
 use runtime::memory::peak_resident_bytes;
@@ -186,8 +187,15 @@ fn sampling(runtime: &Arc<Runtime>, model: &str, steps: usize, threads: usize) -
     dit.objective = Objective::Ddpm;
     let arena = parameters(&dit)?.into_shared();
     let solver = Solver::new(SolverKind::Ddim, steps);
-    let settings = Settings { solver, guidance: GUIDANCE, guided: Guidance::All, batch: 1, threads };
-    let mut sampler = Sampler::new(runtime, &dit, &arena, &settings)?;
+    let settings = Settings {
+        solver,
+        guidance: GUIDANCE,
+        guided: Guidance::All,
+        batch: 1,
+        execution: Execution::cpu(threads),
+    };
+    let placed = Placed::of(&arena, &dit, &settings.execution)?;
+    let mut sampler = Sampler::new(runtime, &dit, &placed, &settings)?;
     let flops = program(&dit, ProgramKind::Step, 1, Guidance::All)?.optimised()?.cost().flops as f64;
     let mut seed = 0;
     let work = move || {

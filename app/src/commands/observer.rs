@@ -11,7 +11,7 @@ use train_engine::trainer::{MemoryPlan, Observer, RunInfo, StepReport};
 
 use super::of_training;
 use crate::console;
-use crate::execution::Execution;
+use crate::execution::{Execution, Placed};
 use crate::render::grid::{Caption, Column, grid, save_png};
 use crate::render::progress::{Job, Pace, Progress};
 use crate::sampler::{NoiseSource, Sampler, Settings};
@@ -44,7 +44,7 @@ impl Console {
             sample: config.sample.clone(),
             seed: config.train.seed,
             // Its own parameters are where the run is; pictures are drawn in f32.
-            execution: of_training(config).in_f32(),
+            execution: of_training(config).in_f32().without_constants(),
             progress: None,
             info: None,
             sampler: None,
@@ -142,10 +142,10 @@ impl Observer for Console {
         let drawn = (|| -> anyhow::Result<()> {
             let sampler = match &mut self.sampler {
                 Some(sampler) => sampler,
-                none => none.insert(Sampler::following(
+                none => none.insert(Sampler::new(
                     &self.runtime,
                     model,
-                    ema,
+                    &Placed::following(ema),
                     &Settings {
                         solver: solver(&self.sample, model.objective),
                         guidance: guidance(self.sample.guidance, model),

@@ -21,6 +21,7 @@ use super::weights::{self, Which};
 use super::{Machine, of_training};
 use crate::Usage;
 use crate::console;
+use crate::execution::Placed;
 use crate::render::progress::duration;
 use crate::sampler::{Sampler, Settings};
 
@@ -213,7 +214,8 @@ impl QuickstartArgs {
             batch: SAMPLE_BATCH,
             execution: of_training(config),
         };
-        let mut sampler = Sampler::new(runtime, model, &loaded.parameters, &settings)?;
+        let placed = Placed::of(&loaded.parameters, model, &settings.execution)?;
+        let mut sampler = Sampler::new(runtime, model, &placed, &settings)?;
         let title = format!("Fashion-MNIST, {} training steps", config.train.steps);
         draw_grid(&mut sampler, model, section.per_class, config.train.seed, title, path)
     }

@@ -17,6 +17,7 @@ use super::weights::{self, Which};
 use super::{Machine, Target};
 use crate::Usage;
 use crate::console;
+use crate::execution::Placed;
 use crate::render::arrays::SampleArchive;
 use crate::render::grid::{Caption, Column, grid, save_png};
 use crate::render::pixels;
@@ -114,7 +115,8 @@ impl SampleArgs {
             batch: self.batch.min(n),
             execution,
         };
-        let mut sampler = Sampler::new(&runtime, model, &loaded.parameters, &settings)?;
+        let placed = Placed::of(&loaded.parameters, model, &settings.execution)?;
+        let mut sampler = Sampler::new(&runtime, model, &placed, &settings)?;
         let source = match &given {
             Some(g) => NoiseSource::Given { x_t: &g.x_t, noise: g.noise.as_deref() },
             None => NoiseSource::Seeded { seed: self.seed, first: self.first },

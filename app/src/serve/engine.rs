@@ -80,11 +80,10 @@ pub fn start(
     let mut programs = Programs::default();
     let (mut reports, mut lots, mut recipes) = (Vec::new(), Vec::new(), Vec::new());
     for (index, source) in sources.iter().enumerate() {
-        let graph = program(&source.model, ProgramKind::Denoise, 1, Guidance::Off)?;
         let recipe = Recipe {
             runtime: runtime.clone(),
             model: source.model.clone(),
-            parameters: Placed::of(&source.parameters, &graph, &options.execution)?,
+            parameters: Placed::of(&source.parameters, &source.model, &options.execution)?,
             guided: source.guided,
             execution: options.execution.clone(),
         };

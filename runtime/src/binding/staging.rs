@@ -316,7 +316,7 @@ mod tests {
             input(1024..1028, Newest::Ahead),
         ];
         assert_eq!(runs(&inputs, Newest::Host), [0..260, 768..800]);
-        assert_eq!(runs(&inputs, Newest::Ahead), [1024..1028]);
+        assert_eq!(runs(&inputs, Newest::Ahead), vec![1024..1028]);
         assert_eq!(runs(&[], Newest::Host), []);
     }
 
@@ -328,6 +328,6 @@ mod tests {
         assert_eq!(plan.add(true, &spec("y", 100, DType::I64)), 1);
         assert_eq!(plan.add(false, &spec("loss", 1, DType::F32)), 0);
         assert_eq!(plan.inputs, [0..12, 256..1056]);
-        assert_eq!(plan.outputs, [0..4]);
+        assert_eq!(plan.outputs, vec![0..4]);
     }
 }

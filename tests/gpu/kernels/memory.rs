@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::{AnyBitPattern, NoUninit};
 use graph_builder::DType;
 use half::{bf16, f16};
-use runtime::cuda::kernels::Address;
+use runtime::cuda::kernels::{Address, GpuQueue, Queue as _};
 use runtime::cuda::{DeviceMemory, Gpu};
 
 /// A block of memory and its size in bytes.
@@ -59,4 +59,23 @@ pub(crate) fn rounded(dtype: DType, v: f64) -> f64 {
         DType::F16 => f16::from_f32(v as f32).to_f64(),
         _ => f64::from(v as f32),
     }
+}
+
+/// What a queue needs beside operands has the same addresses each time, however often it grew, and nobody else's meanwhile.
+pub(crate) fn scratch_stays_where_it_is(gpu: &Arc<Gpu>) {
+    let requests = [100, 3 << 20, 5 << 20, 1, 20 << 20];
+    let take = |queue: &GpuQueue| requests.map(|bytes| queue.scratch(bytes).unwrap().0);
+    let _grown = take(&GpuQueue::new(gpu).unwrap());
+    let settled = take(&GpuQueue::new(gpu).unwrap());
+    let free = gpu.memory().unwrap().0;
+    let queue = GpuQueue::new(gpu).unwrap();
+    assert_eq!(take(&queue), settled);
+    assert_eq!(gpu.memory().unwrap().0, free, "memory that is there already was asked for again");
+    let ranges =
+        |starts: [u64; 5]| requests.iter().zip(starts).map(|(&n, at)| at..at + n as u64).collect::<Vec<_>>();
+    let mut all = ranges(settled);
+    all.extend(ranges(take(&GpuQueue::new(gpu).unwrap())));
+    all.sort_by_key(|r| r.start);
+    assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start), "two have the same bytes: {all:?}");
+    assert!(all.iter().all(|r| r.start % 256 == 0));
 }

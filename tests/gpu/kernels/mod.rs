@@ -4,4 +4,5 @@
 pub(crate) mod memory;
 pub(crate) mod ops;
 pub(crate) mod random;
+pub(crate) mod sessions;
 pub(crate) mod update;

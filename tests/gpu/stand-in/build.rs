@@ -42,10 +42,44 @@ pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
         link(&library(&name), &source, Some(&name), &[library("libcuda.so.1")])?;
     }
     link(&library("libcurand.so.10"), "int curandGetProperty() { return 1; }", None, &[])?;
-    let cudnn = "#include <stddef.h>\nsize_t cudnnGetVersion(void) { return 91300; }\n\
-        int cudnnCreate(void **h) { *h = (void *)h; return 0; }\nint cudnnDestroy() { return 0; }\n\
-        int cudnnSetStream() { return 0; }\n";
-    link(&library("libcudnn.so.9"), cudnn, None, &[])
+    link(&library("libcudnn.so.9"), &cudnn(provider)?, None, &[])
+}
+
+/// cuDNN's functions, which the provider asks for by their names when it needs them.
+fn cudnn(provider: &Path) -> Result<String, String> {
+    const PREFIX: &[u8] = b"cudnn";
+    let bytes = fs::read(provider).map_err(|e| e.to_string())?;
+    let texts = bytes.split(|b| *b == 0).filter(|text| {
+        text.len() < 64
+            && text.strip_prefix(PREFIX).and_then(<[u8]>::first).is_some_and(u8::is_ascii_uppercase)
+            && text.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'_')
+    });
+    let mut names: Vec<String> = texts.map(|t| String::from_utf8_lossy(t).into_owned()).collect();
+    names.sort_unstable();
+    names.dedup();
+    let mut source = "#include <stddef.h>\nsize_t cudnnGetVersion(void) { return 91300; }\n".to_owned();
+    for name in names.iter().filter(|name| *name != "cudnnGetVersion") {
+        let body = if name.starts_with("cudnnCreate") {
+            "(void **handle) { *handle = (void *)handle; return 0; }"
+        } else {
+            "() { return 0; }"
+        };
+        source.extend(["int ", name.as_str(), body, "\n"]);
+    }
+    Ok(source)
+}
+
+/// A folder of the same libraries without NVRTC's.
+pub(super) fn without_compiler(folder: &Path, to: &Path) -> Result<(), String> {
+    drop(fs::remove_dir_all(to));
+    fs::create_dir_all(to).map_err(|e| e.to_string())?;
+    for file in fs::read_dir(folder).map_err(|e| e.to_string())?.flatten() {
+        let name = file.file_name();
+        if name.to_string_lossy().contains(".so.") && name != "libnvrtc.so.13" {
+            fs::copy(file.path(), to.join(name)).map_err(|e| e.to_string())?;
+        }
+    }
+    Ok(())
 }
 
 /// Compiles a source of kernels for the host, unless that was done before.

@@ -7,6 +7,7 @@
 
 mod bindings;
 mod build;
+mod commands;
 mod counts;
 #[path = "../kernels/mod.rs"]
 mod kernels;
@@ -24,6 +25,9 @@ use runtime::library::locate;
 /// For one proof: loading DiT-XL/2's training step takes some ten seconds here.
 const LIMIT: Duration = Duration::from_mins(5);
 
+/// Folder of all stand-ins but NVRTC's.
+const NO_COMPILER: &str = "stand-in-without-compiler";
+
 /// The stand-ins and the ONNX Runtime they serve.
 struct Stage {
     folder: PathBuf,
@@ -40,6 +44,7 @@ fn stage() -> Result<&'static Stage, String> {
         let provider = library.provider_file("cuda").ok_or("no CUDA provider")?;
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in");
         build::build(&provider, &folder)?;
+        build::without_compiler(&folder, &folder.with_file_name(NO_COMPILER))?;
         // What the stand-in compiler gives must not lie with real machine code.
         drop(std::fs::remove_dir_all(folder.join("cache")));
         Ok(Stage { folder, onnx_runtime: library.path })
@@ -47,21 +52,33 @@ fn stage() -> Result<&'static Stage, String> {
     STAGE.get_or_init(prepare).as_ref().map_err(Clone::clone)
 }
 
-/// Runs one of the proofs, by its path, in a process that knows the stand-ins.
-///
-/// A machine that lacks a compiler or the wheel says so aloud; with `CI` set it fails.
+impl Stage {
+    /// Lets a process know the stand-ins.
+    fn environment<'c>(&self, command: &'c mut Command) -> &'c mut Command {
+        command
+            .env("MUDIT_CUDA_LIBRARIES", &self.folder)
+            .env("MUDIT_CACHE", self.folder.join("cache"))
+            .env("ORT_DYLIB_PATH", &self.onnx_runtime)
+    }
+}
+
+/// The stage for a proof. A machine that lacks a compiler or the wheel says so aloud; with `CI` set it fails.
 #[allow(clippy::print_stderr, reason = "a proof that was not tried says so")]
-fn proven(name: &str, variables: &[(&str, &str)]) {
-    let stage = match stage() {
-        Ok(stage) => stage,
-        Err(reason) if std::env::var_os("CI").is_none() => return eprintln!("SKIPPED: {name}: {reason}"),
+fn staged(name: &str) -> Option<&'static Stage> {
+    match stage() {
+        Ok(stage) => return Some(stage),
+        Err(reason) if std::env::var_os("CI").is_none() => eprintln!("SKIPPED: {name}: {reason}"),
         Err(reason) => panic!("{name}: {reason}"),
-    };
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    }
+    None
+}
+
+/// Runs one of the proofs, by its path, in a process that knows the stand-ins.
+fn proven(name: &str, variables: &[(&str, &str)]) {
+    let Some(stage) = staged(name) else { return };
+    let mut child = stage
+        .environment(&mut Command::new(std::env::current_exe().unwrap()))
         .args(["--ignored", "--exact", name, "--nocapture"])
-        .env("MUDIT_CUDA_LIBRARIES", &stage.folder)
-        .env("MUDIT_CACHE", stage.folder.join("cache"))
-        .env("ORT_DYLIB_PATH", &stage.onnx_runtime)
         .envs(variables.iter().copied())
         .spawn()
         .unwrap();
@@ -173,4 +190,20 @@ fn a_run_on_the_device_goes_on_on_the_host_and_back() {
 fn a_run_that_does_not_fit_says_what_would() {
     let memory = [("MUDIT_STAND_IN_MEMORY", "2500000")];
     proven("training::a_run_that_does_not_fit_says_what_would", &memory);
+}
+
+#[test]
+fn fused_ops_are_nodes_of_the_cuda_provider_and_compute_what_their_cpu_twins_do() {
+    proven("proofs::fused_nodes", &[]);
+}
+
+#[test]
+fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
+    proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+}
+
+#[test]
+fn scratch_memory_stays_where_it_is() {
+    proven("proofs::scratch", &[]);
 }

@@ -14,7 +14,7 @@ use super::super::weights::{self, Loaded, Which};
 use super::super::{guided_channels, sample};
 use crate::Usage;
 use crate::console;
-use crate::execution::Execution;
+use crate::execution::{Execution, Placed};
 use crate::fid::evaluation::Features;
 use crate::fid::extractor::Extractor;
 use crate::fid::part::Part;
@@ -200,7 +200,8 @@ fn sampled(recipe: &Recipe, runtime: &Arc<Runtime>) -> anyhow::Result<Sampled> {
             threads: recipe.threads,
         },
     };
-    let sampler = Sampler::new(runtime, &loaded.model, &loaded.parameters, &settings)?;
+    let placed = Placed::of(&loaded.parameters, &loaded.model, &settings.execution)?;
+    let sampler = Sampler::new(runtime, &loaded.model, &placed, &settings)?;
     let classes = recipe.classes.clone().map_or(Classes::Random, Classes::Cycle);
     Sampled::new(sampler, &loaded.model, classes, recipe.seed, recipe.count, recipe.batch)
 }

@@ -10,7 +10,7 @@ use cudarc::driver::result;
 use super::loaded::Loaded;
 use super::products::Workspace;
 use super::queue::{Address, Launch, Product, Queue};
-use super::scratch::Scratch;
+use super::scratch::{Pool, Scratch};
 use crate::cuda::Gpu;
 use crate::error::{Result, RuntimeError};
 
@@ -22,6 +22,7 @@ use crate::error::{Result, RuntimeError};
 pub struct GpuQueue {
     gpu: Arc<Gpu>,
     tf32: bool,
+    pool: Arc<Pool>,
     scratch: RefCell<Scratch>,
     /// Memory of products, one after the other.
     workspace: Cell<Workspace>,
@@ -40,8 +41,13 @@ impl GpuQueue {
     /// [`RuntimeError::ProviderUnavailable`] without NVRTC or cuBLASLt; [`RuntimeError::InvalidValue`] for a GPU older
     /// than the kernels.
     pub fn new(gpu: &Arc<Gpu>) -> Result<Self> {
-        let scratch = RefCell::new(gpu.loaded()?.lend());
-        Ok(Self { gpu: gpu.clone(), tf32: false, scratch, workspace: Cell::default() })
+        Ok(Self::lending(gpu, &gpu.loaded()?.pool))
+    }
+
+    /// A queue with memory of a pool.
+    pub(crate) fn lending(gpu: &Arc<Gpu>, pool: &Arc<Pool>) -> Self {
+        let scratch = RefCell::new(pool.lend());
+        Self { gpu: gpu.clone(), tf32: false, pool: pool.clone(), scratch, workspace: Cell::default() }
     }
 
     /// Lets products of f32 round their operands to 10 bits of fraction.
@@ -63,9 +69,7 @@ impl GpuQueue {
 
 impl Drop for GpuQueue {
     fn drop(&mut self) {
-        if let Ok(loaded) = self.gpu.loaded() {
-            loaded.give_back(self.scratch.take());
-        }
+        self.pool.give_back(self.scratch.take());
     }
 }
 

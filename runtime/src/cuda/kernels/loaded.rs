@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::{result, sys};
 
 use super::products::Products;
-use super::scratch::Scratch;
+use super::scratch::Pool;
 use super::{Architecture, Compiler, Source};
 use crate::cuda::Gpu;
 use crate::error::{Result, RuntimeError};
@@ -57,8 +57,7 @@ pub(crate) struct Loaded {
     architecture: Architecture,
     sources: Mutex<HashMap<&'static str, Arc<Functions>>>,
     pub(super) products: Products,
-    /// Memory of queues that are gone, the latest last.
-    scratch: Mutex<Vec<Scratch>>,
+    pub(super) pool: Arc<Pool>,
 }
 
 impl Loaded {
@@ -72,23 +71,30 @@ impl Loaded {
         let (major, minor) = gpu.info().compute_capability;
         let architecture = Architecture::of(major.unsigned_abs(), minor.unsigned_abs())?;
         let products = Products::open(gpu)?;
-        Ok(Self { compiler, architecture, sources: Mutex::default(), products, scratch: Mutex::default() })
+        Ok(Self { compiler, architecture, sources: Mutex::default(), products, pool: Arc::default() })
     }
 
     /// A kernel of a source, which is compiled and loaded by its first caller.
     pub(super) fn function(&self, gpu: &Gpu, source: &'static Source, kernel: &str) -> Result<Arc<Function>> {
-        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        let functions = if let Some(functions) = sources.get(source.name) {
-            functions.clone()
-        } else {
-            let functions = Arc::new(self.load(gpu, source)?);
-            sources.insert(source.name, functions.clone());
-            functions
-        };
-        functions.get(kernel).cloned().ok_or_else(|| RuntimeError::Kernel {
+        self.functions(gpu, source)?.get(kernel).cloned().ok_or_else(|| RuntimeError::Kernel {
             source_file: source.name.to_owned(),
             reason: format!("it has no kernel `{kernel}`"),
         })
+    }
+
+    /// Compiles and loads a source ahead of its first launch.
+    pub(super) fn prepare(&self, gpu: &Gpu, source: &'static Source) -> Result<()> {
+        self.functions(gpu, source).map(drop)
+    }
+
+    fn functions(&self, gpu: &Gpu, source: &'static Source) -> Result<Arc<Functions>> {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(functions) = sources.get(source.name) {
+            return Ok(functions.clone());
+        }
+        let functions = Arc::new(self.load(gpu, source)?);
+        sources.insert(source.name, functions.clone());
+        Ok(functions)
     }
 
     fn load(&self, gpu: &Gpu, source: &'static Source) -> Result<Functions> {
@@ -104,15 +110,5 @@ impl Loaded {
             };
             source.kernels.iter().map(function).collect()
         })
-    }
-
-    /// Memory for one queue; the one that was given back last, so that a queue at a time always has the same.
-    pub(super) fn lend(&self) -> Scratch {
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
-    }
-
-    pub(super) fn give_back(&self, mut scratch: Scratch) {
-        scratch.restart();
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
     }
 }

@@ -7,6 +7,7 @@ mod compile;
 mod gpu_queue;
 mod loaded;
 mod native;
+pub(crate) mod operator;
 mod products;
 mod queue;
 mod scratch;

@@ -1,6 +1,6 @@
-//! Memory of what is enqueued, used again by what is enqueued later.
+//! Memory of what is enqueued, used again by what is enqueued later on the same stream.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::queue::Address;
 use crate::cuda::{DeviceMemory, Gpu};
@@ -21,12 +21,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// Everything may be handed out again: what used it comes earlier on the stream than what will.
-    pub(super) fn restart(&mut self) {
-        self.at = (0, 0);
-    }
-
-    /// Bytes that nobody else has until [`Scratch::restart`].
+    /// Bytes that nobody else has until the memory is given back.
     pub(super) fn take(&mut self, gpu: &Arc<Gpu>, bytes: usize) -> Result<Address> {
         let bytes = bytes.max(1).next_multiple_of(ALIGNMENT);
         let (mut block, mut used) = self.at;
@@ -42,5 +37,21 @@ impl Scratch {
         }
         self.at = (block, used + bytes);
         Ok(Address(self.blocks[block].address()).offset(used))
+    }
+}
+
+/// Memory that queues lend, one piece a queue, the one that was given back last: a queue at a time always has the same.
+#[derive(Debug, Default)]
+pub(crate) struct Pool(Mutex<Vec<Scratch>>);
+
+impl Pool {
+    pub(super) fn lend(&self) -> Scratch {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    /// All of it may be handed out again: what used it comes earlier on the stream than what will.
+    pub(super) fn give_back(&self, mut scratch: Scratch) {
+        scratch.at = (0, 0);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
     }
 }

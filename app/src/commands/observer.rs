@@ -7,7 +7,7 @@ use models::{DitConfig, Guidance, Objective, Solver, SolverKind};
 use runtime::{Runtime, SharedArena};
 use train_engine::TrainError;
 use train_engine::config::SampleSection;
-use train_engine::trainer::{Observer, RunInfo, StepReport};
+use train_engine::trainer::{MemoryPlan, Observer, RunInfo, StepReport};
 
 use super::of_training;
 use crate::console;
@@ -104,6 +104,10 @@ pub(super) fn draw_grid(
 const MOST_COLUMNS: usize = 16;
 
 impl Observer for Console {
+    fn planned(&mut self, plan: &MemoryPlan) {
+        console::note(&plan.to_string());
+    }
+
     fn started(&mut self, info: &RunInfo) {
         if info.resumed_at > 0 {
             console::note(&format!("going on after step {} of {}", info.resumed_at, info.total_steps));

@@ -8,6 +8,7 @@ mod gpu;
 pub mod kernels;
 pub mod libraries;
 mod memory;
+mod optimizer;
 mod pinned;
 mod turns;
 
@@ -15,5 +16,6 @@ pub use arena::DeviceArena;
 pub use gpu::{Gpu, GpuInfo};
 pub use memory::DeviceMemory;
 pub(crate) use memory::out_of_memory;
+pub use optimizer::{DeviceAdamW, DeviceUpdate, GradientGroup};
 pub use pinned::PinnedMemory;
 pub use turns::Turn;

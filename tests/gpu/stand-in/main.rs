@@ -12,6 +12,7 @@ mod counts;
 #[path = "../kernels/mod.rs"]
 mod kernels;
 mod proofs;
+mod training;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -156,6 +157,39 @@ fn noise_has_the_hosts_bits() {
 #[test]
 fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
     proven("proofs::update", &[]);
+}
+
+#[test]
+fn a_checkpoint_goes_to_the_device_and_back() {
+    proven("training::a_checkpoint_goes_to_the_device_and_back", &[]);
+}
+
+#[test]
+fn steps_on_the_device_have_the_hosts_bits() {
+    for late in ["", "1", "2", "12"] {
+        proven("training::steps_on_the_device_have_the_hosts_bits", &[("MUDIT_STAND_IN_LATE", late)]);
+    }
+}
+
+#[test]
+fn a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else() {
+    proven("training::a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else", &[]);
+}
+
+#[test]
+fn gradients_of_two_types_are_one_update() {
+    proven("training::gradients_of_two_types_are_one_update", &[]);
+}
+
+#[test]
+fn a_run_on_the_device_goes_on_on_the_host_and_back() {
+    proven("training::a_run_on_the_device_goes_on_on_the_host_and_back", &[]);
+}
+
+#[test]
+fn a_run_that_does_not_fit_says_what_would() {
+    let memory = [("MUDIT_STAND_IN_MEMORY", "2500000")];
+    proven("training::a_run_that_does_not_fit_says_what_would", &memory);
 }
 
 #[test]

@@ -126,6 +126,9 @@ pub static UPDATE: Source = source!(
         "update_f16_f16",
         "round_bf16",
         "round_f16",
+        "accumulate_f32",
+        "accumulate_bf16",
+        "accumulate_f16",
     ]
 );
 

@@ -152,23 +152,19 @@ impl UpdatePlan {
     /// # Errors
     /// [`RuntimeError::InvalidValue`] for types without kernels; the queue's.
     pub fn enqueue(&self, queue: &dyn Queue, places: &UpdatePlaces, step: &UpdateStep<'_>) -> Result<()> {
-        let suffix = |dtype: DType| match dtype {
-            DType::F32 => Some("f32"),
-            DType::Bf16 => Some("bf16"),
-            DType::F16 => Some("f16"),
-            _ => None,
-        };
-        let (gradients, dtype) = places.gradients;
-        let (copy, copy_type) = places.copy.unwrap_or((Address::NONE, DType::Bf16));
-        let kernels = suffix(dtype).zip(suffix(copy_type).filter(|_| copy_type != DType::F32));
-        let (gradient_name, copy_name) = kernels.ok_or_else(|| RuntimeError::InvalidValue {
-            what: "the update's types".to_owned(),
-            expected: "gradients of f32, bf16 or f16 and a copy of bf16 or f16".to_owned(),
-            got: format!("{dtype} and {copy_type}"),
-        })?;
-        if self.pieces.is_empty() {
-            return Ok(());
-        }
+        Self::enqueue_together(&[(self, *places)], queue, step)
+    }
+
+    /// Enqueues one update of several groups of gradients, as of several types, whose norm is taken together. The
+    /// decision is that of the first group's [`UpdatePlaces::control`].
+    ///
+    /// # Errors
+    /// As [`UpdatePlan::enqueue`].
+    pub fn enqueue_together(
+        groups: &[(&Self, UpdatePlaces)],
+        queue: &dyn Queue,
+        step: &UpdateStep<'_>,
+    ) -> Result<()> {
         let launch = |kernel: &str, blocks: usize, arguments: Arguments| {
             let grid = [blocks as u32, 1, 1];
             queue.launch(Launch {
@@ -180,31 +176,60 @@ impl UpdatePlan {
                 arguments,
             })
         };
-        let (segments, pieces) = places.tables;
-        let tables = || Arguments::default().address(segments).address(pieces);
-        let count = self.pieces.len();
+        let names = groups.iter().map(|(_, places)| kernel_names(places)).collect::<Result<Vec<_>>>()?;
+        let count: usize = groups.iter().map(|(plan, _)| plan.pieces.len()).sum();
+        let Some(control) = groups.first().map(|(_, places)| places.control).filter(|_| count > 0) else {
+            return Ok(());
+        };
         let sums = queue.scratch(count * size_of::<f64>())?;
-        let squares = tables().address(gradients).address(sums);
-        launch(&format!("update_squares_{gradient_name}"), count, squares)?;
+        let filled = || groups.iter().zip(&names).filter(|((plan, _), _)| !plan.pieces.is_empty());
+        let mut done = 0;
+        for ((plan, places), (squares, _)) in filled() {
+            let arguments = tables(places).address(places.gradients.0);
+            let sums = sums.offset(done * size_of::<f64>());
+            launch(squares, plan.pieces.len(), arguments.address(sums))?;
+            done += plan.pieces.len();
+        }
         let decide = Arguments::default().address(sums).with(count as u32).with(step.clip.unwrap_or(0.0));
-        launch("update_decide", 1, decide.with(step.gradient_scale).address(places.control))?;
+        launch("update_decide", 1, decide.with(step.gradient_scale).address(control))?;
+        for ((plan, places), (_, update)) in filled() {
+            let (average, decay) = places.average.unwrap_or((Address::NONE, 0.0));
+            let arguments = tables(places).address(control).with(plan.constants(step, decay));
+            let arguments = arguments.address(places.parameters).address(places.gradients.0);
+            let arguments = arguments.address(places.moments.0).address(places.moments.1);
+            let copy = places.copy.map_or(Address::NONE, |(at, _)| at);
+            launch(update, plan.pieces.len(), arguments.address(average).address(copy))?;
+        }
+        Ok(())
+    }
 
-        let (average, decay) = places.average.unwrap_or((Address::NONE, 0.0));
+    fn constants(&self, step: &UpdateStep<'_>, decay: f64) -> Constants {
         let (beta1, beta2) = self.betas;
-        let constants = Constants {
+        Constants {
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
             correction2: (1.0 - beta2.powf(step.step as f64)).sqrt() as f32,
             keep: decay as f32,
             take: (1.0 - decay) as f32,
-        };
-        let arguments = tables().address(places.control).with(constants).address(places.parameters);
-        let arguments = arguments.address(gradients).address(places.moments.0).address(places.moments.1);
-        launch(
-            &format!("update_{gradient_name}_{copy_name}"),
-            count,
-            arguments.address(average).address(copy),
-        )
+        }
     }
+}
+
+fn tables(places: &UpdatePlaces) -> Arguments {
+    Arguments::default().address(places.tables.0).address(places.tables.1)
+}
+
+/// The kernels of the norm and of the update for a group's types.
+fn kernel_names(places: &UpdatePlaces) -> Result<(String, String)> {
+    let (dtype, copy) = (places.gradients.1, places.copy.map_or(DType::Bf16, |(_, dtype)| dtype));
+    let float = matches!(dtype, DType::F32 | DType::Bf16 | DType::F16);
+    if float && matches!(copy, DType::Bf16 | DType::F16) {
+        return Ok((format!("update_squares_{dtype}"), format!("update_{dtype}_{copy}")));
+    }
+    Err(RuntimeError::InvalidValue {
+        what: "the update's types".to_owned(),
+        expected: "gradients of f32, bf16 or f16 and a copy of bf16 or f16".to_owned(),
+        got: format!("{dtype} and {copy}"),
+    })
 }

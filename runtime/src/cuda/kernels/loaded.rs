@@ -88,6 +88,8 @@ impl Loaded {
     }
 
     fn functions(&self, gpu: &Gpu, source: &'static Source) -> Result<Arc<Functions>> {
+        // Before the lock: who has the turn may wait for the lock.
+        let _turn = gpu.turn();
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(functions) = sources.get(source.name) {
             return Ok(functions.clone());

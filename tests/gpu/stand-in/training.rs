@@ -1,5 +1,5 @@
-//! Training whose state is on the device: the update is computed by mudit's kernels; those of ONNX Runtime compute nothing,
-//! so that every gradient is zero and what the moments do to the parameters remains.
+//! Training whose state is on the device. Only the update's kernels run: every gradient is zero, and what the moments do to
+//! the parameters remains.
 
 use std::fs;
 use std::path::Path;

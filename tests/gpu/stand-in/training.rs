@@ -264,7 +264,8 @@ fn gradients_of_two_types_are_one_update() {
     };
     let (masters, ema, copy) =
         (zeros(&whole, DType::F32), zeros(&whole, DType::F32), zeros(&whole, DType::Bf16));
-    (masters.upload(&parameters).unwrap(), ema.upload(&average).unwrap());
+    masters.upload(&parameters).unwrap();
+    ema.upload(&average).unwrap();
     let groups = [(narrow, DType::Bf16), (wide, DType::F32)].map(|(layout, dtype)| {
         let f32s = || zeros(&layout, DType::F32);
         (zeros(&layout, dtype), f32s(), f32s(), f32s(), layout)

@@ -210,16 +210,19 @@ impl Session {
         self.graphs.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// The error of a run: memory that ran out on a GPU is told apart.
+    /// The error of a run: memory that ran out on a GPU is told apart, whether ONNX Runtime or one of this crate's kernels
+    /// asked for it.
     pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
         let reason = error.to_string();
-        match &self.gpu {
-            Some(gpu) if reason.contains("Failed to allocate memory") || reason.contains("out of memory") => {
-                let after = |text: &str| Some(reason.split_once(text)?.1.trim_start().to_owned());
-                let digits = after("requested buffer of size")
-                    .map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
-                let bytes = digits.and_then(|d| d.parse().ok()).unwrap_or(0);
-                crate::cuda::out_of_memory(gpu, bytes, &format!("values inside `{}`", self.name))
+        let after = |text: &str| reason.split_once(text).map(|(_, rest)| rest.trim_start());
+        let ran_out = after("requested buffer of size")
+            .or_else(|| after(" cannot give "))
+            .or_else(|| after("out of memory"));
+        match (&self.gpu, ran_out) {
+            (Some(gpu), Some(rest)) => {
+                let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+                let what = format!("values inside `{}`", self.name);
+                crate::cuda::out_of_memory(gpu, digits.parse().unwrap_or(0), &what)
             }
             _ => RuntimeError::Run { program: self.name.clone(), reason },
         }

@@ -1,5 +1,5 @@
-//! Training whose state is on the device: the update is computed by mudit's kernels; those of ONNX Runtime compute nothing,
-//! so that every gradient is zero and what the moments do to the parameters remains.
+//! Training whose state is on the device. Only the update's kernels run: every gradient is zero, and what the moments do to
+//! the parameters remains.
 
 use std::fs;
 use std::path::Path;
@@ -264,7 +264,8 @@ fn gradients_of_two_types_are_one_update() {
     };
     let (masters, ema, copy) =
         (zeros(&whole, DType::F32), zeros(&whole, DType::F32), zeros(&whole, DType::Bf16));
-    (masters.upload(&parameters).unwrap(), ema.upload(&average).unwrap());
+    masters.upload(&parameters).unwrap();
+    ema.upload(&average).unwrap();
     let groups = [(narrow, DType::Bf16), (wide, DType::F32)].map(|(layout, dtype)| {
         let f32s = || zeros(&layout, DType::F32);
         (zeros(&layout, dtype), f32s(), f32s(), f32s(), layout)

@@ -104,13 +104,14 @@ impl TrainingState for HostState {
     }
 
     fn take(&mut self, part: Part, values: &Arena) -> Result<()> {
-        Ok(match part {
+        match part {
             Part::Parameters => write_lock(&self.arenas.parameters)?.copy_from(values)?,
             Part::Average => write_lock(&self.average)?.copy_from(values)?,
             Part::Gradients => write_lock(&self.arenas.gradients)?.copy_from(values)?,
             Part::FirstMoments => self.moments[0].copy_from(values)?,
             Part::SecondMoments => self.moments[1].copy_from(values)?,
-        })
+        }
+        Ok(())
     }
 
     fn average(&mut self) -> Result<SharedArena> {

@@ -125,7 +125,7 @@ impl Session {
             let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
             program.check_cuda(&native).map_err(|e| load_error(&program.name, &e))?;
             if kernels {
-                gpu.loaded()?;
+                gpu.loaded()?.require_kernels(gpu)?;
             }
         }
         let mut builder = with_weights(builder, program, weights)?;

@@ -84,6 +84,18 @@ pub enum Weights {
     Memory(Arc<[u8]>),
 }
 
+/// Whether a session's runs are recorded as CUDA graphs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Recording {
+    /// Nobody asked for it.
+    #[default]
+    Off,
+    /// They are.
+    On,
+    /// It was asked for and is not safe; every run starts its kernels one by one. The reason.
+    Refused(String),
+}
+
 /// A program that ONNX Runtime has loaded. Runs go through a [`Binding`](crate::Binding); one at a time.
 pub struct Session {
     name: String,
@@ -94,6 +106,7 @@ pub struct Session {
     _weights: Option<Arc<[u8]>>,
     /// The GPU on whose stream it runs.
     gpu: Option<Arc<Gpu>>,
+    recording: Recording,
     /// Bindings made so far.
     graphs: AtomicU32,
     runtime: Arc<Runtime>,
@@ -106,7 +119,8 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
-    /// Loads a program from memory and checks the model against the program's signature.
+    /// Loads a program from memory and checks the model against the program's signature. Where CUDA graphs are asked for
+    /// and are not safe, it goes without, and [`Session::recording`] says why.
     ///
     /// # Errors
     /// [`RuntimeError::ProviderUnavailable`], [`RuntimeError::Load`] with ONNX Runtime's words,
@@ -116,6 +130,33 @@ impl Session {
         program: &OnnxProgram,
         weights: &Weights,
         options: &SessionOptions,
+    ) -> Result<Arc<Self>> {
+        if !options.provider.cuda_graph() {
+            return Self::load_as(runtime, program, weights, options, Recording::Off);
+        }
+        let reason = if program.unrepeatable.is_empty() {
+            match Self::load_as(runtime, program, weights, options, Recording::On) {
+                // ONNX Runtime's words for control flow, and for nodes that are not on the GPU.
+                Err(RuntimeError::Load { reason, .. }) if reason.contains("graph capture feature") => reason,
+                other => return other,
+            }
+        } else {
+            format!(
+                "it would read tables of the host where they no longer are: {}",
+                program.unrepeatable.join(", ")
+            )
+        };
+        let provider = options.provider.clone().without_cuda_graph();
+        let options = SessionOptions { provider, ..options.clone() };
+        Self::load_as(runtime, program, weights, &options, Recording::Refused(reason))
+    }
+
+    fn load_as(
+        runtime: &Arc<Runtime>,
+        program: &OnnxProgram,
+        weights: &Weights,
+        options: &SessionOptions,
+        recording: Recording,
     ) -> Result<Arc<Self>> {
         let failed = |e: ort::Error| load_error(&program.name, &e);
         let (builder, gpu) = builder(runtime, options, &program.name)?;
@@ -133,7 +174,7 @@ impl Session {
         session.check("output", &program.outputs, &session.outputs)?;
         // Callers address inputs and outputs by the program's order and static shapes.
         let (inputs, outputs) = (program.inputs.clone(), program.outputs.clone());
-        Ok(Arc::new(Self { inputs, outputs, ..session }))
+        Ok(Arc::new(Self { inputs, outputs, recording, ..session }))
     }
 
     /// Loads a model file; its external data must lie in the file's directory.
@@ -155,7 +196,8 @@ impl Session {
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
         drop(turns);
-        let session = Self::new(runtime, name, inner, &Weights::Inside, gpu)?;
+        let recording = if options.provider.cuda_graph() { Recording::On } else { Recording::Off };
+        let session = Self { recording, ..Self::new(runtime, name, inner, &Weights::Inside, gpu)? };
         if let Some((inputs, outputs)) = signature {
             session.check("input", inputs, &session.inputs)?;
             session.check("output", outputs, &session.outputs)?;
@@ -186,6 +228,11 @@ impl Session {
     /// The GPU that runs it.
     pub fn gpu(&self) -> Option<&Arc<Gpu>> {
         self.gpu.as_ref()
+    }
+
+    /// Whether its runs are recorded as CUDA graphs.
+    pub fn recording(&self) -> &Recording {
+        &self.recording
     }
 
     /// Stops profiling and returns the file that was written.
@@ -240,7 +287,17 @@ impl Session {
             Weights::Inside | Weights::Directory(_) => None,
         };
         let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, graphs: AtomicU32::new(0), runtime })
+        Ok(Self {
+            name,
+            inputs,
+            outputs,
+            inner,
+            _weights: kept,
+            gpu,
+            recording: Recording::Off,
+            graphs: AtomicU32::new(0),
+            runtime,
+        })
     }
 
     fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use graph_builder::{Builder, DType, Dim, Graph, Init, Precision, Type, Weights};
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::{
-    Arena, ArenaLayout, Binding, CudaOptions, Provider, Runtime, RuntimeError, RuntimeOptions, Session,
-    SessionOptions,
+    Arena, ArenaLayout, Binding, CudaOptions, Provider, Recording, Runtime, RuntimeError, RuntimeOptions,
+    Session, SessionOptions,
 };
 
 use super::counts::Counts;
@@ -183,4 +183,46 @@ fn bindings_on_the_device_are_checked() {
             .unwrap_err(),
     );
     assert!(error.contains("the CPU"), "{error}");
+}
+
+fn recorded() -> Provider {
+    "cuda+graph".parse().unwrap()
+}
+
+/// The stand-in records nothing and replays nothing: a run that is replayed leaves the outputs as they were.
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn each_binding_is_recorded_for_itself() {
+    let session = load(&moves(Precision::F32), recorded());
+    assert_eq!(session.recording(), &Recording::On);
+    let mut bindings = [Binding::owned(&session).unwrap(), Binding::owned(&session).unwrap()];
+    for (value, binding) in [1.0, 2.0].into_iter().zip(&mut bindings) {
+        binding.input_f32("x").unwrap().fill(value);
+        binding.run().unwrap();
+        assert_eq!(binding.output_f32("x.flat").unwrap(), [value; 6], "it was recorded while it ran");
+    }
+    for (value, binding) in [1.0, 2.0].into_iter().zip(&mut bindings) {
+        binding.input_f32("x").unwrap().fill(9.0);
+        binding.run().unwrap();
+        assert_eq!(binding.output_f32("x.flat").unwrap(), [value; 6], "it was replayed");
+    }
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn what_cannot_be_recorded_goes_without_and_says_why() {
+    let b = Builder::new("joins");
+    let (x, z) = (b.input("x", Type::f32([2, 3])), b.input("z", Type::f32([2, 4])));
+    b.output("both", x.concat(&[z], 1));
+    b.output("x.flat", x.reshape([6]));
+    let session = load(&b.finish().unwrap(), recorded());
+    let Recording::Refused(reason) = session.recording() else { panic!("{:?}", session.recording()) };
+    assert!(reason.contains("Concat"), "{reason}");
+    let mut binding = Binding::owned(&session).unwrap();
+    for value in [1.0, 2.0, 3.0] {
+        binding.input_f32("x").unwrap().fill(value);
+        binding.run().unwrap();
+        assert_eq!(binding.output_f32("x.flat").unwrap(), [value; 6]);
+    }
+    assert_eq!(load(&moves(Precision::F32), cuda()).recording(), &Recording::Off);
 }

@@ -189,23 +189,35 @@ fn recorded() -> Provider {
     "cuda+graph".parse().unwrap()
 }
 
-/// The stand-in records nothing and replays nothing: a run that is replayed leaves the outputs as they were.
+/// Recorded once and replayed from then on, from several threads, while another one allocates: what is recorded is one
+/// binding's run and nothing else.
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn each_binding_is_recorded_for_itself() {
-    let session = load(&moves(Precision::F32), recorded());
-    assert_eq!(session.recording(), &Recording::On);
-    let mut bindings = [Binding::owned(&session).unwrap(), Binding::owned(&session).unwrap()];
-    for (value, binding) in [1.0, 2.0].into_iter().zip(&mut bindings) {
-        binding.input_f32("x").unwrap().fill(value);
-        binding.run().unwrap();
-        assert_eq!(binding.output_f32("x.flat").unwrap(), [value; 6], "it was recorded while it ran");
-    }
-    for (value, binding) in [1.0, 2.0].into_iter().zip(&mut bindings) {
-        binding.input_f32("x").unwrap().fill(9.0);
-        binding.run().unwrap();
-        assert_eq!(binding.output_f32("x.flat").unwrap(), [value; 6], "it was replayed");
-    }
+    let sessions = [0, 1].map(|_| load(&moves(Precision::F32), recorded()));
+    assert_eq!(sessions[0].recording(), &Recording::On);
+    let gpu = Gpu::open(0).unwrap();
+    let thread = &|number: u8| {
+        let mut binding = Binding::owned(&sessions[usize::from(number % 2)]).unwrap();
+        for run in 0..10 {
+            let (x, z) = (f32::from(10 * number + run), f32::from(number));
+            binding.input_f32("x").unwrap().fill(x);
+            binding.input_f32("z").unwrap().fill(z);
+            binding.run().unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(binding.output_f32("x.flat").unwrap(), [x; 6], "thread {number}, run {run}");
+            assert_eq!(binding.output_f32("z.wide").unwrap(), [z; 300], "thread {number}, run {run}");
+        }
+    };
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            scope.spawn(move || thread(number));
+        }
+        scope.spawn(|| {
+            for _ in 0..200 {
+                DeviceArena::zeros(&gpu, layout(), DType::F32, "a proof").unwrap();
+            }
+        });
+    });
 }
 
 #[test]

@@ -198,9 +198,6 @@ impl Placed {
             }
         };
         let program = graph.emit(weights)?;
-        if matches!(execution.provider, Provider::Cuda(_)) {
-            program.check_cuda(&|_, _| false)?;
-        }
         let session = Session::load(runtime, &program, &memory, options)?;
         let mut builder = Binding::builder(&session);
         let bound = match &self.0 {

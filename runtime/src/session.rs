@@ -161,9 +161,13 @@ impl Session {
         let failed = |e: ort::Error| load_error(&program.name, &e);
         let (builder, gpu) = builder(runtime, options, &program.name)?;
         let kernels = options.native_kernels && !program.native_ops.is_empty();
-        if let (true, Provider::Cuda(_), Some(gpu)) = (kernels, &options.provider, &gpu) {
-            // Asked now: what is missing is told by name, not in the words of a failed load.
-            gpu.loaded()?;
+        // Asked now: what is missing is told by name, not in the words of a failed load.
+        if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
+            let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
+            program.check_cuda(&native).map_err(|e| load_error(&program.name, &e))?;
+            if kernels {
+                gpu.loaded()?.require_kernels(gpu)?;
+            }
         }
         let mut builder = with_weights(builder, program, weights)?;
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));

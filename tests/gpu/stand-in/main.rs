@@ -9,6 +9,7 @@ mod bindings;
 mod build;
 mod commands;
 mod counts;
+mod engines;
 #[path = "../kernels/mod.rs"]
 mod kernels;
 mod proofs;
@@ -217,6 +218,7 @@ fn fused_ops_are_nodes_of_the_cuda_provider_and_compute_what_their_cpu_twins_do(
 fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
     proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+    proven("engines::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
 }
 
 #[test]

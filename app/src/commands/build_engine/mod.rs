@@ -13,7 +13,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use graph_builder::{Graph, OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
-use runtime::cuda::kernels::Architecture;
+use runtime::cuda::kernels::{self, Architecture};
 use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name};
 use runtime::{Engine, Provider, SessionOptions};
 use serde_json::json;
@@ -131,7 +131,7 @@ impl BuildEngineArgs {
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = parameters.as_ref().map(|w| w.file.as_path());
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
-        if let Some(architecture) = target.elsewhere() {
+        if let Some(architecture) = target.kernels() {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
             Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
         }
@@ -222,7 +222,7 @@ impl BuildEngineArgs {
         Stages::new([
             (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
             (Stage::Emit, planned.len()),
-            (Stage::Kernels, usize::from(elsewhere)),
+            (Stage::Kernels, usize::from(target.kernels().is_some())),
             (Stage::Load, tried),
             (Stage::Validate, tried),
         ])
@@ -309,8 +309,7 @@ impl BuildEngineArgs {
             };
             let emitted = p.graph.emit(how)?;
             if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
-                // Function bodies are what runs there: no fused op has a kernel of its own on a GPU.
-                emitted.check_cuda(&|_, _| false)?;
+                emitted.check_cuda(&kernels::has)?;
             }
             built.push((p.batch, emitted));
         }

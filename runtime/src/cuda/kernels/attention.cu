@@ -214,7 +214,6 @@ template <u32 HEAD, class T> DEVICE void forward(const T *qkv, T *out, const Hea
         }
         add_weighted<HEAD, COLUMNS>(sums, scores, stages.second + at);
     }
-    copy_wait<0>();
     T *const to = out + (u64)blockIdx.z * h.tokens * width + blockIdx.y * h.size;
     const float first = 1.0f / row_sum(totals[0]), second = 1.0f / row_sum(totals[1]);
     write_rows<HEAD>(to, width, sums, first, second, row + threadIdx.x / WARP * 16, h.tokens, h.size);
@@ -298,7 +297,6 @@ DEVICE void backward_queries(const T *qkv, const T *ct, T *dqkv, Row *all, const
         }
         add_weighted<HEAD, COLUMNS>(sums, scores, stages.first + at);
     }
-    copy_wait<0>();
     const u32 first = row + threadIdx.x / WARP * 16;
     write_rows<HEAD>(dqkv + head, stride, sums, h.scale, h.scale, first, h.tokens, h.size);
     Row *const rows = all + ((u64)blockIdx.z * h.heads + blockIdx.y) * h.tokens;
@@ -364,7 +362,6 @@ DEVICE void backward_keys(const T *qkv, const T *ct, T *dqkv, const Row *all, co
         add_weighted<HEAD, COLUMNS>(dvalues, weights, stages.second + at);
         add_weighted<HEAD, COLUMNS>(dkeys, dweights, stages.first + at);
     }
-    copy_wait<0>();
     const u32 first = row + threadIdx.x / WARP * 16;
     write_rows<HEAD>(dqkv + head + width, stride, dkeys, h.scale, h.scale, first, h.tokens, h.size);
     write_rows<HEAD>(dqkv + head + 2 * width, stride, dvalues, 1.0f, 1.0f, first, h.tokens, h.size);

@@ -16,7 +16,10 @@ mod update;
 use std::fmt;
 use std::str::FromStr;
 
+use graph_builder::DType;
+
 use crate::error::RuntimeError;
+use crate::kernels::Op;
 
 pub use compile::{Compiled, Compiler, KernelInfo};
 pub use gpu_queue::GpuQueue;
@@ -26,6 +29,11 @@ pub use queue::{Address, Arguments, Launch, Product, Queue};
 pub use update::{Control, Piece, Segment, UpdatePlaces, UpdatePlan};
 
 pub use crate::kernels::AttributeSource;
+
+/// Whether a `mudit` op has kernels in an element type.
+pub fn has(op: &str, dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::Bf16 | DType::F16) && Op::ALL.iter().any(|known| known.name() == op)
+}
 
 /// An architecture of GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

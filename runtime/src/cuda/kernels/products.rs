@@ -114,6 +114,8 @@ impl Products {
     /// The algorithm for a product, chosen by the library the first time that its kind occurs.
     pub(super) fn plan(&self, gpu: &Gpu, product: &Product, tf32: bool) -> Result<Plan> {
         let kind = Kind::of(product, tf32);
+        // Before the lock: who has the turn may wait for the lock.
+        let _turn = gpu.turn();
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&kind) {
             return Ok(*plan);
@@ -157,6 +159,7 @@ impl Products {
 
     /// Enqueues a product by an algorithm of its kind.
     pub(super) fn enqueue(&self, gpu: &Gpu, p: &Product, plan: &Plan, workspace: Workspace) -> Result<()> {
+        let _turn = gpu.turn();
         gpu.call("make its context current", || Ok(()))?;
         let run = || {
             let call = Call::new(&plan.kind)?;

@@ -158,8 +158,11 @@ impl Session {
         options: &SessionOptions,
         recording: Recording,
     ) -> Result<Arc<Self>> {
-        let failed = |e: ort::Error| load_error(&program.name, &e);
         let (builder, gpu) = builder(runtime, options, &program.name)?;
+        let failed = |e: ort::Error| {
+            ran_out(gpu.as_ref(), &program.name, &e.to_string())
+                .unwrap_or_else(|| load_error(&program.name, &e))
+        };
         let kernels = options.native_kernels && !program.native_ops.is_empty();
         // Asked now: what is missing is told by name, not in the words of a failed load.
         if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
@@ -257,22 +260,11 @@ impl Session {
         self.graphs.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// The error of a run: memory that ran out on a GPU is told apart, whether ONNX Runtime or one of this crate's kernels
-    /// asked for it.
+    /// The error of a run.
     pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
         let reason = error.to_string();
-        let after = |text: &str| reason.split_once(text).map(|(_, rest)| rest.trim_start());
-        let ran_out = after("requested buffer of size")
-            .or_else(|| after(" cannot give "))
-            .or_else(|| after("out of memory"));
-        match (&self.gpu, ran_out) {
-            (Some(gpu), Some(rest)) => {
-                let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
-                let what = format!("values inside `{}`", self.name);
-                crate::cuda::out_of_memory(gpu, digits.parse().unwrap_or(0), &what)
-            }
-            _ => RuntimeError::Run { program: self.name.clone(), reason },
-        }
+        ran_out(self.gpu.as_ref(), &self.name, &reason)
+            .unwrap_or_else(|| RuntimeError::Run { program: self.name.clone(), reason })
     }
 
     fn new(
@@ -331,6 +323,17 @@ impl Session {
             None => Ok(()),
         }
     }
+}
+
+/// Memory of a GPU that ran out, told from ONNX Runtime's words or those of one of this crate's kernels.
+fn ran_out(gpu: Option<&Arc<Gpu>>, program: &str, reason: &str) -> Option<RuntimeError> {
+    let after = |text: &str| reason.split_once(text).map(|(_, rest)| rest.trim_start());
+    let rest = after("requested buffer of size")
+        .or_else(|| after(" cannot give "))
+        .or_else(|| after("out of memory"))?;
+    let bytes: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    let what = format!("values inside `{program}`");
+    Some(crate::cuda::out_of_memory(gpu?, bytes.parse().unwrap_or(0), &what))
 }
 
 pub(crate) fn load_error(program: &str, error: &dyn fmt::Display) -> RuntimeError {

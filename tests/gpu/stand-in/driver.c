@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801, RECORDED = 900 };
 enum { HEADER = 256 };
 static size_t used;
 static void *current;
@@ -27,11 +27,13 @@ void stand_in_counts(struct counts *out) { *out = counts; }
 
 /* Streams: work that was queued and is not done. */
 struct work { void (*run)(void *); struct work *next; _Alignas(16) char data[]; };
-struct stream { int late; uint64_t queued, done; struct work *first, *last; };
+struct graph { struct work *first, *last; };
+struct stream { int late; uint64_t queued, done; struct work *first, *last; struct graph *recorded; };
 struct event { struct stream *stream; uint64_t after; };
 enum { STREAMS = 64 };
 static struct stream streams[STREAMS];
 static int made;
+int cuStreamSynchronize(void *);
 static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 /* Does what was queued on a stream, up to its piece of number `until`. */
@@ -54,20 +56,49 @@ static void drain_all(void) {
 int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t bytes) {
   struct stream *s = stream;
   pthread_mutex_lock(&lock);
-  if (s >= streams && s < streams + made && s->late) {
+  const bool known = s >= streams && s < streams + made;
+  if (known && (s->late || s->recorded)) {
     struct work *work = malloc(sizeof *work + bytes);
     work->run = run;
     work->next = 0;
     memcpy(work->data, data, bytes);
-    if (s->last) s->last->next = work; else s->first = work;
-    s->last = work;
-    s->queued++;
+    struct work **first = s->recorded ? &s->recorded->first : &s->first;
+    struct work **last = s->recorded ? &s->recorded->last : &s->last;
+    if (*last) (*last)->next = work; else *first = work;
+    *last = work;
+    s->queued += !s->recorded;
   } else {
     _Alignas(16) char copy[bytes + 1];
     memcpy(copy, data, bytes);
     run(copy);
   }
   pthread_mutex_unlock(&lock);
+  return OK;
+}
+/* CUDA graphs of copies: while a stream is recorded nothing on it is done, and nobody may allocate. */
+static struct stream *recorded(void) {
+  for (int i = 0; i < made; i++) if (streams[i].recorded) return &streams[i];
+  return 0;
+}
+int stand_in_record(void *stream) {
+  struct stream *s = stream;
+  pthread_mutex_lock(&lock);
+  s->recorded = calloc(1, sizeof(struct graph));
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
+void *stand_in_recorded(void *stream) {
+  struct stream *s = stream;
+  pthread_mutex_lock(&lock);
+  struct graph *graph = s->recorded;
+  s->recorded = 0;
+  pthread_mutex_unlock(&lock);
+  return graph;
+}
+int stand_in_replay(void *graph, void *stream) {
+  struct graph *g = graph;
+  cuStreamSynchronize(stream);
+  for (struct work *work = g->first; work; work = work->next) work->run(work->data);
   return OK;
 }
 struct copy { void *to; const void *from; size_t bytes; int value; };
@@ -107,6 +138,7 @@ int cuCtxSynchronize(void) { counts.waits++; drain_all(); return OK; }
 
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (bytes == 0) return INVALID;
+  if (recorded()) return RECORDED;
   if (bytes > total() || __atomic_load_n(&used, __ATOMIC_SEQ_CST) > total() - bytes) return OUT_OF_MEMORY;
   size_t whole = HEADER + (bytes + HEADER - 1) / HEADER * HEADER;
   char *block = aligned_alloc(HEADER, whole);
@@ -161,6 +193,7 @@ int cuStreamSynchronize(void *stream) {
   struct stream *s = stream;
   counts.waits++;
   if (s < streams || s >= streams + made) { drain_all(); return OK; }
+  if (s->recorded) return RECORDED;
   pthread_mutex_lock(&lock);
   drain(s, s->queued);
   pthread_mutex_unlock(&lock);
@@ -226,6 +259,7 @@ int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z
     return INVALID;
   const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11);
   if (getenv("MUDIT_STAND_IN_UPDATES_ONLY") && !update) return OK;
+  if (recorded()) return NOT_SUPPORTED;
   cuStreamSynchronize(stream); /* what the arguments point to is gone later */
   counts.waits--;
   pthread_mutex_lock(&turn);

@@ -147,6 +147,16 @@ fn the_next_runs_inputs_go_ahead_of_it() {
 }
 
 #[test]
+fn each_binding_is_recorded_for_itself() {
+    proven("bindings::each_binding_is_recorded_for_itself", &[]);
+}
+
+#[test]
+fn what_cannot_be_recorded_goes_without_and_says_why() {
+    proven("bindings::what_cannot_be_recorded_goes_without_and_says_why", &[]);
+}
+
+#[test]
 fn bindings_on_the_device_are_checked() {
     proven("bindings::bindings_on_the_device_are_checked", &[]);
 }

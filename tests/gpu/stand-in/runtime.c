@@ -67,6 +67,13 @@ int cudaDeviceSynchronize(void) { return cuCtxSynchronize(); }
 int cudaStreamSynchronize(void *stream) { return cuStreamSynchronize(stream); }
 int cudaStreamCreate(void **stream) { *stream = &object; return OK; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &object; return OK; }
+int stand_in_record(void *);
+void *stand_in_recorded(void *);
+int stand_in_replay(void *, void *);
+int cudaStreamBeginCapture(void *stream, int mode) { cuStreamSynchronize(stream); return stand_in_record(stream); }
+int cudaStreamEndCapture(void *stream, void **graph) { *graph = stand_in_recorded(stream); return OK; }
+int cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) { *executable = graph; return OK; }
+int cudaGraphLaunch(void *executable, void *stream) { return stand_in_replay(executable, stream); }
 int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return OK; }
 int cudaEventCreate(void **event) { *event = &object; return OK; }
 int cudaEventCreateWithFlags(void **event, unsigned flags) { *event = &object; return OK; }

@@ -30,4 +30,7 @@ pub struct OnnxProgram {
     pub weights_file: Option<String>,
     /// Names of the `mudit` domain's ops that the model uses, each with a function body inside the model.
     pub native_ops: Vec<String>,
+    /// Nodes for which the CUDA provider brings a table from the host in each run: a recorded CUDA graph would read it
+    /// where it no longer is. They join or cut tensors of unequal sizes, or more than 32.
+    pub unrepeatable: Vec<String>,
 }

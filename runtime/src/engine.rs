@@ -18,10 +18,12 @@ use serde::{Deserialize, Serialize};
 pub use draft::EngineDraft;
 pub use key::{EngineKey, KeyDifference};
 
+use crate::cuda::Gpu;
+use crate::cuda::kernels::SOURCES;
 use crate::error::{Result, RuntimeError};
 use crate::file::sha256_file;
 use crate::library::Runtime;
-use crate::provider::Provider;
+use crate::provider::{CudaOptions, Provider};
 use crate::session::{Session, SessionOptions};
 
 /// Version of the directory's layout and of `engine.json`.
@@ -90,6 +92,10 @@ pub struct CompiledProgram {
 pub struct EngineKernels {
     /// The source's name.
     pub source: String,
+    /// SHA-256 of the source's text.
+    pub source_sha256: String,
+    /// What it was compiled for: `sm_90`.
+    pub architecture: String,
     /// The machine code, in the engine's directory.
     pub file: String,
     /// Its size in bytes.
@@ -237,9 +243,33 @@ impl Engine {
             self.broken(format!("it has no program {program} at batch {batch}, only {}", known.join(", ")))
         })?;
         self.verify_file(&found.file, &found.sha256)?;
+        if let Provider::Cuda(CudaOptions { ordinal, .. }) = options.provider {
+            let gpu = Gpu::open(ordinal)?;
+            self.give_kernels(&gpu)?;
+            if options.native_kernels && !found.native_ops.is_empty() {
+                gpu.loaded()?.require_kernels(&gpu)?;
+            }
+        }
         let compiled = found.compiled.as_ref().filter(|_| matches!(options.provider, Provider::TensorRt(_)));
         let path = self.directory.join(compiled.map_or(&found.file, |c| &c.file));
         Session::load_file(runtime, path, Some((&found.inputs, &found.outputs)), options)
+    }
+
+    /// Gives a GPU the kernels that were compiled for its architecture from the sources that this program has, too.
+    fn give_kernels(&self, gpu: &Gpu) -> Result<()> {
+        let architecture = gpu.info().architecture();
+        for kernels in self.manifest.kernels.iter().filter(|k| k.architecture == architecture) {
+            let known = SOURCES.iter().find(|s| s.name == kernels.source);
+            if known.is_some_and(|source| source.sha256() == kernels.source_sha256) {
+                self.verify_file(&kernels.file, &kernels.sha256)?;
+                let path = self.directory.join(&kernels.file);
+                gpu.give_kernels(
+                    &kernels.source,
+                    fs::read(&path).map_err(|e| RuntimeError::io("read", &path, e))?,
+                );
+            }
+        }
+        Ok(())
     }
 
     fn verify_file(&self, file: &str, sha256: &str) -> Result<()> {

@@ -57,6 +57,6 @@ pub use foreign::{ForeignModel, Port};
 pub use library::{LibraryInfo, LibrarySource, Runtime, RuntimeOptions};
 pub use placement::Placement;
 pub use provider::{CpuOptions, CudaOptions, Provider, TensorRtOptions};
-pub use session::{Optimization, Session, SessionOptions, Weights};
+pub use session::{Optimization, Recording, Session, SessionOptions, Weights};
 pub use tensor::{HostData, HostTensor, read_safetensors_file, write_safetensors_file};
 pub use update::{AdamW, UpdateReport};

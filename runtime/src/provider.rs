@@ -31,8 +31,8 @@ impl Default for CpuOptions {
 pub struct CudaOptions {
     /// The CUDA driver's number of the GPU.
     pub ordinal: usize,
-    /// Record the kernels of a run once and start them all at once from then on. Programs with control flow, or with a
-    /// node that is not on the GPU, are refused.
+    /// Record the kernels of a run once and start them all at once from then on, where that is safe; see
+    /// [`Session::recording`](crate::Session::recording).
     pub cuda_graph: bool,
     /// Largest size of the provider's memory for intermediate values, in bytes.
     pub memory_limit: Option<usize>,
@@ -100,14 +100,18 @@ impl Default for Provider {
     }
 }
 
+/// What stands behind a provider's name if runs are recorded.
+const GRAPH: &str = "+graph";
+
 impl fmt::Display for Provider {
     /// The name that [`FromStr`] takes; a GPU's number only where it is not 0.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())?;
         match self.device() {
-            Device::Cuda { ordinal } if ordinal > 0 => write!(f, ":{ordinal}"),
-            _ => Ok(()),
+            Device::Cuda { ordinal } if ordinal > 0 => write!(f, ":{ordinal}")?,
+            _ => {}
         }
+        if self.cuda_graph() { f.write_str(GRAPH) } else { Ok(()) }
     }
 }
 
@@ -115,22 +119,26 @@ impl FromStr for Provider {
     type Err = RuntimeError;
 
     fn from_str(text: &str) -> Result<Self> {
-        let (name, ordinal) = match text.split_once(':') {
+        let (device, cuda_graph) = text.strip_suffix(GRAPH).map_or((text, false), |device| (device, true));
+        let (name, ordinal) = match device.split_once(':') {
             Some((name, number)) => (name, number.parse().ok()),
-            None => (text, Some(0)),
+            None => (device, Some(0)),
         };
         match (name, ordinal) {
             ("cpu", _) if text == name => Some(Self::default()),
-            ("cuda", Some(ordinal)) => Some(Self::Cuda(CudaOptions { ordinal, ..CudaOptions::default() })),
+            ("cuda", Some(ordinal)) => {
+                Some(Self::Cuda(CudaOptions { ordinal, cuda_graph, ..CudaOptions::default() }))
+            }
             ("tensorrt", Some(ordinal)) => {
-                Some(Self::TensorRt(TensorRtOptions { ordinal, ..TensorRtOptions::default() }))
+                Some(Self::TensorRt(TensorRtOptions { ordinal, cuda_graph, ..TensorRtOptions::default() }))
             }
             _ => None,
         }
         .ok_or_else(|| RuntimeError::InvalidValue {
             what: "provider".to_owned(),
             expected:
-                "cpu, cuda, tensorrt, or cuda:<number> or tensorrt:<number> for another GPU than number 0"
+                "cpu, cuda, tensorrt, or cuda:<number> or tensorrt:<number> for another GPU than number 0; with +graph \
+                 behind it, runs are recorded as CUDA graphs"
                     .to_owned(),
             got: format!("`{text}`"),
         })
@@ -192,6 +200,17 @@ impl Provider {
         }
     }
 
+    /// The same, with runs that are not recorded.
+    #[must_use]
+    pub fn without_cuda_graph(mut self) -> Self {
+        match &mut self {
+            Self::Cpu(_) => {}
+            Self::Cuda(CudaOptions { cuda_graph, .. })
+            | Self::TensorRt(TensorRtOptions { cuda_graph, .. }) => *cuda_graph = false,
+        }
+        self
+    }
+
     /// Refuses a provider that cannot run programs here: a library is missing, or the GPU. It needs neither ONNX Runtime
     /// nor the network, so it can be asked before anything is fetched.
     ///
@@ -243,10 +262,19 @@ mod tests {
 
     #[test]
     fn names_round_trip_and_others_are_refused() {
-        for name in ["cpu", "cuda", "cuda:1", "tensorrt", "tensorrt:3"] {
+        for name in [
+            "cpu",
+            "cuda",
+            "cuda:1",
+            "tensorrt",
+            "tensorrt:3",
+            "cuda+graph",
+            "cuda:1+graph",
+            "tensorrt+graph",
+        ] {
             assert_eq!(name.parse::<Provider>().unwrap().to_string(), name);
         }
-        for name in ["gpu", "cpu:0", "cuda:x", "cuda:", "", "CUDA"] {
+        for name in ["gpu", "cpu:0", "cpu+graph", "cuda:x", "cuda:", "cuda+", "", "CUDA"] {
             assert!(
                 name.parse::<Provider>().unwrap_err().to_string().contains("expected cpu, cuda"),
                 "{name}"

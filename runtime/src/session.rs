@@ -84,6 +84,18 @@ pub enum Weights {
     Memory(Arc<[u8]>),
 }
 
+/// Whether a session's runs are recorded as CUDA graphs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Recording {
+    /// Nobody asked for it.
+    #[default]
+    Off,
+    /// They are.
+    On,
+    /// It was asked for and is not safe; every run starts its kernels one by one. The reason.
+    Refused(String),
+}
+
 /// A program that ONNX Runtime has loaded. Runs go through a [`Binding`](crate::Binding); one at a time.
 pub struct Session {
     name: String,
@@ -94,6 +106,7 @@ pub struct Session {
     _weights: Option<Arc<[u8]>>,
     /// The GPU on whose stream it runs.
     gpu: Option<Arc<Gpu>>,
+    recording: Recording,
     /// Bindings made so far.
     graphs: AtomicU32,
     runtime: Arc<Runtime>,
@@ -106,7 +119,8 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
-    /// Loads a program from memory and checks the model against the program's signature.
+    /// Loads a program from memory and checks the model against the program's signature. Where CUDA graphs are asked for
+    /// and are not safe, it goes without, and [`Session::recording`] says why.
     ///
     /// # Errors
     /// [`RuntimeError::ProviderUnavailable`], [`RuntimeError::Load`] with ONNX Runtime's words,
@@ -117,15 +131,45 @@ impl Session {
         weights: &Weights,
         options: &SessionOptions,
     ) -> Result<Arc<Self>> {
-        let failed = |e: ort::Error| load_error(&program.name, &e);
+        if !options.provider.cuda_graph() {
+            return Self::load_as(runtime, program, weights, options, Recording::Off);
+        }
+        let reason = if program.unrepeatable.is_empty() {
+            match Self::load_as(runtime, program, weights, options, Recording::On) {
+                // ONNX Runtime's words for control flow, and for nodes that are not on the GPU.
+                Err(RuntimeError::Load { reason, .. }) if reason.contains("graph capture feature") => reason,
+                other => return other,
+            }
+        } else {
+            format!(
+                "it would read tables of the host where they no longer are: {}",
+                program.unrepeatable.join(", ")
+            )
+        };
+        let provider = options.provider.clone().without_cuda_graph();
+        let options = SessionOptions { provider, ..options.clone() };
+        Self::load_as(runtime, program, weights, &options, Recording::Refused(reason))
+    }
+
+    fn load_as(
+        runtime: &Arc<Runtime>,
+        program: &OnnxProgram,
+        weights: &Weights,
+        options: &SessionOptions,
+        recording: Recording,
+    ) -> Result<Arc<Self>> {
         let (builder, gpu) = builder(runtime, options, &program.name)?;
+        let failed = |e: ort::Error| {
+            ran_out(gpu.as_ref(), &program.name, &e.to_string())
+                .unwrap_or_else(|| load_error(&program.name, &e))
+        };
         let kernels = options.native_kernels && !program.native_ops.is_empty();
         // Asked now: what is missing is told by name, not in the words of a failed load.
         if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
             let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
             program.check_cuda(&native).map_err(|e| load_error(&program.name, &e))?;
             if kernels {
-                gpu.loaded()?;
+                gpu.loaded()?.require_kernels(gpu)?;
             }
         }
         let mut builder = with_weights(builder, program, weights)?;
@@ -137,7 +181,7 @@ impl Session {
         session.check("output", &program.outputs, &session.outputs)?;
         // Callers address inputs and outputs by the program's order and static shapes.
         let (inputs, outputs) = (program.inputs.clone(), program.outputs.clone());
-        Ok(Arc::new(Self { inputs, outputs, ..session }))
+        Ok(Arc::new(Self { inputs, outputs, recording, ..session }))
     }
 
     /// Loads a model file; its external data must lie in the file's directory.
@@ -159,7 +203,8 @@ impl Session {
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
         drop(turns);
-        let session = Self::new(runtime, name, inner, &Weights::Inside, gpu)?;
+        let recording = if options.provider.cuda_graph() { Recording::On } else { Recording::Off };
+        let session = Self { recording, ..Self::new(runtime, name, inner, &Weights::Inside, gpu)? };
         if let Some((inputs, outputs)) = signature {
             session.check("input", inputs, &session.inputs)?;
             session.check("output", outputs, &session.outputs)?;
@@ -192,6 +237,11 @@ impl Session {
         self.gpu.as_ref()
     }
 
+    /// Whether its runs are recorded as CUDA graphs.
+    pub fn recording(&self) -> &Recording {
+        &self.recording
+    }
+
     /// Stops profiling and returns the file that was written.
     ///
     /// # Errors
@@ -210,22 +260,11 @@ impl Session {
         self.graphs.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// The error of a run: memory that ran out on a GPU is told apart, whether ONNX Runtime or one of this crate's kernels
-    /// asked for it.
+    /// The error of a run.
     pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
         let reason = error.to_string();
-        let after = |text: &str| reason.split_once(text).map(|(_, rest)| rest.trim_start());
-        let ran_out = after("requested buffer of size")
-            .or_else(|| after(" cannot give "))
-            .or_else(|| after("out of memory"));
-        match (&self.gpu, ran_out) {
-            (Some(gpu), Some(rest)) => {
-                let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
-                let what = format!("values inside `{}`", self.name);
-                crate::cuda::out_of_memory(gpu, digits.parse().unwrap_or(0), &what)
-            }
-            _ => RuntimeError::Run { program: self.name.clone(), reason },
-        }
+        ran_out(self.gpu.as_ref(), &self.name, &reason)
+            .unwrap_or_else(|| RuntimeError::Run { program: self.name.clone(), reason })
     }
 
     fn new(
@@ -244,7 +283,17 @@ impl Session {
             Weights::Inside | Weights::Directory(_) => None,
         };
         let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, graphs: AtomicU32::new(0), runtime })
+        Ok(Self {
+            name,
+            inputs,
+            outputs,
+            inner,
+            _weights: kept,
+            gpu,
+            recording: Recording::Off,
+            graphs: AtomicU32::new(0),
+            runtime,
+        })
     }
 
     fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {
@@ -274,6 +323,17 @@ impl Session {
             None => Ok(()),
         }
     }
+}
+
+/// Memory of a GPU that ran out, told from ONNX Runtime's words or those of one of this crate's kernels.
+fn ran_out(gpu: Option<&Arc<Gpu>>, program: &str, reason: &str) -> Option<RuntimeError> {
+    let after = |text: &str| reason.split_once(text).map(|(_, rest)| rest.trim_start());
+    let rest = after("requested buffer of size")
+        .or_else(|| after(" cannot give "))
+        .or_else(|| after("out of memory"))?;
+    let bytes: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    let what = format!("values inside `{program}`");
+    Some(crate::cuda::out_of_memory(gpu?, bytes.parse().unwrap_or(0), &what))
 }
 
 pub(crate) fn load_error(program: &str, error: &dyn fmt::Display) -> RuntimeError {

@@ -139,6 +139,7 @@ pub(crate) fn program(
         outputs: outputs.to_vec(),
         weights_file: None,
         native_ops: Vec::new(),
+        unrepeatable: Vec::new(),
     }
 }
 

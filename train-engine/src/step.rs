@@ -11,7 +11,9 @@ use models::{
 };
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::update::trainable_layout;
-use runtime::{Arena, ArenaLayout, Binding, Provider, Runtime, Session, SessionOptions, SharedArena};
+use runtime::{
+    Arena, ArenaLayout, Binding, Provider, Recording, Runtime, Session, SessionOptions, SharedArena,
+};
 
 use crate::config::TrainConfig;
 use crate::error::{Result, TrainError};
@@ -315,6 +317,11 @@ impl CompiledStep {
         self.binding.set_input("y", inputs.y)?;
         self.binding.run()?;
         self.loss()
+    }
+
+    /// Whether its runs are recorded as CUDA graphs.
+    pub fn recording(&self) -> &Recording {
+        self.binding.session().recording()
     }
 
     /// The inputs of the next run, where it reads them, for the trainer to fill.

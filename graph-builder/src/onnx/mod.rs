@@ -245,7 +245,25 @@ impl Graph {
             Weights::External { file, .. } if !self.parameters.is_empty() => Some(file.to_owned()),
             _ => None,
         };
-        Ok(OnnxProgram { name: self.name.clone(), bytes, inputs, outputs, weights_file, native_ops })
+        let (name, unrepeatable) = (self.name.clone(), self.unrepeatable());
+        Ok(OnnxProgram { name, bytes, inputs, outputs, weights_file, native_ops, unrepeatable })
+    }
+
+    /// See [`OnnxProgram::unrepeatable`].
+    fn unrepeatable(&self) -> Vec<String> {
+        /// Addresses that the CUDA provider gives a kernel as an argument.
+        const MOST: usize = 32;
+        let live = self.live();
+        let nodes = self.nodes.iter().zip(live).filter(|(_, live)| *live).map(|(node, _)| node);
+        let hazard = |node: &&crate::graph::Node| match &node.op {
+            Op::Concat(concat) => {
+                let size = |arg: &ValueId| self.type_of(*arg).shape.dims().get(concat.axis).copied();
+                node.args.len() > MOST || node.args.windows(2).any(|pair| size(&pair[0]) != size(&pair[1]))
+            }
+            Op::Split(split) => split.count > MOST,
+            _ => false,
+        };
+        nodes.filter(hazard).map(|node| format!("{} in `{}`", node.op.name(), node.place.scope)).collect()
     }
 
     /// The first part node of each result, by node and result.

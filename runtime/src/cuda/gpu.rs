@@ -52,6 +52,8 @@ pub struct Gpu {
     turns: Turns,
     /// Kernels and what goes with them, once somebody asked.
     loaded: OnceLock<Loaded>,
+    /// Machine code of kernels that came with an engine, by source.
+    given: Mutex<BTreeMap<String, Arc<[u8]>>>,
 }
 
 impl fmt::Debug for Gpu {
@@ -84,8 +86,8 @@ impl Gpu {
             let (stream, transfers) = (context.new_stream()?, context.new_stream()?);
             Ok((info, context, stream, transfers))
         })?;
-        let (turns, loaded) = (Turns::default(), OnceLock::new());
-        let gpu = Arc::new(Self { info, context, stream, transfers, turns, loaded });
+        let (turns, loaded, given) = (Turns::default(), OnceLock::new(), Mutex::default());
+        let gpu = Arc::new(Self { info, context, stream, transfers, turns, loaded, given });
         open.insert(ordinal, gpu.clone());
         Ok(gpu)
     }
@@ -169,6 +171,17 @@ impl Gpu {
         }
         let loaded = Loaded::open(self)?;
         Ok(self.loaded.get_or_init(|| loaded))
+    }
+
+    /// Takes machine code of a source's kernels that was compiled elsewhere for this GPU's architecture.
+    pub(crate) fn give_kernels(&self, source: &str, code: Vec<u8>) {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        given.entry(source.to_owned()).or_insert_with(|| code.into());
+    }
+
+    /// Machine code of a source that was given.
+    pub(crate) fn given_kernels(&self, source: &str) -> Option<Arc<[u8]>> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner).get(source).cloned()
     }
 
     /// Calls the driver with this GPU's context current, when it is this thread's turn.

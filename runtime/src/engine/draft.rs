@@ -141,8 +141,14 @@ impl EngineDraft {
         let file = format!("{}-{architecture}.cubin", source.name.trim_end_matches(".cu"));
         write_atomically(self.work.path().join(&file), |w| w.write_all(cubin))?;
         let (bytes, sha256) = (cubin.len() as u64, sha256_bytes(cubin));
-        let source = source.name.to_owned();
-        self.manifest.kernels.push(EngineKernels { source, file, bytes, sha256 });
+        self.manifest.kernels.push(EngineKernels {
+            source: source.name.to_owned(),
+            source_sha256: source.sha256(),
+            architecture: architecture.to_string(),
+            file,
+            bytes,
+            sha256,
+        });
         Ok(())
     }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use graph_builder::{Builder, DType, Dim, Graph, Init, Precision, Type, Weights};
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::{
-    Arena, ArenaLayout, Binding, CudaOptions, Provider, Runtime, RuntimeError, RuntimeOptions, Session,
-    SessionOptions,
+    Arena, ArenaLayout, Binding, CudaOptions, Provider, Recording, Runtime, RuntimeError, RuntimeOptions,
+    Session, SessionOptions,
 };
 
 use super::counts::Counts;
@@ -183,4 +183,58 @@ fn bindings_on_the_device_are_checked() {
             .unwrap_err(),
     );
     assert!(error.contains("the CPU"), "{error}");
+}
+
+fn recorded() -> Provider {
+    "cuda+graph".parse().unwrap()
+}
+
+/// Recorded once and replayed from then on, from several threads, while another one allocates: what is recorded is one
+/// binding's run and nothing else.
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn each_binding_is_recorded_for_itself() {
+    let sessions = [0, 1].map(|_| load(&moves(Precision::F32), recorded()));
+    assert_eq!(sessions[0].recording(), &Recording::On);
+    let gpu = Gpu::open(0).unwrap();
+    let thread = &|number: u8| {
+        let mut binding = Binding::owned(&sessions[usize::from(number % 2)]).unwrap();
+        for run in 0..10 {
+            let (x, z) = (f32::from(10 * number + run), f32::from(number));
+            binding.input_f32("x").unwrap().fill(x);
+            binding.input_f32("z").unwrap().fill(z);
+            binding.run().unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(binding.output_f32("x.flat").unwrap(), [x; 6], "thread {number}, run {run}");
+            assert_eq!(binding.output_f32("z.wide").unwrap(), [z; 300], "thread {number}, run {run}");
+        }
+    };
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            scope.spawn(move || thread(number));
+        }
+        scope.spawn(|| {
+            for _ in 0..200 {
+                DeviceArena::zeros(&gpu, layout(), DType::F32, "a proof").unwrap();
+            }
+        });
+    });
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn what_cannot_be_recorded_goes_without_and_says_why() {
+    let b = Builder::new("joins");
+    let (x, z) = (b.input("x", Type::f32([2, 3])), b.input("z", Type::f32([2, 4])));
+    b.output("both", x.concat(&[z], 1));
+    b.output("x.flat", x.reshape([6]));
+    let session = load(&b.finish().unwrap(), recorded());
+    let Recording::Refused(reason) = session.recording() else { panic!("{:?}", session.recording()) };
+    assert!(reason.contains("Concat"), "{reason}");
+    let mut binding = Binding::owned(&session).unwrap();
+    for value in [1.0, 2.0, 3.0] {
+        binding.input_f32("x").unwrap().fill(value);
+        binding.run().unwrap();
+        assert_eq!(binding.output_f32("x.flat").unwrap(), [value; 6]);
+    }
+    assert_eq!(load(&moves(Precision::F32), cuda()).recording(), &Recording::Off);
 }

@@ -75,7 +75,8 @@ pub(super) fn without_compiler(folder: &Path, to: &Path) -> Result<(), String> {
     fs::create_dir_all(to).map_err(|e| e.to_string())?;
     for file in fs::read_dir(folder).map_err(|e| e.to_string())?.flatten() {
         let name = file.file_name();
-        if name.to_string_lossy().contains(".so.") && name != "libnvrtc.so.13" {
+        let text = name.to_string_lossy();
+        if (text.contains(".so.") || text.ends_with(".cu.so")) && name != "libnvrtc.so.13" {
             fs::copy(file.path(), to.join(name)).map_err(|e| e.to_string())?;
         }
     }

@@ -9,8 +9,10 @@ mod bindings;
 mod build;
 mod commands;
 mod counts;
+mod engines;
 #[path = "../kernels/mod.rs"]
 mod kernels;
+mod networks;
 mod proofs;
 mod training;
 
@@ -112,6 +114,11 @@ fn every_node_of_the_training_step_is_placed_on_cuda() {
 }
 
 #[test]
+fn every_node_of_the_feature_networks_is_placed_on_cuda() {
+    proven("networks::placed", &[]);
+}
+
+#[test]
 fn values_go_to_the_device_and_come_back() {
     proven("proofs::memory_round_trip", &[]);
 }
@@ -137,6 +144,16 @@ fn the_next_runs_inputs_go_ahead_of_it() {
     for late in ["", "1", "2", "12"] {
         proven("bindings::the_next_runs_inputs_go_ahead_of_it", &[("MUDIT_STAND_IN_LATE", late)]);
     }
+}
+
+#[test]
+fn each_binding_is_recorded_for_itself() {
+    proven("bindings::each_binding_is_recorded_for_itself", &[]);
+}
+
+#[test]
+fn what_cannot_be_recorded_goes_without_and_says_why() {
+    proven("bindings::what_cannot_be_recorded_goes_without_and_says_why", &[]);
 }
 
 #[test]
@@ -207,6 +224,7 @@ fn fused_ops_are_nodes_of_the_cuda_provider_and_compute_what_their_cpu_twins_do(
 fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
     proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+    proven("engines::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use runtime::Runtime;
 use super::journal::{Claim, Event, Journals, Status, TrialResult, Writer};
 use super::plan::{Plan, StepCost, Trial, step_cost};
 use crate::data::{BatchPlan, Dataset, Loader};
-use crate::error::Result;
+use crate::error::{Result, TrainError};
 use crate::signals::StopSignal;
 use crate::step::StepShape;
 use crate::trainer::Trainer;
@@ -194,7 +194,11 @@ impl Work<'_> {
             step_seconds += begin.elapsed().as_secs_f64();
             losses.push(loss.loss);
             news(News::Stepped(trial, loss.loss));
-            diverged = !update.finite || watch.ran_away(loss.loss);
+            let goes_on = match trainer.goes_on(batch.step + 1, &loss, &update) {
+                Err(TrainError::LossScale { .. }) => false,
+                other => other?,
+            };
+            diverged = !goes_on || watch.ran_away(loss.loss);
             if diverged {
                 break;
             }

@@ -87,16 +87,18 @@ impl MemoryPlan {
         self.state_bytes() + self.batch + self.activations
     }
 
-    /// Refuses a run whose state and batch alone do not fit.
+    /// Refuses a run that does not fit: its state and batch alone, or the whole by more than the plan may err.
     pub(super) fn check(&self) -> Result<()> {
-        let bytes = self.state_bytes() + self.batch;
-        if bytes <= self.free {
+        /// Part of the activations that ONNX Runtime may spare by another order of the nodes.
+        const MARGIN: u64 = 10;
+        let sure = self.state_bytes() + self.batch + self.activations - self.activations / MARGIN;
+        if sure <= self.free {
             return Ok(());
         }
         Err(TrainError::Runtime(RuntimeError::GpuOutOfMemory {
             ordinal: self.gpu,
-            bytes: bytes as usize,
-            what: "the state of the training run".to_owned(),
+            bytes: self.bytes() as usize,
+            what: "the memory that training takes by the plan".to_owned(),
             free: self.free as usize,
             total: self.total as usize,
             advice: String::new(),

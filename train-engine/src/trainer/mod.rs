@@ -289,7 +289,10 @@ impl Trainer {
 
     /// Whether the run can go on after this step (counted from 1): one whose gradient overflowed f16 is left out, and
     /// the next has a smaller factor.
-    fn goes_on(&mut self, step: u64, loss: &StepLoss, update: &UpdateReport) -> Result<bool> {
+    ///
+    /// # Errors
+    /// [`TrainError::LossScale`] when the factor cannot become smaller.
+    pub(crate) fn goes_on(&mut self, step: u64, loss: &StepLoss, update: &UpdateReport) -> Result<bool> {
         match &mut self.loss_scale {
             Some(scale) if loss.loss.is_finite() => scale.record(step, update.finite).map(|()| true),
             _ => Ok(update.finite && loss.loss.is_finite()),

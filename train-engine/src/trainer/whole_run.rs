@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use models::DitConfig;
 use runtime::memory::peak_resident_bytes;
-use runtime::{Runtime, SharedArena};
+use runtime::{Recording, Runtime, SharedArena};
 
 use super::{MemoryPlan, Trainer};
 use crate::checkpoint::{self, RunLock, State};
@@ -133,6 +133,9 @@ pub fn run(
         compile_seconds: compiled.compile_time.as_secs_f64(),
     };
     observer.started(&info);
+    if let Recording::Refused(reason) = compiled.recording() {
+        observer.warn(&format!("the training step is not recorded as a CUDA graph: {reason}"));
+    }
     for message in trainer.mup().warnings(config) {
         observer.warn(&message);
     }

@@ -102,6 +102,11 @@ impl Target {
         self.architecture.filter(|_| self.here.is_none())
     }
 
+    /// The architecture that kernels are compiled for: an engine for CUDA carries them.
+    pub(super) fn kernels(&self) -> Option<Architecture> {
+        self.architecture.filter(|_| matches!(self.provider, Some(Provider::Cuda(_))))
+    }
+
     /// Device and libraries, as far as they decide what the engine is.
     pub(super) fn add_to(&self, key: &mut EngineKey) {
         let Some(architecture) = self.architecture else { return };
@@ -130,7 +135,7 @@ impl Target {
         offline: bool,
     ) -> anyhow::Result<()> {
         find_or_fetch_compiler(&RuntimeOptions { gpu: true, offline, progress: &console::note })?;
-        let compiler = Compiler::open(None)?;
+        let compiler = Compiler::open(cache_directory().as_deref())?;
         for source in SOURCES {
             draft.add_kernels(source, architecture, &compiler.compile(source, architecture)?.cubin)?;
         }

@@ -131,7 +131,7 @@ impl BuildEngineArgs {
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = parameters.as_ref().map(|w| w.file.as_path());
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
-        if let Some(architecture) = target.elsewhere() {
+        if let Some(architecture) = target.kernels() {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
             Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
         }
@@ -222,7 +222,7 @@ impl BuildEngineArgs {
         Stages::new([
             (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
             (Stage::Emit, planned.len()),
-            (Stage::Kernels, usize::from(elsewhere)),
+            (Stage::Kernels, usize::from(target.kernels().is_some())),
             (Stage::Load, tried),
             (Stage::Validate, tried),
         ])

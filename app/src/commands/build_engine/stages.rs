@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 use crate::console;
 use crate::render::progress::duration;
 
+/// Seconds below which nobody needs to know.
+const WORTH_TELLING: f64 = 2.0;
+
 /// What is done once, or once for each program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Stage {
@@ -13,7 +16,7 @@ pub(super) enum Stage {
     Convert,
     /// A program becomes ONNX.
     Emit,
-    /// Kernels are compiled for a GPU that may be elsewhere.
+    /// The engine's kernels are compiled.
     Kernels,
     /// A provider loads a program, and builds its own engine of it.
     Load,
@@ -52,7 +55,8 @@ impl Stages {
     /// Ends the stage before and says what begins; `what` names the program.
     pub(super) fn begin(&mut self, stage: Stage, what: &str) {
         self.end();
-        let time = self.remaining().map_or(String::new(), |t| format!(" (about {} left)", duration(t)));
+        let worth = self.remaining().filter(|t| *t >= WORTH_TELLING);
+        let time = worth.map_or(String::new(), |t| format!(" (about {} left)", duration(t)));
         if let Some(left) = self.left.get_mut(&stage) {
             *left = left.saturating_sub(1);
         }

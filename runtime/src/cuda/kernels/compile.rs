@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::{Architecture, COMMON, Source};
 use crate::cuda::libraries::NVRTC;
 use crate::error::{Result, RuntimeError};
-use crate::file::{hexadecimal, write_atomically};
+use crate::file::{hexadecimal, sha256_bytes, write_atomically};
 
 /// What the assembler says of a kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +97,13 @@ impl Compiler {
             hash.update(part);
         }
         hexadecimal(&hash.finalize()[..12])
+    }
+}
+
+impl Source {
+    /// SHA-256 of all that is compiled: machine code of another text is not of this source.
+    pub fn sha256(&self) -> String {
+        sha256_bytes(whole(self).as_bytes())
     }
 }
 

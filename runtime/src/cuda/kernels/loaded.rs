@@ -4,13 +4,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{result, sys};
 
 use super::products::Products;
 use super::scratch::Pool;
-use super::{Architecture, Compiler, Source};
+use super::{Architecture, Compiler, SOURCES, Source};
 use crate::cuda::Gpu;
 use crate::error::{Result, RuntimeError};
 use crate::library::cache_directory;
@@ -53,7 +53,7 @@ type Functions = BTreeMap<&'static str, Arc<Function>>;
 /// What the queues of a GPU share.
 #[derive(Debug)]
 pub(crate) struct Loaded {
-    compiler: Compiler,
+    compiler: OnceLock<Compiler>,
     architecture: Architecture,
     sources: Mutex<HashMap<&'static str, Arc<Functions>>>,
     pub(super) products: Products,
@@ -61,17 +61,36 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
-    /// The compiler and the library of products, for a GPU.
+    /// The library of products, and place for the kernels, for a GPU.
     ///
     /// # Errors
-    /// [`RuntimeError::ProviderUnavailable`] without NVRTC or cuBLASLt; [`RuntimeError::InvalidValue`] for a GPU older
-    /// than the kernels.
+    /// [`RuntimeError::ProviderUnavailable`] without cuBLASLt; [`RuntimeError::InvalidValue`] for a GPU older than the
+    /// kernels.
     pub(crate) fn open(gpu: &Gpu) -> Result<Self> {
-        let compiler = Compiler::open(cache_directory().as_deref())?;
         let (major, minor) = gpu.info().compute_capability;
         let architecture = Architecture::of(major.unsigned_abs(), minor.unsigned_abs())?;
         let products = Products::open(gpu)?;
+        let compiler = OnceLock::new();
         Ok(Self { compiler, architecture, sources: Mutex::default(), products, pool: Arc::default() })
+    }
+
+    /// Whether all kernels can be had: they were given, or there is a compiler.
+    ///
+    /// # Errors
+    /// [`RuntimeError::ProviderUnavailable`] without NVRTC.
+    pub(crate) fn require_kernels(&self, gpu: &Gpu) -> Result<()> {
+        if SOURCES.iter().all(|source| gpu.given_kernels(source.name).is_some()) {
+            return Ok(());
+        }
+        self.compiler().map(drop)
+    }
+
+    fn compiler(&self) -> Result<&Compiler> {
+        if let Some(compiler) = self.compiler.get() {
+            return Ok(compiler);
+        }
+        let compiler = Compiler::open(cache_directory().as_deref())?;
+        Ok(self.compiler.get_or_init(|| compiler))
     }
 
     /// A kernel of a source, which is compiled and loaded by its first caller.
@@ -100,10 +119,13 @@ impl Loaded {
     }
 
     fn load(&self, gpu: &Gpu, source: &'static Source) -> Result<Functions> {
-        let compiled = self.compiler.compile(source, self.architecture)?;
+        let code = match gpu.given_kernels(source.name) {
+            Some(given) => given,
+            None => self.compiler()?.compile(source, self.architecture)?.cubin.into(),
+        };
         gpu.call("load kernels", || {
             // SAFETY: a whole image, which the driver copies. The module stays loaded as long as the process runs.
-            let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) }?;
+            let module = unsafe { result::module::load_data(code.as_ptr().cast()) }?;
             let function = |&name: &&'static str| {
                 let c_name = CString::new(name).unwrap_or_default();
                 // SAFETY: the module was just loaded.

@@ -1,0 +1,37 @@
+//! Engines that carry the kernels of another machine's compiler.
+
+use graph_builder::Weights;
+use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::cuda::kernels::{Architecture, SOURCES};
+use runtime::engine::{EngineDraft, EngineNotes};
+use runtime::{CudaOptions, Engine, Provider, Runtime, RuntimeOptions, SessionOptions};
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn no_compiler() {
+    let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let graph = program(&model, ProgramKind::TrainStep, 1, Guidance::Off).unwrap().optimised().unwrap();
+    let emitted = graph.emit(Weights::Inputs).unwrap();
+    assert!(!emitted.native_ops.is_empty());
+    let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
+    let runtime = Runtime::start(&options).unwrap();
+    let provider = Provider::Cuda(CudaOptions::default());
+    let options = SessionOptions { provider, ..SessionOptions::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let build = |name: &str, architecture: Option<Architecture>| {
+        let place = folder.path().join(name);
+        let mut draft = EngineDraft::new(&place, &[(1, &emitted)], None, EngineNotes::default()).unwrap();
+        for source in SOURCES.iter().filter(|_| architecture.is_some()) {
+            // What the stand-in compiler would have given.
+            let code = format!("stand-in {}\0", source.name);
+            draft.add_kernels(source, architecture.unwrap(), code.as_bytes()).unwrap();
+        }
+        draft.publish().unwrap();
+        Engine::open(place).unwrap().session(&runtime, "train-step", 1, &options)
+    };
+    for refused in [build("none", None), build("for another", Some(Architecture::SM_90))] {
+        let refusal = refused.unwrap_err().to_string();
+        assert!(refusal.contains("NVRTC") && refusal.contains("nvidia-cuda-nvrtc"), "{refusal}");
+    }
+    build("for this one", Some(Architecture::SM_80)).unwrap();
+}

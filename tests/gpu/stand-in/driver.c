@@ -54,7 +54,15 @@ static void drain_all(void) {
 struct graph { struct work *first, *last; bool spoilt; };
 static struct graph *recording;
 static void *recorded;
-static bool spoils(void) { return recording && (recording->spoilt = true); }
+static int mode;
+static pthread_t recorder;
+static __thread int own_mode;
+int cuThreadExchangeStreamCaptureMode(int *mode) { const int before = own_mode; own_mode = *mode; *mode = before; return OK; }
+/* What the recording's mode 0 forbids to every thread of mode 0, and each mode but 2 to the thread that records. */
+static bool spoils(void) {
+  const bool mine = recording && pthread_equal(pthread_self(), recorder);
+  return recording && ((mode == 0 && own_mode == 0) || (mine && mode != 2)) && (recording->spoilt = true);
+}
 
 static struct work *copy_of(void (*run)(void *), const void *data, size_t bytes) {
   struct work *work = malloc(sizeof *work + bytes);
@@ -84,8 +92,10 @@ int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t b
   pthread_mutex_unlock(&lock);
   return OK;
 }
-int stand_in_record(void *stream) {
+int stand_in_record(void *stream, int how) {
   if (recording) return RECORDING;
+  mode = how;
+  recorder = pthread_self();
   recorded = stream;
   recording = calloc(1, sizeof *recording);
   return OK;
@@ -202,7 +212,7 @@ int cuStreamCreate(void **stream, unsigned flags) {
 int cuStreamDestroy_v2(void *stream) { return OK; }
 int cuStreamSynchronize(void *stream) {
   struct stream *s = stream;
-  if (spoils()) return RECORDING;
+  if (recording && (stream == recorded || !stream) && spoils()) return RECORDING;
   counts.waits++;
   if (s < streams || s >= streams + made) { drain_all(); return failed; }
   pthread_mutex_lock(&lock);

@@ -16,7 +16,7 @@ int cuMemsetD8Async(uint64_t, unsigned char, size_t, void *);
 int cuStreamSynchronize(void *);
 int cuCtxSynchronize(void);
 _Bool stand_in_records(void *);
-int stand_in_record(void *);
+int stand_in_record(void *, int);
 int stand_in_recorded(void **);
 int stand_in_play(void *, void *);
 static char object;
@@ -72,7 +72,7 @@ int cudaStreamSynchronize(void *stream) { return cuStreamSynchronize(stream); }
 int cudaStreamCreate(void **stream) { *stream = &object; return OK; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &object; return OK; }
 int cudaStreamIsCapturing(void *stream, int *status) { *status = stand_in_records(stream); return OK; }
-int cudaStreamBeginCapture(void *stream, int mode) { return stand_in_record(stream); }
+int cudaStreamBeginCapture(void *stream, int mode) { return stand_in_record(stream, mode); }
 int cudaStreamEndCapture(void *stream, void **graph) { return stand_in_recorded(graph); }
 int cudaGraphInstantiate(void **playable, void *graph, unsigned long long flags) { *playable = graph; return OK; }
 int cudaGraphLaunch(void *playable, void *stream) { return stand_in_play(playable, stream); }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, sys};
 use serde::Serialize;
 
 use super::kernels::Loaded;
@@ -161,7 +161,12 @@ impl Gpu {
 
     /// Waits on the host until a stream has come to its mark.
     pub(crate) fn wait(event: &CudaEvent) -> Result<()> {
-        guarded("wait for the GPU", || event.synchronize())
+        guarded("wait for the GPU", || {
+            let before = exchange_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+            let waited = event.synchronize();
+            exchange_mode(before)?;
+            waited
+        })
     }
 
     /// This crate's kernels on it.
@@ -196,6 +201,16 @@ impl Gpu {
             call()
         })
     }
+}
+
+/// Sets what this thread may do while streams are recorded as CUDA graphs, and gives what it was. ONNX Runtime records in a
+/// way that forbids waits to every thread, and spoils the recording, but for threads that mind their own recordings only.
+fn exchange_mode(
+    mut mode: sys::CUstreamCaptureMode,
+) -> std::result::Result<sys::CUstreamCaptureMode, DriverError> {
+    // SAFETY: a place for the old mode that holds the new one.
+    unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result()?;
+    Ok(mode)
 }
 
 fn info(ordinal: usize, context: &CudaContext) -> std::result::Result<GpuInfo, DriverError> {

@@ -71,6 +71,14 @@ fn fused_ops_are_nodes_of_the_provider() {
 }
 
 #[test]
+fn runs_recorded_as_cuda_graphs_give_the_bits_of_plain_ones() {
+    if on_gpu("recorded runs").is_none() {
+        return;
+    }
+    kernels::sessions::recorded_runs(&runtime());
+}
+
+#[test]
 fn noise_and_update_are_the_hosts() {
     if on_gpu("noise and update").is_none() {
         return;

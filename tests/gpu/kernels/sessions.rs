@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use graph_builder::{Builder, DType, Graph, OnnxProgram, Type, Weights as Parameters};
+use graph_builder::{Builder, DType, Graph, OnnxProgram, TensorSpec, Type, Weights as Parameters};
+use half::bf16;
 use mudit_tests::difference::relative_l2;
-use mudit_tests::execution::{execute, options};
+use mudit_tests::execution::{execute, feed, options};
 use mudit_tests::op_rows::rows;
 use mudit_tests::op_table::{Operand, Row};
 use mudit_tests::{Array, Feeds};
-use runtime::{CudaOptions, Provider, Runtime, Session, SessionOptions, Weights};
+use runtime::{Binding, CudaOptions, Provider, Runtime, Session, SessionOptions, Weights};
 
 use super::memory::rounded;
 use super::ops::{more_rows, tolerance};
@@ -40,19 +41,22 @@ fn side_by_side(rows: &[Row], dtype: DType) -> Graph {
     b.finish().unwrap()
 }
 
+/// The rows' values.
+fn feeds_of(rows: &[Row], change: impl Fn(f64) -> f64 + Copy) -> Feeds {
+    let feeds = rows.iter().enumerate().flat_map(|(i, row)| {
+        let named = move |(name, values): (String, Array)| (format!("{i}.{name}"), values.mapv_into(change));
+        row.feeds().into_iter().map(named)
+    });
+    feeds.collect()
+}
+
 /// Every row of the fused ops is a node of the CUDA provider, runs by its kernel, once, and computes in every type what the
 /// CPU's kernel computes in f32 from the same values, and the interpreter in f64.
 pub(crate) fn every_fused_op(runtime: &Arc<Runtime>) {
     let rows = fused_rows();
     let wide = side_by_side(&rows, DType::F32);
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
-        let feeds = rows.iter().enumerate().flat_map(|(i, row)| {
-            let named = move |(name, values): (String, Array)| {
-                (format!("{i}.{name}"), values.mapv_into(|v| rounded(dtype, v)))
-            };
-            row.feeds().into_iter().map(named)
-        });
-        let feeds: Feeds = feeds.collect();
+        let feeds = feeds_of(&rows, |v| rounded(dtype, v));
         let program = side_by_side(&rows, dtype).emit(Parameters::Inputs).unwrap();
         let session = Session::load(runtime, &program, &Weights::Inside, &on_cuda(true));
         let placement = session.unwrap_or_else(|e| panic!("{dtype}: {e}")).placement().unwrap();
@@ -85,6 +89,48 @@ pub(crate) fn every_fused_op(runtime: &Arc<Runtime>) {
                 let what = format!("{} in {dtype}, output {name}", row.name());
                 assert!(error <= limit, "{what}: {error:e} of {limit:e} from {way}");
             }
+        }
+    }
+}
+
+/// Values of a binding's outputs, widened.
+fn answers(binding: &Binding, program: &OnnxProgram) -> Vec<Vec<f64>> {
+    let read = |spec: &TensorSpec| match spec.dtype {
+        DType::Bf16 => binding.output::<bf16>(&spec.name).unwrap().iter().map(|v| v.to_f64()).collect(),
+        _ => binding.output_f32(&spec.name).unwrap().iter().map(|v| f64::from(*v)).collect(),
+    };
+    program.outputs.iter().map(read).collect()
+}
+
+/// Runs that were recorded as a CUDA graph are played, without the kernels being asked, and give the bits of runs that are
+/// not: nothing that a run needs is asked for while it is recorded, and everything is where it was.
+pub(crate) fn recorded_runs(runtime: &Arc<Runtime>) {
+    let rows = fused_rows();
+    for dtype in [DType::F32, DType::Bf16] {
+        let program = side_by_side(&rows, dtype).emit(Parameters::Inputs).unwrap();
+        let bound = |cuda_graph: bool| {
+            let provider = Provider::Cuda(CudaOptions { cuda_graph, ..CudaOptions::default() });
+            let options = SessionOptions { provider, ..on_cuda(true) };
+            let session = Session::load(runtime, &program, &Weights::Inside, &options);
+            Binding::owned(&session.unwrap_or_else(|e| panic!("{dtype}: {e}"))).unwrap()
+        };
+        let (mut plain, mut recorded) = (bound(false), bound(true));
+        let calls = || runtime::kernels::names().map(runtime::kernels::calls).iter().sum::<u64>();
+        for (step, size) in [1.0, 0.5, -0.75].into_iter().enumerate() {
+            let feeds = feeds_of(&rows, |v| rounded(dtype, v * size));
+            let run = |binding: &mut Binding| {
+                feed(binding, &program.inputs, &feeds);
+                let before = calls();
+                binding.run().unwrap_or_else(|e| panic!("{dtype}, run {step}: {e}"));
+                (answers(binding, &program), calls() - before)
+            };
+            let (want, each) = run(&mut plain);
+            let (got, asked) = run(&mut recorded);
+            assert_eq!(each, rows.len() as u64);
+            // The first run is done to warm up, and once more to be recorded.
+            let right = if step == 0 { asked > each && asked % each == 0 } else { asked == 0 };
+            assert!(right, "{dtype}, run {step}: {asked} calls, {each} ops");
+            assert!(got == want, "{dtype}, run {step}: other bits than without a recording");
         }
     }
 }

@@ -110,11 +110,12 @@ fn emulation(source: &Source) -> String {
     };
     let launches =
         cases(&|k| format!("launch(name, {k}, grid, threads, shared_bytes, backwards, arguments)"));
+    let copies = cases(&|k| format!("keep({k}, arguments)"));
     let names = cases(&|_| "true".to_owned());
     format!(
         "{device}\n{emulator}\n#line 1 \"types.cuh\"\n{types}\n#line 1 \"{name}\"\n{text}\nextern \"C\" const char \
          *mudit_launch(const char *name, const u32 *grid, u32 threads, u32 shared_bytes, bool backwards, void \
-         **arguments) {{\n{launches}    return \"no such kernel\";\n}}\nextern \"C\" bool mudit_has(const char \
+         **arguments) {{\n{launches}    return \"no such kernel\";\n}}\nextern \"C\" void **mudit_keep(const char *name, void **arguments) {{\n{copies}    return nullptr;\n}}\nextern \"C\" bool mudit_has(const char \
          *name) {{\n{names}    return false;\n}}\n"
     )
 }

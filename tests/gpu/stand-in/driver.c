@@ -1,8 +1,8 @@
 /* Stands in for NVIDIA's driver library on a machine without a GPU: one device that says it is of compute capability 8.0.
  * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host; those of NVIDIA's libraries and
  * of ONNX Runtime compute nothing. What is queued on a stream is done at once, or, on the streams whose numbers (from 1, in
- * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits and its kernels allow: a wait
- * that is missing then shows in the values. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes; with
+ * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits allow: a wait that is missing then
+ * shows in the values. A stream can be recorded, and the recording played. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes; with
  * MUDIT_STAND_IN_BACKWARDS the threads and blocks of a kernel take turns in the opposite order; with
  * MUDIT_STAND_IN_UPDATES_ONLY no kernels run but those of the parameters' update, so that every gradient is zero. */
 #define _GNU_SOURCE
@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801, RECORDED = 900 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801, RECORDING = 900, SPOILT = 901 };
 enum { HEADER = 256 };
 static size_t used;
 static void *current;
@@ -27,13 +27,11 @@ void stand_in_counts(struct counts *out) { *out = counts; }
 
 /* Streams: work that was queued and is not done. */
 struct work { void (*run)(void *); struct work *next; _Alignas(16) char data[]; };
-struct graph { struct work *first, *last; };
-struct stream { int late; uint64_t queued, done; struct work *first, *last; struct graph *recorded; };
+struct stream { int late; uint64_t queued, done; struct work *first, *last; };
 struct event { struct stream *stream; uint64_t after; };
 enum { STREAMS = 64 };
 static struct stream streams[STREAMS];
 static int made;
-int cuStreamSynchronize(void *);
 static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 /* Does what was queued on a stream, up to its piece of number `until`. */
@@ -52,21 +50,40 @@ static void drain_all(void) {
   for (int i = 0; i < made; i++) drain(&streams[i], streams[i].queued);
   pthread_mutex_unlock(&lock);
 }
+/* A recording: what is queued on its stream is not done, but kept. The host must not wait or ask for memory meanwhile. */
+struct graph { struct work *first, *last; bool spoilt; };
+static struct graph *recording;
+static void *recorded;
+static int mode;
+static pthread_t recorder;
+static __thread int own_mode;
+int cuThreadExchangeStreamCaptureMode(int *mode) { const int before = own_mode; own_mode = *mode; *mode = before; return OK; }
+/* What the recording's mode 0 forbids to every thread of mode 0, and each mode but 2 to the thread that records. */
+static bool spoils(void) {
+  const bool mine = recording && pthread_equal(pthread_self(), recorder);
+  return recording && ((mode == 0 && own_mode == 0) || (mine && mode != 2)) && (recording->spoilt = true);
+}
+
+static struct work *copy_of(void (*run)(void *), const void *data, size_t bytes) {
+  struct work *work = malloc(sizeof *work + bytes);
+  work->run = run;
+  work->next = 0;
+  memcpy(work->data, data, bytes);
+  return work;
+}
 /* Queues work with a copy of its data. */
 int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t bytes) {
   struct stream *s = stream;
   pthread_mutex_lock(&lock);
-  const bool known = s >= streams && s < streams + made;
-  if (known && (s->late || s->recorded)) {
-    struct work *work = malloc(sizeof *work + bytes);
-    work->run = run;
-    work->next = 0;
-    memcpy(work->data, data, bytes);
-    struct work **first = s->recorded ? &s->recorded->first : &s->first;
-    struct work **last = s->recorded ? &s->recorded->last : &s->last;
-    if (*last) (*last)->next = work; else *first = work;
-    *last = work;
-    s->queued += !s->recorded;
+  if (recording && stream == recorded) {
+    struct work *work = copy_of(run, data, bytes);
+    if (recording->last) recording->last->next = work; else recording->first = work;
+    recording->last = work;
+  } else if (s >= streams && s < streams + made && s->late) {
+    struct work *work = copy_of(run, data, bytes);
+    if (s->last) s->last->next = work; else s->first = work;
+    s->last = work;
+    s->queued++;
   } else {
     _Alignas(16) char copy[bytes + 1];
     memcpy(copy, data, bytes);
@@ -75,32 +92,30 @@ int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t b
   pthread_mutex_unlock(&lock);
   return OK;
 }
-/* CUDA graphs of copies: while a stream is recorded nothing on it is done, and nobody may allocate. */
-static struct stream *recorded(void) {
-  for (int i = 0; i < made; i++) if (streams[i].recorded) return &streams[i];
-  return 0;
-}
-int stand_in_record(void *stream) {
-  struct stream *s = stream;
-  pthread_mutex_lock(&lock);
-  s->recorded = calloc(1, sizeof(struct graph));
-  pthread_mutex_unlock(&lock);
+int stand_in_record(void *stream, int how) {
+  if (recording) return RECORDING;
+  mode = how;
+  recorder = pthread_self();
+  recorded = stream;
+  recording = calloc(1, sizeof *recording);
   return OK;
 }
-void *stand_in_recorded(void *stream) {
-  struct stream *s = stream;
-  pthread_mutex_lock(&lock);
-  struct graph *graph = s->recorded;
-  s->recorded = 0;
-  pthread_mutex_unlock(&lock);
-  return graph;
+bool stand_in_records(void *stream) { return recording && stream == recorded; }
+int stand_in_recorded(struct graph **graph) {
+  if (!recording) return INVALID;
+  *graph = recording;
+  recording = 0;
+  return (*graph)->spoilt ? SPOILT : OK;
 }
-int stand_in_replay(void *graph, void *stream) {
-  struct graph *g = graph;
-  cuStreamSynchronize(stream);
-  for (struct work *work = g->first; work; work = work->next) work->run(work->data);
-  return OK;
+static void run_graph(void *data) {
+  for (struct work *work = (*(struct graph **)data)->first; work; work = work->next) work->run(work->data);
 }
+int stand_in_play(struct graph *graph, void *stream) { return stand_in_queue(stream, run_graph, &graph, sizeof graph); }
+
+/* A kernel that fails makes every later wait fail. */
+static const char *complaint = "a kernel failed";
+static int failed;
+
 struct copy { void *to; const void *from; size_t bytes; int value; };
 static void run_copy(void *data) { struct copy *c = data; memcpy(c->to, c->from, c->bytes); }
 static void run_fill(void *data) { struct copy *c = data; memset(c->to, c->value, c->bytes); }
@@ -134,11 +149,16 @@ int cuDevicePrimaryCtxRetain(void **ctx, int device) { *ctx = &context; return O
 int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
 int cuCtxGetCurrent(void **ctx) { *ctx = current; return OK; }
 int cuCtxSetCurrent(void *ctx) { current = ctx; return OK; }
-int cuCtxSynchronize(void) { counts.waits++; drain_all(); return OK; }
+int cuCtxSynchronize(void) {
+  if (spoils()) return RECORDING;
+  counts.waits++;
+  drain_all();
+  return failed;
+}
 
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (bytes == 0) return INVALID;
-  if (recorded()) return RECORDED;
+  if (spoils()) return RECORDING;
   if (bytes > total() || __atomic_load_n(&used, __ATOMIC_SEQ_CST) > total() - bytes) return OUT_OF_MEMORY;
   size_t whole = HEADER + (bytes + HEADER - 1) / HEADER * HEADER;
   char *block = aligned_alloc(HEADER, whole);
@@ -152,6 +172,7 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
 }
 int cuMemFree_v2(uint64_t address) {
   if (!address) return OK;
+  if (spoils()) return RECORDING;
   drain_all();
   char *block = (char *)(uintptr_t)address - HEADER;
   __atomic_sub_fetch(&used, *(size_t *)block, __ATOMIC_SEQ_CST);
@@ -191,13 +212,13 @@ int cuStreamCreate(void **stream, unsigned flags) {
 int cuStreamDestroy_v2(void *stream) { return OK; }
 int cuStreamSynchronize(void *stream) {
   struct stream *s = stream;
+  if (recording && (stream == recorded || !stream) && spoils()) return RECORDING;
   counts.waits++;
-  if (s < streams || s >= streams + made) { drain_all(); return OK; }
-  if (s->recorded) return RECORDED;
+  if (s < streams || s >= streams + made) { drain_all(); return failed; }
   pthread_mutex_lock(&lock);
   drain(s, s->queued);
   pthread_mutex_unlock(&lock);
-  return OK;
+  return failed;
 }
 int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return stand_in_queue(stream, run_wait, event, sizeof(struct event)); }
 int cuEventCreate(void **event, unsigned flags) { *event = calloc(1, sizeof(struct event)); return OK; }
@@ -212,20 +233,22 @@ int cuEventRecord(void *event, void *stream) {
 }
 int cuEventQuery(void *event) { struct event *e = event; return !e->stream || e->stream->done >= e->after ? OK : NOT_READY; }
 int cuEventSynchronize(void *event) {
+  if (spoils()) return RECORDING;
   pthread_mutex_lock(&lock);
   counts.waits++;
   run_wait(event);
   pthread_mutex_unlock(&lock);
-  return OK;
+  return failed;
 }
 /* A module is a source of kernels, compiled for the host beside this library. */
 typedef const char *launch(const char *, const uint32_t *, uint32_t, uint32_t, bool, void **);
+typedef void **keep(const char *, void **);
 struct function {
   launch *launch;
+  keep *keep;
   char name[64];
   int shared;
 };
-static const char *complaint = "a kernel failed";
 
 int cuModuleLoadData(void **module, const char *image) {
   static const char begin[] = "stand-in ";
@@ -241,6 +264,7 @@ int cuModuleGetFunction(struct function **function, void *module, const char *na
   if (!has || !has(name)) return NOT_FOUND;
   *function = calloc(1, sizeof **function);
   (*function)->launch = dlsym(module, "mudit_launch");
+  (*function)->keep = dlsym(module, "mudit_keep");
   snprintf((*function)->name, sizeof (*function)->name, "%s", name);
   (*function)->shared = 48 << 10;
   return OK;
@@ -250,23 +274,23 @@ int cuFuncSetAttribute(struct function *function, int attribute, int value) {
   if (value > function->shared) function->shared = value;
   return OK;
 }
+struct call { struct function *function; uint32_t grid[3], threads, shared; void **arguments; };
+static void run_call(void *data) {
+  struct call *c = data;
+  const char *words = c->function->launch(c->function->name, c->grid, c->threads, c->shared, getenv("MUDIT_STAND_IN_BACKWARDS"), c->arguments);
+  if (words) { complaint = words; failed = FAILED; }
+}
 int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared, void *stream, void **arguments, void **extra) {
-  static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
-  const uint32_t grid[3] = {x, y, z};
   if (!x || !y || !z || x > 2147483647 || y > 65535 || z > 65535 || threads > 1024 || threads_y != 1 || threads_z != 1 ||
       shared > (unsigned)function->shared)
     return INVALID;
   const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11);
   if (getenv("MUDIT_STAND_IN_UPDATES_ONLY") && !update) return OK;
-  if (recorded()) return NOT_SUPPORTED;
-  cuStreamSynchronize(stream); /* what the arguments point to is gone later */
-  counts.waits--;
-  pthread_mutex_lock(&turn);
-  const char *words = function->launch(function->name, grid, threads, shared, getenv("MUDIT_STAND_IN_BACKWARDS"), arguments);
-  if (words) complaint = words;
-  pthread_mutex_unlock(&turn);
-  return words ? FAILED : OK;
+  /* What the arguments point to is gone when the kernel runs. */
+  struct call call = {function, {x, y, z}, threads, shared, function->keep(function->name, arguments)};
+  stand_in_queue(stream, run_call, &call, sizeof call);
+  return failed;
 }
 
 int cuGetErrorName(int error, const char **text) {

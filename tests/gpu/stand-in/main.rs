@@ -228,6 +228,11 @@ fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
 }
 
 #[test]
+fn runs_recorded_as_cuda_graphs_give_the_bits_of_plain_ones() {
+    proven("proofs::recorded_runs", &[]);
+}
+
+#[test]
 fn scratch_memory_stays_where_it_is() {
     proven("proofs::scratch", &[]);
 }

@@ -99,6 +99,29 @@ static void write_one(int type, void *at, uint64_t i, double value) {
   ((uint16_t *)at)[i] = number ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FFF;
 }
 
+int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t bytes);
+
+struct product {
+  struct description description;
+  struct layout la, lb, ld;
+  const void *a, *b;
+  void *d, *workspace;
+};
+static void run_product(void *data) {
+  const struct product *p = data;
+  const int ta = p->description.transposed[0], tb = p->description.transposed[1], type = p->ld.type;
+  const uint64_t terms = ta ? p->la.rows : p->la.columns;
+  memset(p->workspace, 0xFF, WORKSPACE);
+  for (uint64_t column = 0; column < p->ld.columns; column++)
+    for (uint64_t row = 0; row < p->ld.rows; row++) {
+      double sum = p->description.epilogue ? read_one(type, p->description.bias, row) : 0;
+      for (uint64_t k = 0; k < terms; k++)
+        sum += read_one(type, p->a, ta ? row * p->la.stride + k : k * p->la.stride + row) *
+               read_one(type, p->b, tb ? k * p->lb.stride + column : column * p->lb.stride + k);
+      write_one(type, p->d, column * p->ld.stride + row, sum);
+    }
+}
+
 int cublasLtMatmul(void *handle, struct description *description, const float *alpha, const void *a, struct layout *la,
                    const void *b, struct layout *lb, const float *beta, const void *c, struct layout *lc, void *d,
                    struct layout *ld, const struct algorithm *algorithm, void *workspace, size_t bytes, void *stream) {
@@ -114,14 +137,6 @@ int cublasLtMatmul(void *handle, struct description *description, const float *a
   const int fits = (ta ? la->columns : la->rows) == rows && (tb ? lb->rows : lb->columns) == columns &&
                    (tb ? lb->columns : lb->rows) == terms && la->type == ld->type && lb->type == ld->type;
   if (!fits) return INVALID_VALUE;
-  memset(workspace, 0xFF, WORKSPACE);
-  for (uint64_t column = 0; column < columns; column++)
-    for (uint64_t row = 0; row < rows; row++) {
-      double sum = description->epilogue ? read_one(ld->type, description->bias, row) : 0;
-      for (uint64_t k = 0; k < terms; k++)
-        sum += read_one(la->type, a, ta ? row * la->stride + k : k * la->stride + row) *
-               read_one(lb->type, b, tb ? k * lb->stride + column : column * lb->stride + k);
-      write_one(ld->type, d, column * ld->stride + row, sum);
-    }
-  return OK;
+  const struct product product = {*description, *la, *lb, *ld, a, b, d, workspace};
+  return stand_in_queue(stream, run_product, &product, sizeof product);
 }

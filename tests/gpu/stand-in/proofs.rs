@@ -174,6 +174,12 @@ fn no_compiler() {
 
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn recorded_runs() {
+    kernels::sessions::recorded_runs(&runtime());
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn scratch() {
     kernels::memory::scratch_stays_where_it_is(&Gpu::open(0).unwrap());
 }

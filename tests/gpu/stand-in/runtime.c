@@ -15,6 +15,10 @@ int cuMemcpyDtoDAsync_v2(uint64_t, uint64_t, size_t, void *);
 int cuMemsetD8Async(uint64_t, unsigned char, size_t, void *);
 int cuStreamSynchronize(void *);
 int cuCtxSynchronize(void);
+_Bool stand_in_records(void *);
+int stand_in_record(void *, int);
+int stand_in_recorded(void **);
+int stand_in_play(void *, void *);
 static char object;
 
 int cudaGetDeviceCount(int *count) { *count = 1; return OK; }
@@ -67,14 +71,11 @@ int cudaDeviceSynchronize(void) { return cuCtxSynchronize(); }
 int cudaStreamSynchronize(void *stream) { return cuStreamSynchronize(stream); }
 int cudaStreamCreate(void **stream) { *stream = &object; return OK; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &object; return OK; }
-int stand_in_record(void *);
-void *stand_in_recorded(void *);
-int stand_in_replay(void *, void *);
-int cudaStreamBeginCapture(void *stream, int mode) { cuStreamSynchronize(stream); return stand_in_record(stream); }
-int cudaStreamEndCapture(void *stream, void **graph) { *graph = stand_in_recorded(stream); return OK; }
-int cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) { *executable = graph; return OK; }
-int cudaGraphLaunch(void *executable, void *stream) { return stand_in_replay(executable, stream); }
-int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return OK; }
+int cudaStreamIsCapturing(void *stream, int *status) { *status = stand_in_records(stream); return OK; }
+int cudaStreamBeginCapture(void *stream, int mode) { return stand_in_record(stream, mode); }
+int cudaStreamEndCapture(void *stream, void **graph) { return stand_in_recorded(graph); }
+int cudaGraphInstantiate(void **playable, void *graph, unsigned long long flags) { *playable = graph; return OK; }
+int cudaGraphLaunch(void *playable, void *stream) { return stand_in_play(playable, stream); }
 int cudaEventCreate(void **event) { *event = &object; return OK; }
 int cudaEventCreateWithFlags(void **event, unsigned flags) { *event = &object; return OK; }
 int cudaEventElapsedTime(float *ms, void *start, void *end) { *ms = 0; return OK; }

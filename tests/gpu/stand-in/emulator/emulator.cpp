@@ -232,4 +232,14 @@ const char *launch(const char *name, void (*kernel)(A...), const u32 *grid, u32 
     Call<A...> call = {kernel, arguments};
     return emulator::run(name, grid, threads, shared_bytes, backwards, Call<A...>::run, &call);
 }
+
+// Copies of a launch's arguments, for a launch that comes later or more than once.
+template <class... A> void **keep(void (*)(A...), void **arguments) {
+    const size_t sizes[] = {sizeof(A)...}, count = sizeof...(A);
+    void **copies = (void **)malloc(count * sizeof(void *));
+    for (size_t i = 0; i < count; i++) {
+        copies[i] = memcpy(aligned_alloc(16, (sizes[i] + 15) / 16 * 16), arguments[i], sizes[i]);
+    }
+    return copies;
+}
 } // namespace

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::CudaEvent;
+use graph_builder::DType;
 
 use super::arena::DeviceArena;
 use super::gpu::Gpu;
@@ -232,7 +233,7 @@ impl DeviceArena {
             let (left, right) = (self.layout().entries().len(), gradients.layout().entries().len());
             return Err(RuntimeError::LayoutMismatch { action: "add gradients", left, right });
         }
-        if self.dtype() != graph_builder::DType::F32 {
+        if self.dtype() != DType::F32 {
             return Err(RuntimeError::InvalidValue {
                 what: "the element type of a sum of gradients".to_owned(),
                 expected: "f32".to_owned(),

@@ -10,6 +10,12 @@ mod training;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+use graph_builder::Weights;
+use models::inception::{SIDE, Taps, features};
+use mudit_tests::Feeds;
+use mudit_tests::difference::relative_l2;
+use mudit_tests::draws::Draws;
+use mudit_tests::execution::{execute, options};
 use runtime::cuda::Gpu;
 use runtime::{CudaOptions, Provider, Runtime, RuntimeOptions};
 
@@ -72,4 +78,27 @@ fn noise_and_update_are_the_hosts() {
     let gpu = Gpu::open(0).unwrap();
     kernels::random::noise_is_the_hosts(&gpu);
     kernels::update::update_is_the_hosts(&gpu, &|_| ());
+}
+
+#[test]
+fn feature_networks_answer_as_on_the_cpu() {
+    if on_gpu("feature networks").is_none() {
+        return;
+    }
+    let taps = Taps { spatial: true, logits: true };
+    let program = features(2, SIDE, taps).unwrap().optimised().unwrap().emit(Weights::Inputs).unwrap();
+    let mut draws = Draws::new(5);
+    // Small and positive: variances are parameters, too.
+    let feeds: Feeds = program
+        .inputs
+        .iter()
+        .map(|spec| (spec.name.clone(), draws.uniform(spec.shape.dims(), 0.001, 0.05)))
+        .collect();
+    let run = |options| execute(&runtime(), &program, &runtime::Weights::Inside, &feeds, &options).outputs;
+    let (cpu, gpu) = (run(options(true)), run(kernels::sessions::on_cuda(true)));
+    for (name, got) in &gpu {
+        let error = relative_l2(got, &cpu[name]);
+        println!("{name}: {error:.1e} from the CPU's");
+        assert!(error <= 1e-4, "{name}: {error:e}");
+    }
 }

@@ -12,6 +12,7 @@ mod counts;
 mod engines;
 #[path = "../kernels/mod.rs"]
 mod kernels;
+mod networks;
 mod proofs;
 mod training;
 
@@ -110,6 +111,11 @@ fn every_node_of_guided_denoising_is_placed_on_cuda() {
 #[test]
 fn every_node_of_the_training_step_is_placed_on_cuda() {
     proven("proofs::train_step_is_placed", &[]);
+}
+
+#[test]
+fn every_node_of_the_feature_networks_is_placed_on_cuda() {
+    proven("networks::placed", &[]);
 }
 
 #[test]

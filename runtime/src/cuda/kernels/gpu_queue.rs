@@ -38,8 +38,8 @@ impl GpuQueue {
     /// A queue on the GPU's stream.
     ///
     /// # Errors
-    /// [`RuntimeError::ProviderUnavailable`] without NVRTC or cuBLASLt; [`RuntimeError::InvalidValue`] for a GPU older
-    /// than the kernels.
+    /// [`RuntimeError::ProviderUnavailable`] without cuBLASLt; [`RuntimeError::InvalidValue`] for a GPU older than the
+    /// kernels. NVRTC is asked for by the first kernel.
     pub fn new(gpu: &Arc<Gpu>) -> Result<Self> {
         Ok(Self::lending(gpu, &gpu.loaded()?.pool))
     }

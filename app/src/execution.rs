@@ -7,10 +7,12 @@ use anyhow::ensure;
 use graph_builder::{DType, ExternalTensor, Graph, Precision, Shape, Type, Weights};
 use half::{bf16, f16};
 use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::library::cache_directory;
 use runtime::{
-    Arena, ArenaLayout, Binding, CudaOptions, Provider, Runtime, Session, SessionOptions, SharedArena,
+    Arena, ArenaLayout, Binding, CudaOptions, Provider, Runtime, RuntimeError, Session, SessionOptions,
+    SharedArena,
 };
 
 use crate::Usage;
@@ -55,7 +57,18 @@ impl Execution {
             );
             return Err(Usage(text).into());
         }
-        Ok(self.provider.check()?)
+        self.provider.check()?;
+        // Engines may carry their kernels; every other program's are compiled here.
+        if let (Provider::Cuda(_), Some(reason)) = (&self.provider, NVRTC.complaint()) {
+            let remedy = NVRTC.install.to_owned();
+            return Err(RuntimeError::ProviderUnavailable {
+                provider: self.provider.to_string(),
+                reason,
+                remedy,
+            }
+            .into());
+        }
+        Ok(())
     }
 
     /// How sessions are loaded.

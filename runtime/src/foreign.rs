@@ -38,7 +38,7 @@ pub struct ForeignModel {
     inputs: Vec<Port>,
     outputs: Vec<Port>,
     inner: ort::session::Session,
-    _gpu: Option<Arc<Gpu>>,
+    gpu: Option<Arc<Gpu>>,
     _runtime: Arc<Runtime>,
 }
 
@@ -56,13 +56,16 @@ impl ForeignModel {
     pub fn load(runtime: &Arc<Runtime>, path: &Path, options: &SessionOptions) -> Result<Self> {
         std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let name = path.display().to_string();
-        let (mut builder, gpu) = builder(runtime, options, &name)?;
-        let turn = runtime.loading();
+        // Its tensors move from run to run, so a recorded run would read the first one's.
+        let provider = options.provider.clone().without_cuda_graph();
+        let options = SessionOptions { provider, ..options.clone() };
+        let (mut builder, gpu) = builder(runtime, &options, &name)?;
+        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
-        drop(turn);
+        drop(turns);
         let ports = |outlets: &[Outlet]| outlets.iter().map(port).collect();
         let (inputs, outputs) = (ports(inner.inputs()), ports(inner.outputs()));
-        Ok(Self { name, inputs, outputs, inner, _gpu: gpu, _runtime: runtime.clone() })
+        Ok(Self { name, inputs, outputs, inner, gpu, _runtime: runtime.clone() })
     }
 
     /// Inputs in order.
@@ -87,6 +90,7 @@ impl ForeignModel {
         output: &str,
     ) -> Result<(Shape, Vec<f32>)> {
         let failed = |e: ort::Error| RuntimeError::Run { program: self.name.clone(), reason: e.to_string() };
+        let _turn = self.gpu.as_ref().map(|gpu| gpu.turn());
         let tensor = Tensor::from_array((shape.to_vec(), values)).map_err(failed)?;
         let outputs = self.inner.run(ort::inputs![input => tensor]).map_err(failed)?;
         let found = outputs.get(output).ok_or_else(|| RuntimeError::UnknownName {

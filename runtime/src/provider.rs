@@ -167,6 +167,18 @@ impl Provider {
         self
     }
 
+    /// The same, with engines in the cache told apart by `identity`: ONNX Runtime names them by the names inside a
+    /// program, whatever its sizes and weights are.
+    #[must_use]
+    pub(crate) fn identified(mut self, identity: impl FnOnce() -> String) -> Self {
+        if let Self::TensorRt(options) = &mut self
+            && options.engine_cache.is_some()
+        {
+            options.engine_prefix.get_or_insert_with(identity);
+        }
+        self
+    }
+
     /// Where the provider's buffers live.
     pub fn device(&self) -> Device {
         match self {
@@ -280,6 +292,15 @@ mod tests {
                 "{name}"
             );
         }
+    }
+
+    #[test]
+    fn engines_in_the_cache_are_told_apart() {
+        let cached = "tensorrt".parse::<Provider>().unwrap().cached_in(Path::new("/cache"));
+        let Provider::TensorRt(options) = cached.identified(|| "a program".to_owned()) else { panic!() };
+        assert_eq!(options.engine_prefix.as_deref(), Some("a program"));
+        let plain = "tensorrt".parse::<Provider>().unwrap().identified(|| panic!("nothing is kept"));
+        assert!(matches!(plain, Provider::TensorRt(TensorRtOptions { engine_prefix: None, .. })));
     }
 
     #[test]

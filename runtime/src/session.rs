@@ -12,6 +12,7 @@ use ort::value::{Outlet, TensorElementType, ValueType};
 use crate::cuda::Gpu;
 use crate::device::Device;
 use crate::error::{Result, RuntimeError, nearest};
+use crate::file::{sha256_bytes, sha256_file};
 use crate::kernels;
 use crate::library::Runtime;
 use crate::provider::{self, Provider};
@@ -131,6 +132,8 @@ impl Session {
         weights: &Weights,
         options: &SessionOptions,
     ) -> Result<Arc<Self>> {
+        let provider = options.provider.clone().identified(|| identity(program, weights));
+        let options = &SessionOptions { provider, ..options.clone() };
         if !options.provider.cuda_graph() {
             return Self::load_as(runtime, program, weights, options, Recording::Off);
         }
@@ -323,6 +326,21 @@ impl Session {
             None => Ok(()),
         }
     }
+}
+
+/// What tells a program in memory from others with the same names inside: its bytes and its weights.
+fn identity(program: &OnnxProgram, weights: &Weights) -> String {
+    let weights = match weights {
+        Weights::Inside => String::new(),
+        // A file that cannot be read is refused by who reads it.
+        Weights::Directory(directory) => program
+            .weights_file
+            .as_ref()
+            .and_then(|file| sha256_file(directory.join(file)).ok())
+            .unwrap_or_default(),
+        Weights::Memory(bytes) => sha256_bytes(bytes),
+    };
+    sha256_bytes(format!("{} {weights}", sha256_bytes(&program.bytes)).as_bytes())
 }
 
 /// Memory of a GPU that ran out, told from ONNX Runtime's words or those of one of this crate's kernels.

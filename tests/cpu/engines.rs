@@ -216,6 +216,10 @@ fn a_second_build_has_nothing_to_do_and_says_what_differs() {
     });
     let tuned = scene.mudit(&format!("{line} tuned/model.safetensors --batch 3")).succeeds();
     assert!(tuned.contains("weights: built from") && !tuned.contains("step-b3.onnx: built"), "{tuned}");
+    // What is asked for twice is built once, and an engine that is there stays whole.
+    let twice = line.replace("--program step", "--program step,step");
+    scene.mudit(&format!("{twice} tuned/model.safetensors --buckets 3,3")).succeeds();
+    assert_eq!(Engine::open(scene.path("e")).unwrap().manifest().programs.len(), 1);
     // An engine that lost a file is built again.
     fs::remove_file(scene.path("e/step-b3.onnx")).unwrap();
     scene.mudit(&format!("{line} tuned/model.safetensors --batch 3")).succeeds();

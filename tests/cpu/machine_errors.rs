@@ -117,6 +117,9 @@ fn a_gpu_that_is_not_there_is_refused_by_every_command_that_takes_one() {
             with(&format!("--precision {precision}")).run().refuses(2, &["--precision f32", "--provider"]);
         }
     }
+    // A command for the CPU alone does not pretend.
+    let alone = scene.mudit("replay --offline --model checkpoint --weights checkpoint/model.safetensors --batches batches.safetensors --out x");
+    alone.env("MUDIT_PROVIDER", "cuda").run().refuses(2, &["CPU only", "MUDIT_PROVIDER"]);
     assert!(!scene.path("x").join("engine.json").exists() && !scene.path("x.png").exists());
 }
 

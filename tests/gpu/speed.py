@@ -133,6 +133,9 @@ def main():
         replace(args.out + ".json", json.dumps(data, indent=1) + "\n")
         replace(args.out + ".md", report(data))
     print(f"{args.out}.md")
+    failed = [f"{name}: {who}" for name in args.rows or ROWS for who in data["rows"][name]["failed"] if who.startswith("mudit")]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

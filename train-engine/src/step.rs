@@ -11,9 +11,7 @@ use models::{
 };
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::update::trainable_layout;
-use runtime::{
-    Arena, ArenaLayout, Binding, Provider, Recording, Runtime, Session, SessionOptions, SharedArena,
-};
+use runtime::{Arena, ArenaLayout, Binding, Recording, Runtime, Session, SessionOptions, SharedArena};
 
 use crate::config::TrainConfig;
 use crate::error::{Result, TrainError};
@@ -153,9 +151,6 @@ impl Prepared {
         precision: Precision,
         options: &SessionOptions,
     ) -> Result<(Binding, StepArenas)> {
-        if matches!(options.provider, Provider::Cuda(_)) {
-            self.program.check_cuda(&|_, _| false).map_err(models::ModelError::from)?;
-        }
         let session = Session::load(runtime, &self.program, &runtime::Weights::Inside, options)?;
         let mut builder = Binding::builder(&session);
         let Some(gpu) = session.gpu() else {

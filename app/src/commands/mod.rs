@@ -30,6 +30,7 @@ use models::Guidance;
 use runtime::{Provider, Runtime, RuntimeOptions};
 use train_engine::config::TrainConfig;
 
+use crate::Usage;
 use crate::console;
 use crate::execution::Execution;
 
@@ -174,6 +175,13 @@ fn of_training(config: &TrainConfig) -> Execution {
 impl Machine {
     /// Finds (or fetches) and loads ONNX Runtime for the CPU.
     fn runtime(self) -> anyhow::Result<Arc<Runtime>> {
+        if let Ok(wanted) = std::env::var("MUDIT_PROVIDER")
+            && wanted.parse::<Provider>().is_ok_and(|p| p.is_gpu())
+        {
+            let text =
+                format!("this command computes on the CPU only, and MUDIT_PROVIDER says {wanted}: unset it");
+            return Err(Usage(text).into());
+        }
         self.runtime_for(&Provider::default())
     }
 

@@ -11,7 +11,7 @@ use graph_builder::Weights;
 use models::{Guidance, ProgramKind, program};
 use runtime::cuda::Gpu;
 use runtime::file::sha256_bytes;
-use runtime::{Device, Runtime};
+use runtime::{Device, Runtime, RuntimeError};
 use serde::Serialize;
 
 use super::batching::curve::{CANDIDATES, Curve, CurveFile, Point};
@@ -199,10 +199,20 @@ fn measure(
 ) -> anyhow::Result<Curve> {
     let mut curve = Curve::default();
     for rows in CANDIDATES.into_iter().filter(|rows| *rows <= max_rows.max(REFERENCE)) {
-        let mut program = RowProgram::new(recipe, rows)?;
         let mut slots = vec![Slot::still(recipe.model.num_classes as i64 - 1); rows];
         // The first run allocates.
-        program.step(&mut slots)?;
+        let tried = RowProgram::new(recipe, rows).and_then(|mut program| {
+            program.step(&mut slots)?;
+            Ok(program)
+        });
+        let mut program = match tried {
+            Ok(program) => program,
+            Err(error) if rows > REFERENCE && out_of_memory(&error) => {
+                crate::console::note(&format!("serve: {rows} rows do not fit the GPU's memory"));
+                break;
+            }
+            Err(error) => return Err(error),
+        };
         let mut times = Vec::new();
         let start = Instant::now();
         while times.len() < LEAST_RUNS || start.elapsed() < MEASURED {
@@ -222,6 +232,11 @@ fn measure(
         }
     }
     Ok(curve)
+}
+
+fn out_of_memory(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<RuntimeError>());
+    causes.any(|e| matches!(e, RuntimeError::GpuOutOfMemory { .. }))
 }
 
 /// Who computes: a curve is good for one processor, or one kind of GPU.

@@ -12,7 +12,7 @@ use crate::error::{Result, RuntimeError};
 
 /// What to do when memory runs out and nothing better is known.
 pub(crate) const USE_LESS: &str =
-    "use a smaller batch, `train.accumulate`, `train.recompute` or a smaller precision";
+    "use a smaller batch or a smaller precision; when training, `train.accumulate` or `train.recompute`";
 
 /// A block of a GPU's memory, at a fixed address until it is dropped.
 pub struct DeviceMemory {

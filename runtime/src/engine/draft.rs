@@ -233,6 +233,10 @@ fn write_program(work: &Path, batch: usize, program: &OnnxProgram) -> Result<Eng
 
 /// Moves a finished engine's files over those of an older one.
 fn replace_files(work: &Path, directory: &Path, manifest: &EngineManifest) -> Result<()> {
+    // Looked at before anything is taken away.
+    for file in manifest.files().map(|(file, _)| work.join(file)) {
+        fs::metadata(&file).map_err(|e| RuntimeError::io("read", &file, e))?;
+    }
     let old_manifest = directory.join(MANIFEST);
     let older = Engine::open(directory).ok();
     if old_manifest.exists() {

@@ -72,6 +72,10 @@ fn cuda_provider(options: &CudaOptions, stream: *mut ()) -> CUDA {
 
 fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
     let text = |path: &Path| path.to_string_lossy().into_owned();
+    for folder in [&options.engine_cache, &options.timing_cache].into_iter().flatten() {
+        // ONNX Runtime makes the last folder of a path only, and says itself what it cannot write.
+        drop(std::fs::create_dir_all(folder));
+    }
     let mut provider = TensorRT::default()
         .with_device_id(options.ordinal as i32)
         .with_cuda_graph(options.cuda_graph)

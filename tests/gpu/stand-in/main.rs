@@ -16,6 +16,7 @@ mod networks;
 mod proofs;
 mod training;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -65,11 +66,13 @@ impl Stage {
 }
 
 /// The stage for a proof. A machine that lacks a compiler or the wheel says so aloud; with `CI` set it fails.
-#[allow(clippy::print_stderr, reason = "a proof that was not tried says so")]
 fn staged(name: &str) -> Option<&'static Stage> {
     match stage() {
         Ok(stage) => return Some(stage),
-        Err(reason) if std::env::var_os("CI").is_none() => eprintln!("SKIPPED: {name}: {reason}"),
+        Err(reason) if std::env::var_os("CI").is_none() => {
+            // Past the harness, which keeps what a test that passes prints.
+            std::io::stderr().write_all(format!("SKIPPED: {name}: {reason}\n").as_bytes()).unwrap();
+        }
         Err(reason) => panic!("{name}: {reason}"),
     }
     None

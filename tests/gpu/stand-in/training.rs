@@ -420,5 +420,5 @@ fn a_run_that_does_not_fit_says_what_would() {
     config.train.batch_size = images.parse().unwrap();
     let (outcome, seen) = run(&config, tempfile::tempdir().unwrap().path());
     assert!(seen.plans[0].bytes() <= seen.plans[0].free);
-    drop(outcome);
+    outcome.unwrap();
 }

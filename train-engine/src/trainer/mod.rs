@@ -416,7 +416,12 @@ fn refuse_precision(config: &TrainConfig) -> Result<()> {
 }
 
 fn session_options(config: &TrainConfig) -> SessionOptions {
-    let (threads, provider) = (config.train.threads, config.train.provider.clone());
+    let provider = config.train.provider.clone();
+    let provider = match runtime::library::cache_directory() {
+        Some(cache) => provider.cached_in(&cache.join("tensorrt")),
+        None => provider,
+    };
+    let threads = config.train.threads;
     SessionOptions { threads, provider, ..SessionOptions::default() }
 }
 

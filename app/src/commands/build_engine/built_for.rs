@@ -5,7 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use runtime::cuda::kernels::{Architecture, COMMON, Compiler, SOURCES};
-use runtime::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT, find_or_fetch_compiler};
+use runtime::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT, NVRTC, find_or_fetch_compiler};
 use runtime::cuda::{Gpu, GpuInfo};
 use runtime::engine::{EngineDraft, EngineKey, EngineProgram};
 use runtime::library::cache_directory;
@@ -122,7 +122,7 @@ impl Target {
         key.set("kernels", runtime::file::sha256_bytes(texts.collect::<String>().as_bytes()));
         if let Some(gpu) = &self.here {
             key.set("gpu", &gpu.name);
-            for library in libraries {
+            for library in libraries.iter().chain([&&NVRTC]) {
                 key.set(library.title, library.version().unwrap_or_else(|| "unknown".to_owned()));
             }
         }

@@ -205,9 +205,13 @@ impl BuildEngineArgs {
             (None, []) => vec![1],
             (None, buckets) => buckets.to_vec(),
         };
-        let mut planned = Vec::new();
+        let mut planned: Vec<Planned> = Vec::new();
         for &kind in &self.programs {
             for &batch in &batches {
+                // Asked for twice, built once.
+                if planned.iter().any(|p| (p.kind, p.batch) == (kind, batch)) {
+                    continue;
+                }
                 let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
                 planned.push(Planned { kind, batch, graph: graph.in_precision(self.precision)? });
             }
@@ -238,7 +242,7 @@ impl BuildEngineArgs {
     ) -> anyhow::Result<EngineKey> {
         let mut key = EngineKey::default();
         key.set("mudit", env!("CARGO_PKG_VERSION"));
-        key.set("onnxruntime", runtime::library::PINNED_VERSION);
+        key.set("onnxruntime", onnx_runtime());
         key.set("provider", &self.provider);
         key.set("precision", self.precision);
         key.set("validation", if self.no_validation { "off" } else { "on" });
@@ -386,6 +390,14 @@ impl BuildEngineArgs {
             reports.push(case.run(&session, load_seconds, !self.no_validation).with_context(place)?);
         }
         Ok(reports)
+    }
+}
+
+/// The ONNX Runtime that loads the programs: the pinned version, or a library that the user names.
+fn onnx_runtime() -> String {
+    match std::env::var("ORT_DYLIB_PATH") {
+        Ok(path) if !path.is_empty() => path,
+        _ => runtime::library::PINNED_VERSION.to_owned(),
     }
 }
 

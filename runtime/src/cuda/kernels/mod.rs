@@ -54,12 +54,13 @@ impl Architecture {
     /// [`RuntimeError::InvalidValue`] below 8.0: the kernels need its matrix products and copies.
     pub fn of(major: u32, minor: u32) -> Result<Self, RuntimeError> {
         let capability = major * 10 + minor;
-        if capability >= 80 && minor < 10 {
+        // What is sold goes up to 12.x; a number with more digits is a slip.
+        if (80..200).contains(&capability) && minor < 10 {
             return Ok(Self { capability });
         }
         Err(RuntimeError::InvalidValue {
             what: "compute capability".to_owned(),
-            expected: "8.0 or more".to_owned(),
+            expected: "8.0 or more, below 20.0".to_owned(),
             got: format!("{major}.{minor}"),
         })
     }

@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`commands`] | one module a command: resolve, call, report |
+//! | [`execution`] | who computes a program, in which type, and where its parameters are |
 //! | [`fid`] | feature networks and the distances between image sets |
 //! | [`sampler`] | a `step` program, a solver and seeds → images |
 //! | [`profile`] | executed nodes joined with the graph: where the time goes |
@@ -18,6 +19,7 @@
 
 pub mod commands;
 pub mod console;
+pub mod execution;
 pub mod external;
 pub mod fid;
 pub mod profile;

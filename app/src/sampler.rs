@@ -5,12 +5,13 @@
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use graph_builder::Weights;
 use models::{
     COEFFICIENTS, DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, SolverPlan, program,
 };
-use runtime::{Binding, Runtime, Session, SessionOptions, SharedArena};
+use runtime::{Binding, Runtime};
 use train_engine::random::{Purpose, Stream};
+
+use crate::execution::{Execution, Placed};
 
 /// The solver where none is asked for.
 pub fn default_sampler(objective: Objective) -> SolverKind {
@@ -44,8 +45,8 @@ pub struct Settings {
     pub guided: Guidance,
     /// Images of one run of the program.
     pub batch: usize,
-    /// Threads inside one op; 0 is one a core.
-    pub threads: usize,
+    /// Who computes, and in what.
+    pub execution: Execution,
 }
 
 /// Where the starting points and the solver's noise come from.
@@ -88,22 +89,14 @@ impl Sampler {
     pub fn new(
         runtime: &Arc<Runtime>,
         model: &DitConfig,
-        parameters: &SharedArena,
+        parameters: &Placed,
         settings: &Settings,
     ) -> anyhow::Result<Self> {
         let plan = settings.solver.plan(model.objective, model.learn_sigma)?;
         let guided = if settings.guidance == 1.0 { Guidance::Off } else { settings.guided };
-        let graph = program(model, ProgramKind::Step, settings.batch, guided)?.optimised()?;
-        let options = SessionOptions { threads: settings.threads, ..SessionOptions::default() };
-        let session =
-            Session::load(runtime, &graph.emit(Weights::Inputs)?, &runtime::Weights::Inside, &options)?;
-        let mut builder = Binding::builder(&session);
-        builder.bind_inputs_by_name(parameters)?;
-        parameters
-            .write()
-            .map_err(|_| anyhow::anyhow!("a thread panicked while it held the parameters"))?
-            .freeze();
-        let binding = builder.finish()?;
+        let graph = program(model, ProgramKind::Step, settings.batch, guided)?;
+        let execution = &settings.execution;
+        let binding = parameters.load(runtime, &graph, execution, &execution.session_options())?;
         let image = model.in_channels * model.input_size * model.input_size;
         let guidance = (guided != Guidance::Off).then_some(settings.guidance as f32);
         let (label_rows, null_class) = (model.label_rows(), model.null_class());

@@ -124,6 +124,8 @@ pub struct Arena {
     layout: Arc<ArenaLayout>,
     // Dropped before the memory that it speaks of.
     frozen: Option<Frozen>,
+    /// Changes with every chance to change a value.
+    version: u64,
     data: Storage<f32>,
 }
 
@@ -146,7 +148,7 @@ impl Arena {
     /// [`RuntimeError::OutOfMemory`].
     pub fn zeros(layout: Arc<ArenaLayout>) -> Result<Self> {
         let data = Storage::zeros(layout.len(), "an arena")?;
-        Ok(Self { layout, frozen: None, data })
+        Ok(Self { layout, frozen: None, version: 0, data })
     }
 
     /// A second arena with the same layout and contents.
@@ -172,9 +174,15 @@ impl Arena {
         }
     }
 
-    /// Takes [`Self::freeze`] back.
+    /// Takes [`Self::freeze`] back: values may change now.
     pub(crate) fn thaw(&mut self) {
         self.frozen = None;
+        self.version += 1;
+    }
+
+    /// A number that is another one after every change of a value.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
     }
 
     fn data_mut(&mut self) -> &mut [f32] {

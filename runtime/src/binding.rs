@@ -1,24 +1,25 @@
 //! Programs bound once to their memory: a run then costs no allocation, no copy and no look-up.
-#![allow(unsafe_code, reason = "answers for the addresses of host memory that ONNX Runtime is given")]
+#![allow(unsafe_code, reason = "runs programs on memory that it answers for")]
 
-mod mirror;
+mod builder;
+mod staging;
 mod table;
 
 use std::fmt;
-use std::ptr::NonNull;
-use std::sync::{Arc, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 use graph_builder::{DType, TensorSpec};
 use half::{bf16, f16};
 use indexmap::IndexMap;
 
-use crate::arena::{Arena, ArenaLayout, SharedArena};
+pub use builder::BindingBuilder;
+
 use crate::error::{Result, RuntimeError, nearest};
 use crate::huge_pages;
 use crate::session::Session;
-use crate::storage::Storage;
-use mirror::Mirrors;
-use table::AddressTable;
+use builder::{BoundArena, Guard, Port};
+use staging::Staging;
+use table::{AddressTable, RunOptions};
 
 /// An element type that host code can read and write in a binding's buffers.
 pub trait Element: bytemuck::Pod + sealed::Sealed {
@@ -54,78 +55,37 @@ impl Side {
             Self::Output => "output",
         }
     }
-}
 
-/// An arena that a binding's ports lie in.
-struct BoundArena {
-    arena: SharedArena,
-    /// What the arena looked like when it was bound; holding the layout keeps its identity unique.
-    layout: Arc<ArenaLayout>,
-    start: NonNull<f32>,
-    written: bool,
-}
-
-enum Guard<'a> {
-    Read(RwLockReadGuard<'a, Arena>),
-    Write(RwLockWriteGuard<'a, Arena>),
-}
-
-impl Guard<'_> {
-    fn arena(&self) -> &Arena {
+    fn other(self) -> Self {
         match self {
-            Self::Read(guard) => guard,
-            Self::Write(guard) => guard,
+            Self::Input => Self::Output,
+            Self::Output => Self::Input,
         }
     }
-}
 
-impl BoundArena {
-    fn lock(&self, program: &str) -> Result<Guard<'_>> {
-        let stale =
-            |reason: &str| RuntimeError::StaleArena { program: program.into(), reason: reason.into() };
-        let poisoned = || stale("a thread panicked while it held one of the bound arenas");
-        let guard = if self.written {
-            let mut arena = self.arena.write().map_err(|_| poisoned())?;
-            arena.thaw();
-            Guard::Write(arena)
-        } else {
-            Guard::Read(self.arena.read().map_err(|_| poisoned())?)
-        };
-        let arena = guard.arena();
-        if arena.start() != self.start || !Arc::ptr_eq(arena.layout(), &self.layout) {
-            return Err(stale("a bound arena was replaced by another one"));
+    fn specs(self, session: &Session) -> &[TensorSpec] {
+        match self {
+            Self::Input => session.inputs(),
+            Self::Output => session.outputs(),
         }
-        Ok(guard)
     }
-}
-
-/// Memory behind one input or output.
-enum Port {
-    /// In an arena, from this element on.
-    Arena { arena: usize, offset: usize },
-    /// In a buffer of the binding's own.
-    Owned(Storage<u8>),
-}
-
-/// Chooses the memory of a program's inputs and outputs; see [`Binding`].
-pub struct BindingBuilder {
-    session: Arc<Session>,
-    inputs: IndexMap<String, Port>,
-    outputs: IndexMap<String, Port>,
-    arenas: Vec<BoundArena>,
 }
 
 /// A program with memory for every input and output, ready to run again and again.
 ///
 /// Inputs and outputs that were bound to an arena are read and written in place. The others have buffers of the
-/// binding's own, zero at first. A run locks the arenas it reads for reading and the ones it writes for writing, so
-/// host code and runs never touch the same memory at the same time. On a GPU each input and output has a copy there,
-/// which a run fills before and reads after.
+/// binding's own, zero at first. A run locks the host's arenas it reads for reading and the ones it writes for writing, so
+/// host code and runs never touch the same memory at the same time.
+///
+/// On a GPU, arenas there are used in place too. The other ports cross the bus: those in buffers of the binding's own
+/// with one copy in each direction, if the host has changed an input since the last run; those in arenas of the host
+/// when the arena has changed. All addresses that the program sees stay the same.
 pub struct Binding {
     // Released before the memory that it points into.
     io: AddressTable,
-    /// What the program reads and writes when it runs on a GPU.
-    mirrors: Option<Mirrors>,
+    options: Option<RunOptions>,
+    /// What crosses the bus to a GPU.
+    staging: Option<Staging>,
     inputs: IndexMap<String, Port>,
     outputs: IndexMap<String, Port>,
     /// In address order, so that runs on several threads lock in one order.
@@ -147,152 +107,22 @@ impl fmt::Debug for Binding {
     }
 }
 
-impl BindingBuilder {
-    /// Lets an f32 input read an arena's entry of the same shape in place.
-    ///
-    /// # Errors
-    /// [`RuntimeError::UnknownName`], [`RuntimeError::WrongType`], [`RuntimeError::WrongShape`],
-    /// [`RuntimeError::Aliased`] when the arena also takes outputs.
-    pub fn bind_input_arena(&mut self, input: &str, arena: &SharedArena, entry: &str) -> Result<&mut Self> {
-        self.bind(Side::Input, input, arena, entry)
-    }
-
-    /// Lets an f32 output be written in place into an arena's entry of the same shape.
-    ///
-    /// # Errors
-    /// [`RuntimeError::UnknownName`], [`RuntimeError::WrongType`], [`RuntimeError::WrongShape`],
-    /// [`RuntimeError::Aliased`] when the arena also feeds inputs, or the entry takes another output.
-    pub fn bind_output_arena(&mut self, output: &str, arena: &SharedArena, entry: &str) -> Result<&mut Self> {
-        self.bind(Side::Output, output, arena, entry)
-    }
-
-    /// Binds every input that has the name of an arena's entry to that entry; returns how many.
-    ///
-    /// # Errors
-    /// As [`BindingBuilder::bind_input_arena`].
-    pub fn bind_inputs_by_name(&mut self, arena: &SharedArena) -> Result<usize> {
-        self.bind_by_name(Side::Input, arena, "")
-    }
-
-    /// Binds every output named `prefix` + an arena's entry (`grad.` for gradients) to that entry; returns how many.
-    ///
-    /// # Errors
-    /// As [`BindingBuilder::bind_output_arena`].
-    pub fn bind_outputs_by_name(&mut self, arena: &SharedArena, prefix: &str) -> Result<usize> {
-        self.bind_by_name(Side::Output, arena, prefix)
-    }
-
-    /// Gives every input and output that is not bound yet a buffer and hands all addresses to ONNX Runtime.
-    ///
-    /// # Errors
-    /// [`RuntimeError::OutOfMemory`], [`RuntimeError::Ort`].
-    pub fn finish(mut self) -> Result<Binding> {
-        let session = self.session.clone();
-        let io = AddressTable::new(&session)?;
-        let mut mirrors = session.gpu().map(Mirrors::new);
-        let ordinal = session.gpu().map(|g| g.info().ordinal);
-        for (specs, ports, side) in [
-            (session.inputs(), &mut self.inputs, Side::Input),
-            (session.outputs(), &mut self.outputs, Side::Output),
-        ] {
-            for spec in specs {
-                if !ports.contains_key(&spec.name) {
-                    let bytes = spec.shape.numel() * spec.dtype.bytes();
-                    ports.insert(spec.name.clone(), Port::Owned(Storage::zeros(bytes, &spec.name)?));
-                }
-                let address = match &ports[&spec.name] {
-                    Port::Owned(buffer) => buffer.start().as_ptr(),
-                    // SAFETY: `bind` took the offset from the layout of this very arena.
-                    Port::Arena { arena, offset } => unsafe {
-                        self.arenas[*arena].start.as_ptr().add(*offset).cast()
-                    },
-                };
-                let address = match &mut mirrors {
-                    Some(mirrors) => mirrors.add(side == Side::Input, spec, address)?,
-                    None => address,
-                };
-                // SAFETY: the address is of `spec`'s size and lives as long as the binding: the buffers and the
-                // arenas' handles, or the GPU's copies, move into it, and `run` refuses an arena whose memory was exchanged.
-                unsafe { io.bind(side == Side::Input, spec, address, ordinal)? };
-            }
-        }
-        let Self { inputs, outputs, mut arenas, .. } = self;
-        arenas.sort_by_key(|a| Arc::as_ptr(&a.arena).addr());
-        Ok(Binding { io, mirrors, inputs, outputs, arenas, session, runs: 0 })
-    }
-
-    fn bind_by_name(&mut self, side: Side, arena: &SharedArena, prefix: &str) -> Result<usize> {
-        let layout = lock_for_binding(arena, self.session.name())?.layout().clone();
-        let session = self.session.clone();
-        let specs = if side == Side::Input { session.inputs() } else { session.outputs() };
-        let mut bound = 0;
-        for spec in specs {
-            if let Some(entry) = spec.name.strip_prefix(prefix).filter(|e| layout.entries().contains_key(*e))
-            {
-                self.bind(side, &spec.name, arena, entry)?;
-                bound += 1;
-            }
-        }
-        Ok(bound)
-    }
-
-    fn bind(&mut self, side: Side, name: &str, arena: &SharedArena, entry: &str) -> Result<&mut Self> {
-        let spec = find(&self.session, side, name)?;
-        let place = || format!("{} `{name}` of program `{}`", side.word(), self.session.name());
-        if spec.dtype != DType::F32 {
-            return Err(RuntimeError::WrongType {
-                place: format!("program `{}`", self.session.name()),
-                name: name.to_owned(),
-                expected: "f32, as in every arena".to_owned(),
-                got: spec.dtype.to_string(),
-            });
-        }
-        let (layout, start) = {
-            let arena = lock_for_binding(arena, self.session.name())?;
-            (arena.layout().clone(), arena.start())
-        };
-        let found = layout.entry(entry)?;
-        if found.shape != spec.shape {
-            return Err(RuntimeError::WrongShape {
-                place: format!("the arena for {}", place()),
-                name: entry.to_owned(),
-                expected: spec.shape.clone(),
-                got: found.shape.clone(),
-            });
-        }
-        let aliased = |what: String| RuntimeError::Aliased { program: self.session.name().to_owned(), what };
-        let written = side == Side::Output;
-        let known = self.arenas.iter().position(|a| Arc::ptr_eq(&a.arena, arena));
-        if known.is_some_and(|i| self.arenas[i].written != written) {
-            return Err(aliased(format!("{} shares an arena with an {}", place(), other(side).word())));
-        }
-        let offset = found.offset;
-        let taken = |port: &Port| matches!(port, Port::Arena { arena, offset: o } if Some(*arena) == known && *o == offset);
-        if written
-            && !spec.shape.dims().contains(&0)
-            && let Some((twin, _)) = self.outputs.iter().find(|(n, p)| n.as_str() != name && taken(p))
-        {
-            return Err(aliased(format!("outputs `{twin}` and `{name}` go to one arena entry `{entry}`")));
-        }
-        let index = known.unwrap_or(self.arenas.len());
-        if known.is_none() {
-            self.arenas.push(BoundArena { arena: arena.clone(), layout: layout.clone(), start, written });
-        }
-        let ports = if written { &mut self.outputs } else { &mut self.inputs };
-        ports.insert(name.to_owned(), Port::Arena { arena: index, offset });
-        Ok(self)
-    }
-}
-
 impl Binding {
     /// Starts binding a program.
     pub fn builder(session: &Arc<Session>) -> BindingBuilder {
-        BindingBuilder {
-            session: session.clone(),
-            inputs: IndexMap::new(),
-            outputs: IndexMap::new(),
-            arenas: Vec::new(),
-        }
+        BindingBuilder::new(session)
+    }
+
+    fn new(
+        io: AddressTable,
+        staging: Option<Staging>,
+        inputs: IndexMap<String, Port>,
+        outputs: IndexMap<String, Port>,
+        arenas: Vec<BoundArena>,
+        session: Arc<Session>,
+    ) -> Result<Self> {
+        let options = session.gpu().map(|_| RunOptions::queued(session.next_graph())).transpose()?;
+        Ok(Self { io, options, staging, inputs, outputs, arenas, session, runs: 0 })
     }
 
     /// A binding in which every input and output has a buffer of its own.
@@ -316,6 +146,9 @@ impl Binding {
         find_typed(&self.session, Side::Input, name, T::DTYPE)?;
         match self.inputs.get_mut(name) {
             Some(Port::Owned(buffer)) => Ok(bytemuck::cast_slice_mut(buffer.as_mut_slice())),
+            Some(Port::Staged(port)) if let Some(staging) = &mut self.staging => {
+                Ok(bytemuck::cast_slice_mut(staging.input(*port)?))
+            }
             _ => Err(bound_to_arena(&self.session, Side::Input, name)),
         }
     }
@@ -328,6 +161,9 @@ impl Binding {
         find_typed(&self.session, Side::Output, name, T::DTYPE)?;
         match self.outputs.get(name) {
             Some(Port::Owned(buffer)) => Ok(bytemuck::cast_slice(buffer.as_slice())),
+            Some(Port::Staged(port)) if let Some(staging) = &self.staging => {
+                Ok(bytemuck::cast_slice(staging.output(*port)?))
+            }
             _ => Err(bound_to_arena(&self.session, Side::Output, name)),
         }
     }
@@ -370,45 +206,77 @@ impl Binding {
         Ok(())
     }
 
-    /// Runs the program once.
+    /// Sends the inputs that have changed ahead of the next run, on a GPU while the last one may still go on. The host may
+    /// fill them again at once: it then waits for the copy, not for the run. On the CPU there is nothing to do.
     ///
     /// # Errors
-    /// [`RuntimeError::Run`] with ONNX Runtime's words; [`RuntimeError::StaleArena`].
+    /// [`RuntimeError::Cuda`], [`RuntimeError::GpuOutOfMemory`].
+    pub fn send_ahead(&mut self) -> Result<()> {
+        self.staging.as_mut().map_or(Ok(()), Staging::send_ahead)
+    }
+
+    /// Runs the program once, and waits for its outputs.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Run`] with ONNX Runtime's words; [`RuntimeError::StaleArena`];
+    /// [`RuntimeError::GpuOutOfMemory`], [`RuntimeError::Cuda`].
     pub fn run(&mut self) -> Result<()> {
-        let program = self.session.name();
-        let guards: Vec<_> = self.arenas.iter().map(|a| a.lock(program)).collect::<Result<_>>()?;
-        let session = self.session.lock();
+        self.enqueue()?;
+        self.wait()
+    }
+
+    /// Queues one run on a GPU's stream: what is queued there later sees its outputs, and [`Binding::output`] waits for
+    /// them. On the CPU this is [`Binding::run`].
+    ///
+    /// # Errors
+    /// As [`Binding::run`].
+    pub fn enqueue(&mut self) -> Result<()> {
+        let Self { io, options, staging, arenas, session, .. } = self;
+        let program = session.name();
+        let mut guards: Vec<Guard<'_>> = arenas.iter().map(|a| a.lock(program)).collect::<Result<_>>()?;
+        let turn = session.gpu().map(|gpu| gpu.turn());
+        if let Some(staging) = staging.as_mut() {
+            let empty: (&[f32], u64) = (&[], 0);
+            staging.send(|i| guards[i].arena().map_or(empty, |a| (a.as_slice(), a.version())))?;
+        }
+        let locked = session.lock();
         // SAFETY: every bound address is alive (see `finish`); the guards and `&mut self` give this run exclusive
-        // access to what it writes and shared access to what it reads.
-        let result = unsafe {
-            if let Some(mirrors) = &self.mirrors {
-                mirrors.upload()?;
-            }
-            let result = self.io.run(&session);
-            if let (Ok(()), Some(mirrors)) = (&result, &self.mirrors) {
-                mirrors.download()?;
-            }
-            result
+        // access to what it writes and shared access to what it reads; on a GPU the order of the stream does, and all
+        // that is dropped or read by the host waits for it.
+        let result = unsafe { io.run(&locked, options.as_ref()) };
+        drop(locked);
+        let fetched = match staging.as_mut().filter(|_| result.is_ok()) {
+            Some(staging) => staging.fetch(),
+            None => Ok(()),
         };
-        drop(session);
+        drop(turn);
+        fetched?;
+        if let Some(staging) = staging.as_ref().filter(|_| result.is_ok()) {
+            staging.fetch_arenas(|i, at, values| {
+                if let Some(arena) = guards[i].arena_mut() {
+                    arena.as_mut_slice()[at..at + values.len()].copy_from_slice(values);
+                }
+            })?;
+        }
         drop(guards);
         self.runs = self.runs.saturating_add(1);
-        if self.runs == SETTLED {
+        if self.runs == SETTLED && self.staging.is_none() {
             huge_pages::collapse();
         }
-        result.map_err(|e| RuntimeError::Run { program: program.to_owned(), reason: e.to_string() })
+        result.map_err(|e| self.session.run_error(&e))
     }
-}
 
-fn other(side: Side) -> Side {
-    match side {
-        Side::Input => Side::Output,
-        Side::Output => Side::Input,
+    /// Waits until the outputs of the last run are there.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Cuda`] with the first failure of what was queued.
+    pub fn wait(&self) -> Result<()> {
+        self.staging.as_ref().map_or(Ok(()), Staging::wait)
     }
 }
 
 fn find<'s>(session: &'s Session, side: Side, name: &str) -> Result<&'s TensorSpec> {
-    let specs = if side == Side::Input { session.inputs() } else { session.outputs() };
+    let specs = side.specs(session);
     specs.iter().find(|s| s.name == name).ok_or_else(|| RuntimeError::UnknownName {
         kind: side.word(),
         place: format!("program `{}`", session.name()),
@@ -436,13 +304,6 @@ fn bound_to_arena(session: &Session, side: Side, name: &str) -> RuntimeError {
         side: side.word(),
         name: name.to_owned(),
     }
-}
-
-fn lock_for_binding<'a>(arena: &'a SharedArena, program: &str) -> Result<RwLockReadGuard<'a, Arena>> {
-    arena.read().map_err(|_| RuntimeError::StaleArena {
-        program: program.to_owned(),
-        reason: "a thread panicked while it held one of the arenas".to_owned(),
-    })
 }
 
 #[cfg(test)]

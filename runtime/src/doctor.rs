@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::compiled::compiled_providers;
 use crate::cuda::Gpu;
+use crate::cuda::kernels::{Architecture, Compiler, RANDOM};
 use crate::cuda::libraries::{self, CUFFT, CudaLibrary, DRIVER, Lookup, NCCL, NVRTC, TENSORRT_PLUGINS};
 use crate::library::{self, Runtime, RuntimeOptions, cache_directory};
 use crate::provider::{self, CudaOptions, Provider, TensorRtOptions};
@@ -193,24 +194,18 @@ fn cuda_library(library: &CudaLibrary) -> Check {
     }
 }
 
-/// Whether the CUDA kernels can be compiled: NVRTC and CUDA's headers together.
+/// Whether the CUDA kernels can be compiled: one is.
 fn kernel_compiler() -> Check {
     const NAME: &str = "CUDA kernel compiler";
-    match libraries::compiler() {
-        Ok(compiler) => {
-            let places: Vec<String> = compiler.includes.iter().map(|p| p.display().to_string()).collect();
-            check(
-                NAME,
-                Status::Ok,
-                format!("NVRTC {}, headers in {}", compiler.version, places.join(", ")),
-                None,
-                false,
-            )
-        }
-        Err(e) if NVRTC.opened().is_some() => {
-            check(NAME, Status::Error, e.to_string(), Some(NVRTC.install), false)
-        }
-        Err(_) => check(NAME, Status::Missing, "no NVRTC", Some("only for NVIDIA GPUs"), false),
+    if NVRTC.opened().is_none() {
+        return check(NAME, Status::Missing, "no NVRTC", Some("only for NVIDIA GPUs"), false);
+    }
+    let gpus = Gpu::list().unwrap_or_default();
+    let found = gpus.first().and_then(|gpu| gpu.architecture().parse().ok());
+    let architecture = found.unwrap_or(Architecture::SM_90);
+    match Compiler::open(None).and_then(|compiler| compiler.compile(&RANDOM, architecture)) {
+        Ok(_) => check(NAME, Status::Ok, format!("compiles for {architecture}"), None, false),
+        Err(e) => check(NAME, Status::Error, e.to_string(), Some(NVRTC.install), false),
     }
 }
 

@@ -41,6 +41,9 @@ pub struct EngineManifest {
     pub programs: Vec<EngineProgram>,
     /// The weights beside them.
     pub weights: Option<EngineWeights>,
+    /// Machine code of the CUDA kernels, where they were compiled for another machine's GPU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<EngineKernels>,
     /// The build's options.
     pub options: serde_json::Value,
     /// Versions of what built the engine: `mudit`, `onnxruntime`.
@@ -80,6 +83,19 @@ pub struct CompiledProgram {
     pub file: String,
     /// Every file it consists of, with its size in bytes; the model's own first.
     pub files: BTreeMap<String, u64>,
+}
+
+/// The kernels of one source, compiled for one architecture.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineKernels {
+    /// The source's name.
+    pub source: String,
+    /// The machine code, in the engine's directory.
+    pub file: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Its SHA-256.
+    pub sha256: String,
 }
 
 /// The weights of an engine.
@@ -194,7 +210,8 @@ impl Engine {
     pub fn verify(&self) -> Result<()> {
         let programs = self.manifest.programs.iter().map(|p| (&p.file, &p.sha256));
         let weights = self.manifest.weights.iter().map(|w| (&w.file, &w.sha256));
-        programs.chain(weights).try_for_each(|(file, sha256)| self.verify_file(file, sha256))
+        let kernels = self.manifest.kernels.iter().map(|k| (&k.file, &k.sha256));
+        programs.chain(weights).chain(kernels).try_for_each(|(file, sha256)| self.verify_file(file, sha256))
     }
 
     /// The directory.
@@ -244,7 +261,8 @@ impl EngineManifest {
         let weights = self.weights.iter().map(|w| (w.file.as_str(), w.bytes));
         let compiled = self.programs.iter().filter_map(|p| p.compiled.as_ref()).flat_map(|c| &c.files);
         let programs = self.programs.iter().map(|p| (p.file.as_str(), p.bytes));
-        weights.chain(programs).chain(compiled.map(|(file, bytes)| (file.as_str(), *bytes)))
+        let kernels = self.kernels.iter().map(|k| (k.file.as_str(), k.bytes));
+        weights.chain(programs).chain(compiled.map(|(file, bytes)| (file.as_str(), *bytes))).chain(kernels)
     }
 }
 

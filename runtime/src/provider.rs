@@ -3,7 +3,8 @@
 mod execution;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use crate::cuda::Gpu;
 use crate::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT};
@@ -52,7 +53,8 @@ pub struct TensorRtOptions {
     pub engine_prefix: Option<String>,
     /// Folder with the measurements of kernels, which make the next build shorter.
     pub timing_cache: Option<PathBuf>,
-    /// Write a model that holds the built engine to this file. It is loaded like any other model, without a build.
+    /// Write a model that stands for the built engine to this file, and the engine beside it. It is loaded like any
+    /// other model, without a build. Excludes `engine_cache`.
     pub context_file: Option<PathBuf>,
     /// Shapes that an engine is built for, where the model leaves an axis open.
     pub profiles: Vec<ShapeProfile>,
@@ -99,16 +101,64 @@ impl Default for Provider {
 }
 
 impl fmt::Display for Provider {
+    /// The name that [`FromStr`] takes; a GPU's number only where it is not 0.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cpu(_) => "cpu",
-            Self::Cuda(_) => "cuda",
-            Self::TensorRt(_) => "tensorrt",
+        f.write_str(self.name())?;
+        match self.device() {
+            Device::Cuda { ordinal } if ordinal > 0 => write!(f, ":{ordinal}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromStr for Provider {
+    type Err = RuntimeError;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, ordinal) = match text.split_once(':') {
+            Some((name, number)) => (name, number.parse().ok()),
+            None => (text, Some(0)),
+        };
+        match (name, ordinal) {
+            ("cpu", _) if text == name => Some(Self::default()),
+            ("cuda", Some(ordinal)) => Some(Self::Cuda(CudaOptions { ordinal, ..CudaOptions::default() })),
+            ("tensorrt", Some(ordinal)) => {
+                Some(Self::TensorRt(TensorRtOptions { ordinal, ..TensorRtOptions::default() }))
+            }
+            _ => None,
+        }
+        .ok_or_else(|| RuntimeError::InvalidValue {
+            what: "provider".to_owned(),
+            expected:
+                "cpu, cuda, tensorrt, or cuda:<number> or tensorrt:<number> for another GPU than number 0"
+                    .to_owned(),
+            got: format!("`{text}`"),
         })
     }
 }
 
 impl Provider {
+    /// `cpu`, `cuda` or `tensorrt`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "cpu",
+            Self::Cuda(_) => "cuda",
+            Self::TensorRt(_) => "tensorrt",
+        }
+    }
+
+    /// The same, keeping what TensorRT builds and measures in `folder` where nothing else was said.
+    #[must_use]
+    pub fn cached_in(mut self, folder: &Path) -> Self {
+        if let Self::TensorRt(options) = &mut self
+            && options.context_file.is_none()
+        {
+            options.engine_cache.get_or_insert_with(|| folder.join("engines"));
+            options.timing_cache.get_or_insert_with(|| folder.to_path_buf());
+        }
+        self
+    }
+
     /// Where the provider's buffers live.
     pub fn device(&self) -> Device {
         match self {
@@ -188,6 +238,19 @@ mod tests {
         assert!(text.starts_with("provider `tensorrt` is not available: "), "{text}");
         for part in ["driver", "nvidia-cudnn-cu13==", "tensorrt-cu13==10.16.1.11", "use provider `cpu`"] {
             assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn names_round_trip_and_others_are_refused() {
+        for name in ["cpu", "cuda", "cuda:1", "tensorrt", "tensorrt:3"] {
+            assert_eq!(name.parse::<Provider>().unwrap().to_string(), name);
+        }
+        for name in ["gpu", "cpu:0", "cuda:x", "cuda:", "", "CUDA"] {
+            assert!(
+                name.parse::<Provider>().unwrap_err().to_string().contains("expected cpu, cuda"),
+                "{name}"
+            );
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use graph_builder::{DType, OnnxProgram, Shape, TensorSpec};
@@ -37,7 +38,9 @@ pub struct SessionOptions {
     pub threads: usize,
     /// Graph rewriting.
     pub optimization: Optimization,
-    /// Run `mudit` ops by this crate's kernels; otherwise by the function bodies inside the model.
+    /// Run `mudit` ops by this crate's kernels, on the CPU and on CUDA; otherwise, and always on TensorRT, by the function
+    /// bodies inside the model. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or more: a session of a
+    /// program with such ops that cannot have them is refused.
     pub native_kernels: bool,
     /// Let idle threads spin before they sleep: faster steps, but a core is busy while it waits.
     pub spinning: bool,
@@ -91,6 +94,8 @@ pub struct Session {
     _weights: Option<Arc<[u8]>>,
     /// The GPU on whose stream it runs.
     gpu: Option<Arc<Gpu>>,
+    /// Bindings made so far.
+    graphs: AtomicU32,
     runtime: Arc<Runtime>,
 }
 
@@ -114,10 +119,19 @@ impl Session {
     ) -> Result<Arc<Self>> {
         let failed = |e: ort::Error| load_error(&program.name, &e);
         let (builder, gpu) = builder(runtime, options, &program.name)?;
+        let kernels = options.native_kernels && !program.native_ops.is_empty();
+        // Asked now: what is missing is told by name, not in the words of a failed load.
+        if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
+            let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
+            program.check_cuda(&native).map_err(|e| load_error(&program.name, &e))?;
+            if kernels {
+                gpu.loaded()?;
+            }
+        }
         let mut builder = with_weights(builder, program, weights)?;
-        let turn = runtime.loading();
+        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_memory(&program.bytes).map_err(failed)?;
-        drop(turn);
+        drop(turns);
         let session = Self::new(runtime, program.name.clone(), inner, weights, gpu)?;
         session.check("input", &program.inputs, &session.inputs)?;
         session.check("output", &program.outputs, &session.outputs)?;
@@ -142,9 +156,9 @@ impl Session {
         std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let name = path.display().to_string();
         let (mut builder, gpu) = builder(runtime, options, &name)?;
-        let turn = runtime.loading();
+        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
-        drop(turn);
+        drop(turns);
         let session = Self::new(runtime, name, inner, &Weights::Inside, gpu)?;
         if let Some((inputs, outputs)) = signature {
             session.check("input", inputs, &session.inputs)?;
@@ -191,6 +205,29 @@ impl Session {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A number for the CUDA graph of a binding; 0 would be ONNX Runtime's default for all.
+    pub(crate) fn next_graph(&self) -> u32 {
+        self.graphs.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The error of a run: memory that ran out on a GPU is told apart, whether ONNX Runtime or one of this crate's kernels
+    /// asked for it.
+    pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
+        let reason = error.to_string();
+        let after = |text: &str| reason.split_once(text).map(|(_, rest)| rest.trim_start());
+        let ran_out = after("requested buffer of size")
+            .or_else(|| after(" cannot give "))
+            .or_else(|| after("out of memory"));
+        match (&self.gpu, ran_out) {
+            (Some(gpu), Some(rest)) => {
+                let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+                let what = format!("values inside `{}`", self.name);
+                crate::cuda::out_of_memory(gpu, digits.parse().unwrap_or(0), &what)
+            }
+            _ => RuntimeError::Run { program: self.name.clone(), reason },
+        }
+    }
+
     fn new(
         runtime: &Arc<Runtime>,
         name: String,
@@ -207,7 +244,7 @@ impl Session {
             Weights::Inside | Weights::Directory(_) => None,
         };
         let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, runtime })
+        Ok(Self { name, inputs, outputs, inner, _weights: kept, gpu, graphs: AtomicU32::new(0), runtime })
     }
 
     fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {
@@ -257,7 +294,7 @@ pub(crate) fn builder(
             Some(Gpu::open(ordinal)?)
         }
     };
-    let configured = configure(runtime, options, gpu.as_deref()).map_err(|e| load_error(program, &e))?;
+    let configured = configure(runtime, options, gpu.as_ref()).map_err(|e| load_error(program, &e))?;
     Ok((configured, gpu))
 }
 
@@ -266,7 +303,7 @@ pub(crate) fn builder(
 fn configure(
     runtime: &Arc<Runtime>,
     options: &SessionOptions,
-    gpu: Option<&Gpu>,
+    gpu: Option<&Arc<Gpu>>,
 ) -> ort::Result<SessionBuilder> {
     let level = match options.optimization {
         Optimization::None => GraphOptimizationLevel::Disable,
@@ -286,10 +323,16 @@ fn configure(
     if options.threads > 0 {
         builder = builder.with_intra_threads(options.threads)?;
     }
-    builder = provider::register(builder, &options.provider, gpu)?;
-    // On a GPU the function bodies run: this crate's kernels are for the CPU.
-    if options.native_kernels && matches!(options.provider, Provider::Cpu(_)) {
-        builder = builder.with_operators(kernels::domain()?)?;
+    builder = provider::register(builder, &options.provider, gpu.map(Arc::as_ref))?;
+    if options.native_kernels {
+        builder = match (&options.provider, gpu) {
+            (Provider::Cpu(_), _) => builder.with_operators(kernels::domain()?)?,
+            (Provider::Cuda(cuda), Some(gpu)) => {
+                builder.with_operators(crate::cuda::kernels::operator::domain(gpu, cuda)?)?
+            }
+            // TensorRT fuses the function bodies itself.
+            _ => builder,
+        };
     }
     if options.record_placement {
         builder = builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?;

@@ -224,21 +224,28 @@ impl AdamW {
             same_layout(&self.parameters, arena)?;
             in_range("ema decay", *decay, "0 <= decay <= 1", (0.0..=1.0).contains(decay))?;
         }
-        let expected = self.targets.len();
-        for (what, values) in [("lr", step.lr), ("weight_decay", step.weight_decay)] {
-            if values.len() != expected {
-                return Err(RuntimeError::WrongLength { what: what.to_owned(), expected, got: values.len() });
+        step.check(self.targets.len())
+    }
+}
+
+impl UpdateStep<'_> {
+    /// Refuses values outside their range; `entries` is the number of gradient entries.
+    pub(crate) fn check(&self, entries: usize) -> Result<()> {
+        for (what, values) in [("lr", self.lr), ("weight_decay", self.weight_decay)] {
+            if values.len() != entries {
+                let (expected, got) = (entries, values.len());
+                return Err(RuntimeError::WrongLength { what: what.to_owned(), expected, got });
             }
             for &value in values {
                 in_range(what, value, "a number >= 0", value >= 0.0 && value.is_finite())?;
             }
         }
-        if let Some(clip) = step.clip {
+        if let Some(clip) = self.clip {
             in_range("clip", clip, "a number > 0", clip > 0.0)?;
         }
-        let scale = step.gradient_scale;
+        let scale = self.gradient_scale;
         in_range("gradient scale", scale, "a finite number > 0", scale > 0.0 && scale.is_finite())?;
-        in_range("step", step.step as f64, "1 or more", step.step > 0)
+        in_range("step", self.step as f64, "1 or more", self.step > 0)
     }
 }
 

@@ -28,8 +28,6 @@ pub(crate) struct Wheel {
     folder: &'static str,
     /// The files that are taken out of it; the first is the one that the others serve.
     files: &'static [Member],
-    /// Everything in this folder of the wheel is taken out as well.
-    tree: Option<Tree>,
 }
 
 /// A file inside a wheel.
@@ -39,12 +37,6 @@ struct Member {
     target: &'static str,
     bytes: u64,
     sha256: &'static str,
-}
-
-/// A folder inside a wheel, and where it goes.
-struct Tree {
-    path: &'static str,
-    target: &'static str,
 }
 
 /// Larger files in the cache are known by their size; their contents were checked when they were unpacked.
@@ -74,7 +66,6 @@ const WHEELS: [Wheel; 2] = [
             bytes: 29_352_200,
             sha256: "fc44112fbe06d7d689c57e11d3862031f64711007e4ee020f8eed5185fd2c1d3",
         }],
-        tree: None,
     },
     Wheel {
         title: "ONNX Runtime 1.31.1",
@@ -91,7 +82,6 @@ const WHEELS: [Wheel; 2] = [
             bytes: 25_265_040,
             sha256: "8aa3b76b28c778a2b1dd660d34161adb1d508c9ccd04ff9dc80e26eca5df8467",
         }],
-        tree: None,
     },
 ];
 
@@ -131,62 +121,33 @@ const GPU_WHEEL: Wheel = Wheel {
             sha256: "1882ee49fdb0e6fc2d272b00cfaf9a3310bf8580a34385c0eec4d82014ea172e",
         },
     ],
-    tree: None,
 };
 
-/// NVRTC and the headers that kernels include. They need no GPU.
-const COMPILER_WHEELS: [Wheel; 3] = [
-    Wheel {
-        title: "CUDA's headers 13.0",
-        requirement: "nvidia-cuda-runtime==13.0.96",
-        os: "linux",
-        arch: "x86_64",
-        tags: &["--platform=manylinux2014_x86_64"],
-        megabytes: 2,
-        sha256: "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548",
-        folder: "cuda-13.0",
-        files: &[],
-        tree: Some(Tree { path: "nvidia/cu13/include/", target: "include" }),
-    },
-    Wheel {
-        title: "CUDA's compiler headers 13.0",
-        requirement: "nvidia-cuda-crt==13.0.88",
-        os: "linux",
-        arch: "x86_64",
-        tags: &["--platform=manylinux2014_x86_64"],
-        megabytes: 1,
-        sha256: "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4",
-        folder: "cuda-13.0",
-        files: &[],
-        tree: Some(Tree { path: "nvidia/cu13/include/crt/", target: "include/crt" }),
-    },
-    // Last: the library's presence says that the headers are there.
-    Wheel {
-        title: "NVRTC 13.0",
-        requirement: "nvidia-cuda-nvrtc==13.0.88",
-        os: "linux",
-        arch: "x86_64",
-        tags: &["--platform=manylinux2010_x86_64"],
-        megabytes: 91,
-        sha256: "ad9b6d2ead2435f11cbb6868809d2adeeee302e9bb94bcf0539c7a40d80e8575",
-        folder: "cuda-13.0",
-        files: &[
-            Member {
-                path: "nvidia/cu13/lib/libnvrtc.so.13",
-                target: "lib/libnvrtc.so.13",
-                bytes: 109_338_064,
-                sha256: "a49e67e8e74590f1e98de55c39c6287efd3f59e3c3797464d7bbe0fe01349b11",
-            },
-            Member {
-                path: "nvidia/cu13/lib/libnvrtc-builtins.so.13.0",
-                target: "lib/libnvrtc-builtins.so.13.0",
-                bytes: 4_380_616,
-                sha256: "91dcd944d01da9c0f08fff5d779db136a47f6d62bdb63bae900d2f481e92c3a2",
-            },
-        ],
-        tree: None,
-    },
-];
+/// The compiler of CUDA kernels, which include no headers. It needs no GPU.
+const COMPILER_WHEEL: Wheel = Wheel {
+    title: "NVRTC 13.0",
+    requirement: "nvidia-cuda-nvrtc==13.0.88",
+    os: "linux",
+    arch: "x86_64",
+    tags: &["--platform=manylinux2010_x86_64"],
+    megabytes: 91,
+    sha256: "ad9b6d2ead2435f11cbb6868809d2adeeee302e9bb94bcf0539c7a40d80e8575",
+    folder: "cuda-13.0",
+    files: &[
+        Member {
+            path: "nvidia/cu13/lib/libnvrtc.so.13",
+            target: "lib/libnvrtc.so.13",
+            bytes: 109_338_064,
+            sha256: "a49e67e8e74590f1e98de55c39c6287efd3f59e3c3797464d7bbe0fe01349b11",
+        },
+        Member {
+            path: "nvidia/cu13/lib/libnvrtc-builtins.so.13.0",
+            target: "lib/libnvrtc-builtins.so.13.0",
+            bytes: 4_380_616,
+            sha256: "91dcd944d01da9c0f08fff5d779db136a47f6d62bdb63bae900d2f481e92c3a2",
+        },
+    ],
+};
 
 /// The wheel for the machine this program was built for, if one is pinned.
 pub(crate) fn for_this_platform() -> Option<&'static Wheel> {
@@ -198,21 +159,18 @@ pub(crate) fn with_gpu_providers() -> Option<&'static Wheel> {
     Some(&GPU_WHEEL).filter(|w| w.fits())
 }
 
-/// Fetches NVRTC and its headers into the cache.
+/// Fetches NVRTC into the cache.
 ///
 /// # Errors
 /// As [`Wheel::fetch`]; [`RuntimeError::LibraryNotFound`] on a platform for which none is pinned.
 pub(crate) fn fetch_compiler(cache: &Path, python: &Python, progress: &dyn Fn(&str)) -> Result<()> {
-    for wheel in &COMPILER_WHEELS {
-        if !wheel.fits() {
-            return Err(RuntimeError::LibraryNotFound {
-                reason: format!("no {} is pinned for this platform", wheel.title),
-                remedy: "install the CUDA toolkit 13".to_owned(),
-            });
-        }
-        wheel.fetch(cache, python, progress)?;
+    if !COMPILER_WHEEL.fits() {
+        return Err(RuntimeError::LibraryNotFound {
+            reason: format!("no {} is pinned for this platform", COMPILER_WHEEL.title),
+            remedy: "install the CUDA toolkit 13".to_owned(),
+        });
     }
-    Ok(())
+    COMPILER_WHEEL.fetch(cache, python, progress).map(drop)
 }
 
 /// A Python interpreter.
@@ -336,20 +294,10 @@ impl Wheel {
         };
         let file = fs::File::open(wheel).map_err(|e| RuntimeError::io("read", wheel, e))?;
         let mut archive = zip::ZipArchive::new(file).map_err(|e| unusable(e.to_string()))?;
-        let mut members: Vec<(String, PathBuf)> = Vec::new();
-        if let Some(tree) = &self.tree {
-            for name in archive.file_names().flatten() {
-                if let Some(rest) =
-                    name.strip_prefix(tree.path).filter(|r| !r.is_empty() && !r.ends_with('/'))
-                {
-                    members.push((name.to_string(), directory.join(tree.target).join(rest)));
-                }
-            }
-        }
         // The first comes last: its presence says that all are there.
-        members.extend(self.files.iter().rev().map(|f| (f.path.to_owned(), directory.join(f.target))));
-        for (member, target) in members {
-            let mut content = archive.by_name(&member).map_err(|e| unusable(format!("{member}: {e}")))?;
+        for file in self.files.iter().rev() {
+            let (member, target) = (file.path, directory.join(file.target));
+            let mut content = archive.by_name(member).map_err(|e| unusable(format!("{member}: {e}")))?;
             if let Some(parent) = target.parent() {
                 fs::create_dir_all(parent).map_err(|e| RuntimeError::io("create", parent, e))?;
             }

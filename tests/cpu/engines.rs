@@ -243,3 +243,22 @@ fn programs_of_low_precision_are_emitted_with_weights_of_their_type() {
         );
     }
 }
+
+#[test]
+fn an_engine_for_gpus_elsewhere_carries_their_kernels() {
+    let scene = Scene::new();
+    let line = "build-engine --model checkpoint --program train-step --precision bf16 --provider cuda --for sm_90 --out e";
+    let fetches = std::env::var_os("MUDIT_NEEDS_NVRTC").is_some();
+    let built = scene.mudit(&if fetches { line.to_owned() } else { format!("{line} --offline") }).run();
+    if !fetches && built.code == Some(1) && built.stderr.contains("NVRTC") {
+        assert!(!scene.path("e").exists());
+        return println!("not tried: there is no NVRTC here");
+    }
+    assert!(built.stdout.contains("not tried out: this machine has no GPU of sm_90"), "{built}");
+    let engine = Engine::open(scene.path("e")).unwrap();
+    engine.verify().unwrap();
+    let kernels = &engine.manifest().kernels;
+    assert!(kernels.iter().any(|k| k.file == "attention-sm_90.cubin") && kernels.len() == 6);
+    let again = scene.mudit(&format!("{line} --offline")).run();
+    assert!(again.stdout.contains("is up to date") && again.seconds < 2.0, "{again}");
+}

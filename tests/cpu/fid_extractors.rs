@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use mudit::execution::Execution;
 use mudit::fid::extractor::{Extractor, ImageBatch, Network, Options, Pixels, Taps};
 use mudit_tests::execution::onnx_runtime;
 use runtime::{SharedArena, read_safetensors_file};
@@ -17,7 +18,12 @@ fn model(name: &str) -> PathBuf {
 fn open(path: PathBuf, names: [Option<&str>; 2], taps: Taps) -> anyhow::Result<Extractor> {
     let [input, output] = names.map(|n| n.map(str::to_owned));
     let network = Network::Onnx { path, input, output, mean: [0.5, 0.25, 0.0], std: [0.5, 1.0, 2.0] };
-    Extractor::open(&onnx_runtime(), &network, &Options { threads: 1, batch: 2, taps }, &|_| ())
+    Extractor::open(
+        &onnx_runtime(),
+        &network,
+        &Options { execution: Execution::cpu(1), batch: 2, taps },
+        &|_| (),
+    )
 }
 
 fn refused(path: PathBuf, names: [Option<&str>; 2]) -> String {
@@ -144,7 +150,7 @@ fn a_given_classifier_is_used_and_other_sizes_are_refused() {
     arena.write_safetensors(&path, &std::collections::BTreeMap::new()).unwrap();
     let network = Network::Fashion { weights: Some(path.clone()), seed: 0, offline: true };
     let taps = Taps { spatial: false, logits: true };
-    let options = Options { threads: 1, batch: 8, taps };
+    let options = Options { execution: Execution::cpu(1), batch: 8, taps };
     let mut extractor = Extractor::open(&onnx_runtime(), &network, &options, &|_| ()).unwrap();
     assert_eq!((extractor.channels(), extractor.describe().logits), (1, Some(10)));
     let pixels: Vec<u8> = (0..3 * 784).map(|i| (i * 7 % 256) as u8).collect();

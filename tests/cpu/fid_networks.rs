@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
 use models::inception::{self, CheckpointTensor, checkpoint_names, pytorch_fid_name};
+use mudit::execution::Execution;
 use mudit::fid::extractor::{Extractor, Features, ImageBatch, Network, Options, Pixels, Preset, Taps};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::draws::Draws;
@@ -66,7 +67,12 @@ fn written(folder: &Path, name: &str, tensors: &IndexMap<String, HostTensor>) ->
 
 fn open(preset: Preset, weights: &Path, batch: usize, taps: Taps) -> anyhow::Result<Extractor> {
     let network = Network::Inception { preset, weights: weights.to_path_buf() };
-    Extractor::open(&onnx_runtime(), &network, &Options { threads: 2, batch, taps }, &|_| ())
+    Extractor::open(
+        &onnx_runtime(),
+        &network,
+        &Options { execution: Execution::cpu(2), batch, taps },
+        &|_| (),
+    )
 }
 
 fn batch(pixels: &[u8], [height, width]: [usize; 2]) -> ImageBatch<'_> {

@@ -87,20 +87,37 @@ fn nothing_is_fetched_offline() {
 }
 
 #[test]
-fn what_this_version_cannot_build_is_refused() {
+fn a_gpu_that_is_not_there_is_refused_by_every_command_that_takes_one() {
     let scene = Scene::new();
-    let engine = "build-engine --model checkpoint --program loss --out e";
-    for provider in ["cuda", "tensorrt"] {
-        let named = format!("provider `{provider}` is not available");
-        scene.refuses(&format!("{engine} --provider {provider}"), 1, &[&named]);
+    let sweep = "config = \"run.toml\"\nmethod = \"grid\"\n[parameters]\n\"train.learning_rate\" = { values = [1e-3, 2e-3] }\n";
+    scene.write("sweep.toml", sweep);
+    let commands = [
+        "train --offline --config run.toml --out x",
+        "sample --offline --checkpoint checkpoint --steps 2 --count 1 --out x.png",
+        "serve --offline --port 0 --checkpoint checkpoint",
+        "fid ref --offline --preset fashion --few x.npz --out y.npz",
+        "fid calc --offline --preset fashion --few --checkpoint checkpoint -n 4 --ref r.npz --out x.json",
+        "sweep run --offline --config sweep.toml --out x",
+        "build-engine --model checkpoint --program loss --out x",
+    ];
+    for command in commands {
+        // On a machine that has GPUs they are hidden.
+        let with =
+            |options: &str| scene.mudit(&format!("{command} {options}")).env("CUDA_VISIBLE_DEVICES", "");
+        for provider in ["cuda", "tensorrt"] {
+            let named = format!("provider `{provider}` is not available");
+            let done = with(&format!("--provider {provider}")).run();
+            done.refuses(1, &[&named, "provider `cpu`"]);
+        }
+        with("--provider gpu").run().refuses(2, &["expected cpu, cuda, tensorrt"]);
+        if command.starts_with("fid ref") {
+            continue;
+        }
+        for precision in ["bf16", "f16"] {
+            with(&format!("--precision {precision}")).run().refuses(2, &["--precision f32", "--provider"]);
+        }
     }
-    for precision in ["bf16", "f16"] {
-        scene.refuses(
-            &format!("{engine} --precision {precision}"),
-            2,
-            &["--precision f32", "--provider none"],
-        );
-    }
+    assert!(!scene.path("x").join("engine.json").exists() && !scene.path("x.png").exists());
 }
 
 #[test]

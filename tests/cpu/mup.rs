@@ -220,8 +220,9 @@ fn a_step_that_runs_share_gives_the_bits_of_their_own() {
             for step in 0..3 {
                 trainer.step(&Batch { step, indices: vec![], x0: x0.clone(), y: y.clone() }).unwrap();
             }
-            let (parameters, ema) =
-                (read_lock(&trainer.compiled().parameters).unwrap(), read_lock(&trainer.ema).unwrap());
+            let average = trainer.average().unwrap();
+            let host = trainer.compiled().host().unwrap();
+            let (parameters, ema) = (read_lock(&host.parameters).unwrap(), read_lock(&average).unwrap());
             [&parameters, &ema].iter().flat_map(|a| a.iter().flat_map(|(_, _, v)| v.to_vec())).collect()
         };
         let mut shared: Option<Trainer> = None;

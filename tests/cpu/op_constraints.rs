@@ -6,9 +6,8 @@ use std::path::Path;
 
 use graph_builder::error::Place;
 use graph_builder::{Activation, Builder, DType, Dim, GraphError, Init, Op, PatchOrder, Type, Value, Window};
-
-use crate::op_rows::rows;
-use crate::op_table::variant;
+use mudit_tests::op_rows::rows;
+use mudit_tests::op_table::variant;
 
 /// A call that an op refuses.
 struct Refused {
@@ -238,7 +237,7 @@ fn a_broken_constraint_is_refused_with_op_label_and_place() {
         .iter()
         .map(|row| {
             let graph = row.graph();
-            let op = &crate::op_table::Row::node(&graph).op;
+            let op = &mudit_tests::op_table::Row::node(&graph).op;
             (variant(op), op.name())
         })
         .collect();

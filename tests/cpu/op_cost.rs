@@ -1,17 +1,16 @@
 //! The work of every op: multiply-adds, operations and bytes as the rows state them.
-
-use crate::op_rows::rows;
-use crate::op_table::Traffic;
+use mudit_tests::op_rows::rows;
+use mudit_tests::op_table::Traffic;
 
 #[test]
 fn every_op_states_its_work() {
     for row in rows() {
         let graph = row.graph();
         let cost = graph.cost();
-        let answer = crate::op_table::Row::node(&graph).ty.bytes();
+        let answer = mudit_tests::op_table::Row::node(&graph).ty.bytes();
         let operands: usize = row.operands.iter().map(|o| o.ty.bytes()).sum();
         // A value that is both operands at once is read twice.
-        let twice = crate::op_table::Row::node(&graph).args.len() > row.operands.len();
+        let twice = mudit_tests::op_table::Row::node(&graph).args.len() > row.operands.len();
         let bytes = match row.traffic {
             Traffic::All if twice => 2 * operands + answer,
             Traffic::All => operands + answer,

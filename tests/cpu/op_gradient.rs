@@ -3,9 +3,8 @@
 use graph_builder::{Builder, DType, Graph, GraphError, Value};
 use mudit_tests::difference::{along, dot, relative};
 use mudit_tests::draws::Draws;
-
-use crate::op_rows::rows;
-use crate::op_table::{Row, Slope};
+use mudit_tests::op_rows::rows;
+use mudit_tests::op_table::{Row, Slope};
 
 /// `Σ weights · op(operands)`, a scalar that depends on every element of the answer.
 fn loss<'g>(row: &Row, b: &'g Builder, operands: &[Value<'g>]) -> Value<'g> {

@@ -7,10 +7,9 @@ use graph_builder::{DType, OnnxProgram, Weights as Parameters};
 use mudit_tests::Feeds;
 use mudit_tests::difference::relative_l2;
 use mudit_tests::execution::{Answer, run};
+use mudit_tests::op_rows::rows;
+use mudit_tests::op_table::Row;
 use runtime::Weights;
-
-use crate::op_rows::rows;
-use crate::op_table::Row;
 
 /// The op alone, its results brought to a type that the host reads, and their values by name.
 fn program(row: &Row) -> (OnnxProgram, Feeds) {

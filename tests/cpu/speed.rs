@@ -62,7 +62,8 @@ fn step(native_kernels: bool) -> CompiledStep {
     // One thread: the other core may be anybody's.
     let options = SessionOptions { threads: 1, native_kernels, ..SessionOptions::default() };
     let step = CompiledStep::compile(&onnx_runtime(), &model, BATCH, Recompute::None, &options).unwrap();
-    for (i, view) in write_lock(&step.parameters).unwrap().views_mut().into_iter().enumerate() {
+    for (i, view) in write_lock(&step.host().unwrap().parameters).unwrap().views_mut().into_iter().enumerate()
+    {
         view.iter_mut().enumerate().for_each(|(k, v)| *v = 0.02 * (((i + k * 7) % 13) as f32 - 6.0));
     }
     step

@@ -73,7 +73,7 @@ fn sizes_after_training(model: &DitConfig, seed: u64) -> BTreeMap<String, f64> {
     let emitted = probed.emit(Parameters::Inputs).unwrap();
     let session = Session::load(&runtime, &emitted, &Weights::Inside, &options).unwrap();
     let mut builder = Binding::builder(&session);
-    builder.bind_inputs_by_name(&trainer.compiled().parameters).unwrap();
+    builder.bind_inputs_by_name(&trainer.compiled().host().unwrap().parameters).unwrap();
     let mut binding = builder.finish().unwrap();
     binding.set_input("x", &normal(&mut draws, BATCH * 64)).unwrap();
     let times: Vec<f32> = (0..BATCH).map(|i| (i * 1000 / BATCH) as f32).collect();

@@ -12,6 +12,7 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use indexmap::IndexMap;
 use models::inception::SIDE;
+use mudit::execution::Execution;
 use mudit::fid::extractor::{Extractor, ImageBatch, Network, Options, Pixels, Preset, Taps};
 use ndarray::Array2;
 use runtime::{HostData, HostTensor, Runtime, RuntimeOptions, read_safetensors_file, write_safetensors_file};
@@ -48,7 +49,7 @@ fn main() -> anyhow::Result<()> {
     };
     let images = ImageBatch { height, width, channels: 3, pixels: Pixels::U8(pixels) };
     let taps = Taps { spatial: !a.no_spatial, logits: !a.no_logits };
-    let options = Options { threads: a.threads, batch: a.batch, taps };
+    let options = Options { execution: Execution::cpu(a.threads), batch: a.batch, taps };
     let network = Network::Inception { preset: a.preset, weights: a.weights };
     let mut extractor = Extractor::open(&runtime, &network, &options, &|_| ())?;
     let mut features = extractor.features(&images)?;

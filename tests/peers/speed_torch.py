@@ -1,9 +1,10 @@
 """The peers' side of the speed comparison: one process, one piece of work, timed on request; started by speed.py.
 
     python speed_torch.py eager|compile|onnxruntime train|forward|sample MODEL BATCH|STEPS THREADS [--export DIR]
+        [--device cuda --dtype bfloat16]
     python speed_torch.py numpy|mkl|onednn product FORM:ROWSxINPUTSxOUTPUTS "" THREADS
 
-MODEL is DiT-S/2, DiT-B/2 or quickstart. Sets up, runs once, prints a line that says so, then for each line of standard
+MODEL is DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2 or quickstart. On a GPU training autocasts, and sampling holds its weights in the type. Sets up, runs once, prints a line that says so, then for each line of standard
 input (a number of runs) answers with their milliseconds. `sample` is diffusers' DiTTransformer2DModel in the loop of its
 DiTPipeline without the VAE. `onnxruntime` runs torch's own dynamo export of the forward pass, made once below --export.
 """
@@ -16,8 +17,9 @@ import torch
 
 from dit_torch import DiT, Diffusion
 
-SIZES = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12)}
+SIZES = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12), "DiT-L/2": (24, 1024, 16), "DiT-XL/2": (28, 1152, 16)}
 GUIDANCE = 4.0
+DEVICE, DTYPE = "cpu", torch.float32  # --device, --dtype
 FASTEST_COMPILE = {}  # options of torch.compile; see the results file for those that were tried
 
 
@@ -33,7 +35,12 @@ def trained(model):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.02)
-    return model.eval()
+    return model.to(DTYPE).eval()
+
+
+def finished():
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
 
 
 def training(mode, name, batch):
@@ -49,16 +56,8 @@ def training(mode, name, batch):
     net = torch.compile(model, **FASTEST_COMPILE) if mode == "compile" else model
 
     def step():
-        noise = torch.randn_like(x0)
-        if flow:
-            s = torch.sigmoid(torch.randn(batch))
-            w = s.view(-1, 1, 1, 1)
-            loss = (net((1 - w) * x0 + w * noise, 1000 * s, y) - (noise - x0)).square().mean()
-        else:
-            t = torch.randint(0, 1000, (batch,))
-            xt = diffusion.q_sample(x0, t, noise)
-            mse, vb = diffusion.loss_terms(net(xt, t, y), x0, xt, t, noise)
-            loss = (mse + vb).mean()
+        with torch.autocast(DEVICE, DTYPE, enabled=DTYPE != torch.float32):
+            loss = losses()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -66,12 +65,24 @@ def training(mode, name, batch):
         torch._foreach_lerp_(average, [p.data for p in params], 1e-4)
         return loss.item()
 
+    def losses():
+        noise = torch.randn_like(x0)
+        if flow:
+            s = torch.sigmoid(torch.randn(batch))
+            w = s.view(-1, 1, 1, 1)
+            return (net((1 - w) * x0 + w * noise, 1000 * s, y) - (noise - x0)).square().mean()
+        else:
+            t = torch.randint(0, 1000, (batch,))
+            xt = diffusion.q_sample(x0, t, noise)
+            mse, vb = diffusion.loss_terms(net(xt, t, y), x0, xt, t, noise)
+            return (mse + vb).mean()
+
     return step
 
 
 def inputs(batch):
     torch.manual_seed(0)
-    return torch.randn(batch, 4, 32, 32), torch.randint(0, 1000, (batch,)), torch.randint(0, 1000, (batch,))
+    return torch.randn(batch, 4, 32, 32, dtype=DTYPE), torch.randint(0, 1000, (batch,)), torch.randint(0, 1000, (batch,))
 
 
 def forward(mode, name, batch, export):
@@ -126,7 +137,7 @@ def sampling(mode, name, steps):
 
     def loop():
         with torch.no_grad() if mode == "compile" else torch.inference_mode():
-            latents = torch.randn(1, 4, 32, 32)
+            latents = torch.randn(1, 4, 32, 32, dtype=DTYPE)
             x = torch.cat([latents, latents])
             scheduler.set_timesteps(steps)
             for t in scheduler.timesteps:
@@ -158,9 +169,13 @@ def product(mode, what):
 
 
 def main():
+    global DEVICE, DTYPE
     mode, kind, name, size, threads = sys.argv[1:6]
-    export = sys.argv[7] if len(sys.argv) > 7 else "."
+    options = dict(zip(sys.argv[6::2], sys.argv[7::2]))
+    export, DEVICE = options.get("--export", "."), options.get("--device", "cpu")
+    DTYPE = getattr(torch, options.get("--dtype", "float32"))
     torch.set_num_threads(int(threads))
+    torch.set_default_device(DEVICE)
     torch.manual_seed(0)
     size = int(size or 0)
     work = {"train": lambda: training(mode, name, size), "forward": lambda: forward(mode, name, size, export),
@@ -168,6 +183,7 @@ def main():
     start = time.perf_counter()
     with torch.inference_mode(kind == "product"):
         work()
+        finished()
     first = time.perf_counter() - start
     version = f"torch {torch.__version__}"
     if mode == "onnxruntime":
@@ -185,6 +201,7 @@ def main():
         for _ in range(int(line)):
             start = time.perf_counter()
             work()
+            finished()
             milliseconds.append((time.perf_counter() - start) * 1e3)
         print(json.dumps(dict(ms=milliseconds)), flush=True)
 

@@ -1,5 +1,5 @@
-//! One side of the speed comparison: `mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS`, or
-//! `mudit-speed-worker product FORM:ROWSxINPUTSxOUTPUTS mudit|onnxruntime|gemm THREADS`.
+//! One side of the speed comparison: `mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS [PROVIDER
+//! PRECISION]`, or `mudit-speed-worker product FORM:ROWSxINPUTSxOUTPUTS mudit|onnxruntime|gemm THREADS`.
 //!
 //! Sets up as `mudit train`, an engine or `mudit sample` does, runs once, says so, then runs whenever standard input
 //! has a line with a number of runs, and answers with their milliseconds. Idle, it blocks on that read and uses no core.
@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use graph_builder::Weights;
 use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use mudit::execution::{Execution, Placed};
 use mudit::external;
 use mudit::sampler::{NoiseSource, Sampler, Settings};
 use runtime::memory::peak_resident_bytes;
@@ -35,15 +36,26 @@ const GUIDANCE: f64 = 4.0;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [kind, model, size, threads] = arguments.as_slice() else {
-        return Err("usage: mudit-speed-worker train|forward|sample|product WHAT SIZE THREADS".into());
+    let (kind, model, size, execution) = match arguments.as_slice() {
+        [kind, model, size, threads] => (kind, model, size, Execution::cpu(threads.parse()?)),
+        [kind, model, size, threads, provider, precision] => {
+            let (provider, precision) = (provider.parse()?, precision.parse()?);
+            (kind, model, size, Execution { provider, precision, threads: threads.parse()? })
+        }
+        _ => return Err(
+            "usage: mudit-speed-worker train|forward|sample|product WHAT SIZE THREADS [PROVIDER PRECISION]"
+                .into(),
+        ),
     };
-    let threads = threads.parse()?;
-    let runtime = Runtime::start(&RuntimeOptions { offline: true, ..RuntimeOptions::default() })?;
+    let threads = execution.threads;
+    execution.check()?;
+    let gpu = execution.provider.is_gpu();
+    let runtime = Runtime::start(&RuntimeOptions { offline: true, gpu, ..RuntimeOptions::default() })?;
     let (mut work, flops) = match kind.as_str() {
-        "train" => training(&runtime, model, size.parse()?, threads)?,
+        "train" => training(&runtime, model, size.parse()?, &execution)?,
+        "forward" if gpu => forward_on_gpu(&runtime, model, size.parse()?, &execution)?,
         "forward" => forward(&runtime, model, size.parse()?, threads)?,
-        "sample" => sampling(&runtime, model, size.parse()?, threads)?,
+        "sample" => sampling(&runtime, model, size.parse()?, execution)?,
         "product" => {
             let product = product::Product::parse(model)?;
             let work = match size.as_str() {
@@ -108,8 +120,13 @@ impl Dataset for Blank {
 }
 
 /// Whole optimizer steps: draws, forward, loss, backward, clip, AdamW, EMA.
-fn training(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) -> Result<(Work, f64)> {
-    let size = [format!("train.batch_size={batch}"), format!("train.threads={threads}")];
+fn training(runtime: &Arc<Runtime>, model: &str, batch: usize, execution: &Execution) -> Result<(Work, f64)> {
+    let size = [
+        format!("train.batch_size={batch}"),
+        format!("train.threads={}", execution.threads),
+        format!("train.provider={}", execution.provider),
+        format!("train.precision={}", execution.precision),
+    ];
     let (config, blank) = if model == "quickstart" {
         (TrainConfig::parse(QUICKSTART, model, &size)?, Blank { channels: 1, side: 28, classes: 10 })
     } else {
@@ -180,14 +197,37 @@ fn forward(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) ->
     Ok((Box::new(work), flops))
 }
 
+/// The `denoise` program with its parameters on the GPU.
+fn forward_on_gpu(
+    runtime: &Arc<Runtime>,
+    model: &str,
+    batch: usize,
+    execution: &Execution,
+) -> Result<(Work, f64)> {
+    let dit = DitConfig::resolve(model)?;
+    let placed = Placed::of(&parameters(&dit)?.into_shared(), &dit, execution)?;
+    let graph = program(&dit, ProgramKind::Denoise, batch, Guidance::Off)?;
+    let flops = graph.optimised()?.cost().flops as f64;
+    let mut binding = placed.load(runtime, &graph, execution, &execution.session_options())?;
+    Stream::new(0, Purpose::SampleInit, 0, 0).fill_normal(binding.input_f32("x")?);
+    binding.input_f32("t")?.fill(500.0);
+    let work = move || {
+        binding.run()?;
+        let finite = binding.output_f32("out")?.iter().all(|v| v.is_finite());
+        if finite { Ok(()) } else { Err("the answer is not finite".into()) }
+    };
+    Ok((Box::new(work), flops))
+}
+
 /// One image by DDIM with guidance on all channels.
-fn sampling(runtime: &Arc<Runtime>, model: &str, steps: usize, threads: usize) -> Result<(Work, f64)> {
+fn sampling(runtime: &Arc<Runtime>, model: &str, steps: usize, execution: Execution) -> Result<(Work, f64)> {
     let mut dit = DitConfig::resolve(model)?;
     dit.objective = Objective::Ddpm;
     let arena = parameters(&dit)?.into_shared();
     let solver = Solver::new(SolverKind::Ddim, steps);
-    let settings = Settings { solver, guidance: GUIDANCE, guided: Guidance::All, batch: 1, threads };
-    let mut sampler = Sampler::new(runtime, &dit, &arena, &settings)?;
+    let settings = Settings { solver, guidance: GUIDANCE, guided: Guidance::All, batch: 1, execution };
+    let placed = Placed::of(&arena, &dit, &settings.execution)?;
+    let mut sampler = Sampler::new(runtime, &dit, &placed, &settings)?;
     let flops = program(&dit, ProgramKind::Step, 1, Guidance::All)?.optimised()?.cost().flops as f64;
     let mut seed = 0;
     let work = move || {

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use graph_builder::{DType, OnnxProgram, TensorSpec};
-use half::f16;
+use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
 use runtime::{Binding, Runtime, RuntimeOptions, Session, SessionOptions, Weights, kernels};
 
@@ -90,18 +90,18 @@ pub fn options(native_kernels: bool) -> SessionOptions {
 pub fn run(program: &OnnxProgram, weights: &Weights, feeds: &Feeds, native_kernels: bool) -> Answer {
     let what = format!("running {}", program.name);
     let (program, weights, feeds) = (program.clone(), weights.clone(), feeds.clone());
-    alone(&what, move |runtime| execute(runtime, &program, &weights, &feeds, native_kernels))
+    alone(&what, move |runtime| execute(runtime, &program, &weights, &feeds, &options(native_kernels)))
 }
 
-fn execute(
+/// Loads `program`, feeds it and runs it once.
+pub fn execute(
     runtime: &Arc<Runtime>,
     program: &OnnxProgram,
     weights: &Weights,
     feeds: &Feeds,
-    native_kernels: bool,
+    options: &SessionOptions,
 ) -> Answer {
-    let session =
-        Session::load(runtime, program, weights, &options(native_kernels)).unwrap_or_else(|e| panic!("{e}"));
+    let session = Session::load(runtime, program, weights, options).unwrap_or_else(|e| panic!("{e}"));
     let mut binding = Binding::owned(&session).unwrap_or_else(|e| panic!("{e}"));
     feed(&mut binding, &program.inputs, feeds);
     let counts = || kernels::names().map(kernels::calls);
@@ -114,7 +114,7 @@ fn execute(
             DType::I64 => widened(binding.output::<i64>(&spec.name).unwrap(), |v| *v as f64),
             DType::Bool => widened(binding.output::<u8>(&spec.name).unwrap(), |v| f64::from(*v)),
             DType::F16 => widened(binding.output::<f16>(&spec.name).unwrap(), |v| v.to_f64()),
-            other @ DType::Bf16 => panic!("output `{}` has type {other}", spec.name),
+            DType::Bf16 => widened(binding.output::<bf16>(&spec.name).unwrap(), |v| v.to_f64()),
         };
         (spec.name.clone(), ArrayD::from_shape_vec(IxDyn(spec.shape.dims()), values).unwrap())
     });
@@ -131,7 +131,7 @@ pub fn feed(binding: &mut Binding, inputs: &[TensorSpec], feeds: &Feeds) {
             DType::I64 => binding.set_input(&spec.name, &narrowed(values, |v| v as i64)),
             DType::Bool => binding.set_input(&spec.name, &narrowed(values, |v| v as u8)),
             DType::F16 => binding.set_input(&spec.name, &narrowed(values, f16::from_f64)),
-            other @ DType::Bf16 => panic!("input `{}` has type {other}", spec.name),
+            DType::Bf16 => binding.set_input(&spec.name, &narrowed(values, bf16::from_f64)),
         };
         set.unwrap_or_else(|e| panic!("{e}"));
     }

@@ -1,4 +1,4 @@
-//! What the proofs share: repeatable values, numerical derivatives, tolerances, and programs run under a time limit.
+//! What the proofs share: the table of ops, repeatable values, numerical derivatives, tolerances, and programs run under a time limit.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -9,6 +9,9 @@
 pub mod difference;
 pub mod draws;
 pub mod execution;
+mod fused_rows;
+pub mod op_rows;
+pub mod op_table;
 pub mod tolerance;
 
 pub use graph_builder::eval::Array;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use graph_builder::Precision;
 use models::Recompute;
 use models::classifier::Classifier;
 use runtime::update::{UpdateState, UpdateStep};
@@ -11,7 +12,7 @@ use crate::data::Dataset;
 use crate::error::{Result, TrainError};
 use crate::mup::draw_parameters;
 use crate::random::{Purpose, Stream, permutation};
-use crate::step::{BoundGraph, read_lock, write_lock};
+use crate::step::{Prepared, StepArenas, read_lock, write_lock};
 
 /// Images of one run when features are computed.
 const EVALUATION_BATCH: usize = 250;
@@ -75,12 +76,11 @@ impl ClassifierModel {
         runtime: &Arc<Runtime>,
         shape: Classifier,
         parameters: SharedArena,
-        threads: usize,
+        options: &SessionOptions,
     ) -> Result<Self> {
         let graph = shape.features(EVALUATION_BATCH)?;
         let program = graph.emit(graph_builder::Weights::Inputs).map_err(models::ModelError::from)?;
-        let options = SessionOptions { threads, ..SessionOptions::default() };
-        let session = Session::load(runtime, &program, &runtime::Weights::Inside, &options)?;
+        let session = Session::load(runtime, &program, &runtime::Weights::Inside, options)?;
         let mut builder = Binding::builder(&session);
         builder.bind_inputs_by_name(&parameters)?;
         Ok(Self { shape, binding: builder.finish()?, parameters })
@@ -147,7 +147,11 @@ pub fn train_classifier(
     }
     let graph = shape.train_step(settings.batch)?;
     let options = SessionOptions { threads: settings.threads, ..SessionOptions::default() };
-    let mut step = BoundGraph::compile(runtime, &graph, Recompute::None, &options)?;
+    let prepared = Prepared::new(&graph, Recompute::None, Precision::F32)?;
+    let (mut binding, arenas) = prepared.bind(runtime, Precision::F32, &options)?;
+    let StepArenas::Host(step) = arenas else {
+        return Err(TrainError::Internal("the classifier is trained on the CPU".into()));
+    };
     draw_parameters(&graph, settings.seed, 1.0, &mut *write_lock(&step.parameters)?)?;
     let (parameters, gradients) =
         (read_lock(&step.parameters)?.layout().clone(), read_lock(&step.gradients)?.layout().clone());
@@ -162,10 +166,10 @@ pub fn train_classifier(
         }
         let indices = &order[at * settings.batch..(at + 1) * settings.batch];
         let (images, labels) = read(data, indices)?;
-        step.binding.set_input("x", &images)?;
-        step.binding.set_input("y", &labels)?;
-        step.binding.run()?;
-        let loss = f64::from(step.binding.output_f32("loss")?.first().copied().unwrap_or(f32::NAN));
+        binding.set_input("x", &images)?;
+        binding.set_input("y", &labels)?;
+        binding.run()?;
+        let loss = f64::from(binding.output_f32("loss")?.first().copied().unwrap_or(f32::NAN));
         let rate = settings.learning_rate * schedule(number, steps);
         update.step(
             UpdateState {
@@ -185,7 +189,7 @@ pub fn train_classifier(
         )?;
         progress(number + 1, steps, loss);
     }
-    ClassifierModel::new(runtime, shape, step.parameters, settings.threads)
+    ClassifierModel::new(runtime, shape, step.parameters, &options)
 }
 
 /// Factor on the learning rate: up, then down to zero.

@@ -141,6 +141,13 @@ pub fn measure(
     plan: &CheckPlan,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Coordinates> {
+    if config.train.provider.is_gpu() {
+        return Err(crate::TrainError::BadValue {
+            key: "train.provider",
+            value: config.train.provider.to_string(),
+            allowed: "`cpu` here: the check reads every layer in the host's memory".into(),
+        });
+    }
     let mut layers: Vec<LayerSizes> = Vec::new();
     let total = plan.widths.len() * plan.seeds.len();
     let mut config = config.clone();
@@ -214,7 +221,7 @@ impl Probe {
         let options = SessionOptions { threads: config.train.threads, ..SessionOptions::default() };
         let session = Session::load(runtime, &emitted, &runtime::Weights::Inside, &options)?;
         let mut builder = Binding::builder(&session);
-        builder.bind_inputs_by_name(&trainer.compiled().parameters)?;
+        builder.bind_inputs_by_name(&trainer.compiled().host()?.parameters)?;
         let mut binding = builder.finish()?;
         let image = batch.x0.len() / n.max(1);
         let mut x = batch.x0.clone();

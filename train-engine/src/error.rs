@@ -233,6 +233,13 @@ pub enum TrainError {
         wanted_scale: f64,
     },
 
+    /// Something that works on the host's memory alone.
+    #[error("the training state is on GPU {gpu}, and this reads it in the host's memory; use provider `cpu`")]
+    OnDevice {
+        /// The CUDA driver's number of the GPU.
+        gpu: usize,
+    },
+
     /// A broken invariant of this crate.
     #[error("internal: {0}")]
     Internal(String),

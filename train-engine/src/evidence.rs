@@ -11,7 +11,8 @@ use serde_json::json;
 use crate::data::Batch;
 use crate::error::{Result, TrainError};
 use crate::mup::Stamp;
-use crate::step::{CompiledStep, StepInputs, StepLoss, read_lock};
+use crate::step::{StepInputs, StepLoss};
+use crate::trainer::{Part, TrainingState};
 
 /// Writes the batch, the parameters before the update, and the size of each gradient below `run_dir`.
 ///
@@ -19,7 +20,7 @@ use crate::step::{CompiledStep, StepInputs, StepLoss, read_lock};
 /// [`TrainError::Runtime`] when a file cannot be written.
 pub(crate) fn save(
     run_dir: &Path,
-    step: &CompiledStep,
+    state: &dyn TrainingState,
     model: &DitConfig,
     batch: &Batch,
     inputs: &StepInputs<'_>,
@@ -38,15 +39,17 @@ pub(crate) fn save(
     tensors.insert("step0.y".to_owned(), HostTensor::i64([n], inputs.y.to_vec())?);
     runtime::write_safetensors_file(directory.join("batch.safetensors"), &tensors, &BTreeMap::new())?;
     let stamp = Stamp::of(model).metadata()?;
-    read_lock(&step.parameters)?.write_safetensors(directory.join("model.safetensors"), &stamp)?;
-    let gradients = read_lock(&step.gradients)?;
-    let norms: serde_json::Map<String, serde_json::Value> = gradients
-        .iter()
-        .map(|(name, _, values)| {
+    state.show(Part::Parameters, &mut |parameters| {
+        Ok(parameters.write_safetensors(directory.join("model.safetensors"), &stamp)?)
+    })?;
+    let mut norms = serde_json::Map::new();
+    state.show(Part::Gradients, &mut |gradients| {
+        norms.extend(gradients.iter().map(|(name, _, values)| {
             let norm = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
             (name.to_owned(), if norm.is_finite() { json!(norm) } else { json!(norm.to_string()) })
-        })
-        .collect();
+        }));
+        Ok(())
+    })?;
     let report = json!({
         "step": batch.step + 1,
         "images": batch.indices,

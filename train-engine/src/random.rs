@@ -108,6 +108,12 @@ impl Stream {
         }
     }
 
+    /// What a device needs to draw the stream itself: the key, and the counter of the first block; that of block `i`
+    /// has `i` for its first word.
+    pub fn start(&self) -> ([u32; 2], [u32; 4]) {
+        (self.key, [0, self.counter[1], self.counter[2], self.counter[3]])
+    }
+
     /// A uniform 32-bit word.
     pub fn u32(&mut self) -> u32 {
         if self.used == 4 {

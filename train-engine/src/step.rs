@@ -1,12 +1,17 @@
 //! A training step that is compiled, loaded and bound to arenas: forward, loss and backward in one run.
+//!
+//! On the CPU the arenas are the host's; on a GPU they are there, and only a batch and its losses cross the bus.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use graph_builder::{Cost, Graph, Weights};
-use models::{DitConfig, Guidance, HYPERPARAMETERS, InitScheme, ProgramKind, Recompute, program};
+use graph_builder::{Cost, DType, Graph, OnnxProgram, Precision, Weights};
+use models::{
+    DitConfig, Guidance, HYPERPARAMETERS, InitScheme, LOSS_SCALE, ProgramKind, Recompute, program_for,
+};
+use runtime::cuda::{DeviceArena, Gpu};
 use runtime::update::trainable_layout;
-use runtime::{Arena, ArenaLayout, Binding, Runtime, Session, SessionOptions, SharedArena};
+use runtime::{Arena, ArenaLayout, Binding, Provider, Runtime, Session, SessionOptions, SharedArena};
 
 use crate::config::TrainConfig;
 use crate::error::{Result, TrainError};
@@ -50,7 +55,7 @@ impl std::fmt::Display for StepShape {
 }
 
 /// The model without what is no part of the program's shape.
-fn neutral(model: &DitConfig) -> DitConfig {
+pub(crate) fn neutral(model: &DitConfig) -> DitConfig {
     let dropout = if model.class_dropout_prob > 0.0 { 0.5 } else { 0.0 }; // only whether there is a null class
     DitConfig {
         mup: None,
@@ -72,44 +77,119 @@ pub struct StepLoss {
     pub vb: Vec<f32>,
 }
 
-/// A graph that is compiled, loaded and bound: its parameters are read from one arena, its outputs `grad.<parameter>` are
-/// written to another.
-#[derive(Debug)]
-pub(crate) struct BoundGraph {
-    pub(crate) binding: Binding,
-    pub(crate) parameters: SharedArena,
-    pub(crate) gradients: SharedArena,
-    /// Work of one run, counted from the graph; what is computed again is not counted twice.
-    pub(crate) cost: Cost,
-    /// Names of the outputs.
-    pub(crate) outputs: Vec<String>,
+/// Arenas of the host that a step reads and writes.
+#[derive(Debug, Clone)]
+pub struct HostArenas {
+    /// Parameters, read by the step.
+    pub parameters: SharedArena,
+    /// Gradients of the trainable ones, written by the step.
+    pub gradients: SharedArena,
 }
 
-impl BoundGraph {
-    /// Compiles a graph; parameters are zero.
-    pub(crate) fn compile(
-        runtime: &Arc<Runtime>,
-        graph: &Graph,
-        recompute: Recompute,
-        options: &SessionOptions,
-    ) -> Result<Self> {
-        let optimised = graph.optimised().map_err(models::ModelError::from)?;
+/// Arenas of a GPU that a step reads and writes.
+#[derive(Debug, Clone)]
+pub struct DeviceArenas {
+    /// The GPU.
+    pub gpu: Arc<Gpu>,
+    /// Parameters in f32, read by the step where it needs them so.
+    pub masters: Arc<DeviceArena>,
+    /// Parameters in the compute type; none in f32.
+    pub copy: Option<Arc<DeviceArena>>,
+    /// Gradients of the trainable ones, written by the step: an arena for each element type.
+    pub gradients: Vec<Arc<DeviceArena>>,
+    /// Layout of all gradients together.
+    pub gradient_layout: Arc<ArenaLayout>,
+}
+
+/// What a step reads its parameters from and writes its gradients to.
+#[derive(Debug, Clone)]
+pub enum StepArenas {
+    /// On the CPU.
+    Host(HostArenas),
+    /// On a GPU.
+    Device(DeviceArenas),
+}
+
+/// A graph after all passes, and what is declared in it.
+pub(crate) struct Prepared {
+    /// After the passes.
+    pub(crate) graph: Graph,
+    program: OnnxProgram,
+    /// Work of one run, counted from the graph; what is computed again is not counted twice.
+    pub(crate) cost: Cost,
+    parameters: Arc<ArenaLayout>,
+    gradients: Arc<ArenaLayout>,
+    /// One for each element type of the gradients.
+    groups: Vec<(DType, Arc<ArenaLayout>)>,
+}
+
+impl Prepared {
+    /// Brings a graph into its last form.
+    pub(crate) fn new(graph: &Graph, recompute: Recompute, precision: Precision) -> Result<Self> {
+        let built = models::ModelError::from;
+        let optimised = graph.optimised().map_err(built)?;
         let cost = optimised.cost();
-        let optimised = recompute.apply(optimised)?;
-        let emitted = optimised.emit(Weights::Inputs).map_err(models::ModelError::from)?;
-        let layout = parameter_layout(graph)?;
-        let trainable = |name: &str, _: &graph_builder::Shape| {
-            graph.parameters().iter().any(|p| p.trainable && p.name == name)
-        };
-        let gradient_layout = Arc::new(trainable_layout(&layout, trainable)?);
-        let session = Session::load(runtime, &emitted, &runtime::Weights::Inside, options)?;
-        let parameters = Arena::zeros(layout)?.into_shared();
-        let gradients = Arena::zeros(gradient_layout)?.into_shared();
+        let last = recompute.apply(optimised)?.in_precision(precision).map_err(built)?;
+        let program = last.emit(Weights::Inputs).map_err(built)?;
+        let parameters = parameter_layout(graph)?;
+        let of = |name: &str| last.parameters().iter().find(|p| p.trainable && p.name == name);
+        let gradients = Arc::new(trainable_layout(&parameters, |name, _| of(name).is_some())?);
+        let mut groups = Vec::new();
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let layout = trainable_layout(&parameters, |name, _| of(name).is_some_and(|p| p.dtype == dtype))?;
+            if !layout.is_empty() {
+                groups.push((dtype, Arc::new(layout)));
+            }
+        }
+        Ok(Self { graph: last, program, cost, parameters, gradients, groups })
+    }
+
+    /// Loads the program and binds it to arenas where its provider has its memory; parameters are zero.
+    pub(crate) fn bind(
+        self,
+        runtime: &Arc<Runtime>,
+        precision: Precision,
+        options: &SessionOptions,
+    ) -> Result<(Binding, StepArenas)> {
+        if matches!(options.provider, Provider::Cuda(_)) {
+            self.program.check_cuda(&|_, _| false).map_err(models::ModelError::from)?;
+        }
+        let session = Session::load(runtime, &self.program, &runtime::Weights::Inside, options)?;
         let mut builder = Binding::builder(&session);
-        builder.bind_inputs_by_name(&parameters)?;
-        builder.bind_outputs_by_name(&gradients, "grad.")?;
-        let outputs = emitted.outputs.into_iter().map(|o| o.name).collect();
-        Ok(Self { binding: builder.finish()?, parameters, gradients, cost, outputs })
+        let Some(gpu) = session.gpu() else {
+            let parameters = Arena::zeros(self.parameters)?.into_shared();
+            let gradients = Arena::zeros(self.gradients)?.into_shared();
+            builder.bind_inputs_by_name(&parameters)?;
+            builder.bind_outputs_by_name(&gradients, "grad.")?;
+            return Ok((builder.finish()?, StepArenas::Host(HostArenas { parameters, gradients })));
+        };
+        let arena = |layout: &Arc<ArenaLayout>, dtype, what: &str| {
+            DeviceArena::zeros(gpu, layout.clone(), dtype, what).map(Arc::new)
+        };
+        let masters = arena(&self.parameters, DType::F32, "the parameters")?;
+        let narrow = precision != Precision::F32;
+        let copy = narrow
+            .then(|| arena(&self.parameters, precision.dtype(), "the parameters in the compute type"))
+            .transpose()?;
+        let gradients = self.groups.iter().map(|(dtype, layout)| arena(layout, *dtype, "the gradients"));
+        let gradients = gradients.collect::<runtime::error::Result<Vec<_>>>()?;
+        let mut bound = builder.bind_device_inputs_by_name(&masters)?;
+        if let Some(copy) = &copy {
+            bound += builder.bind_device_inputs_by_name(copy)?;
+        }
+        let mut written = 0;
+        for arena in &gradients {
+            written += builder.bind_device_outputs_by_name(arena, "grad.")?;
+        }
+        let (parameters, trainable) = (self.parameters.entries().len(), self.gradients.entries().len());
+        if (bound, written) != (parameters, trainable) {
+            return Err(TrainError::Internal(format!(
+                "{bound} of {parameters} parameters and {written} of {trainable} gradients are on the GPU"
+            )));
+        }
+        let (gpu, gradient_layout) = (gpu.clone(), self.gradients);
+        let arenas = DeviceArenas { gpu, masters, copy, gradients, gradient_layout };
+        Ok((builder.finish()?, StepArenas::Device(arenas)))
     }
 }
 
@@ -117,10 +197,8 @@ impl BoundGraph {
 #[derive(Debug)]
 pub struct CompiledStep {
     binding: Binding,
-    /// Parameters, read by the step.
-    pub parameters: SharedArena,
-    /// Gradients of the trainable ones, written by the step.
-    pub gradients: SharedArena,
+    /// What the step reads and writes.
+    pub arenas: StepArenas,
     /// Samples of one run.
     pub batch: usize,
     /// Work of one run, counted from the graph; what is computed again is not counted twice.
@@ -154,44 +232,52 @@ impl CompiledStep {
         recompute: Recompute,
         options: &SessionOptions,
     ) -> Result<Self> {
+        Self::compile_in(runtime, model, batch, recompute, Precision::F32, options, &mut |_| Ok(()))
+    }
+
+    /// [`compile`](Self::compile) in a precision, which takes a GPU if it is not f32. `inspect` sees the program before
+    /// any memory is allocated for it.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile), and those of `inspect`.
+    pub(crate) fn compile_in(
+        runtime: &Arc<Runtime>,
+        model: &DitConfig,
+        batch: usize,
+        recompute: Recompute,
+        precision: Precision,
+        options: &SessionOptions,
+        inspect: &mut dyn FnMut(&Prepared) -> Result<()>,
+    ) -> Result<Self> {
         let start = Instant::now();
-        let graph = program(model, ProgramKind::TrainStep, batch, Guidance::Off)?;
-        let BoundGraph { mut binding, parameters, gradients, cost, outputs } =
-            BoundGraph::compile(runtime, &graph, recompute, options)?;
+        let graph = program_for(model, ProgramKind::TrainStep, batch, Guidance::Off, precision)?;
+        let prepared = Prepared::new(&graph, recompute, precision)?;
+        inspect(&prepared)?;
+        let cost = prepared.cost;
+        let (mut binding, arenas) = prepared.bind(runtime, precision, options)?;
         for (name, neutral) in HYPERPARAMETERS {
             binding.set_input(name, &[neutral])?;
         }
-        let has_vb = outputs.iter().any(|name| name == "loss.vb");
+        if precision == Precision::F16 {
+            binding.set_input(LOSS_SCALE, &[1.0_f32])?;
+        }
+        let has_vb = binding.session().outputs().iter().any(|output| output.name == "loss.vb");
         let compile_time = start.elapsed();
         let width_multiplier = model.width_multiplier();
-        let mut step = Self {
-            binding,
-            parameters,
-            gradients,
-            batch,
-            cost,
-            compile_time,
-            graph,
-            width_multiplier,
-            has_vb,
-        };
+        let mut step = Self { binding, arenas, batch, cost, compile_time, graph, width_multiplier, has_vb };
         step.parameterise(model)?;
         Ok(step)
     }
 
-    /// The training step that every run of one [`StepShape`] can use; see [`parameterise`](Self::parameterise).
+    /// The arenas of a step on the CPU.
     ///
     /// # Errors
-    /// As [`compile`](Self::compile).
-    pub fn compile_shared(
-        runtime: &Arc<Runtime>,
-        config: &TrainConfig,
-        model: &DitConfig,
-        options: &SessionOptions,
-    ) -> Result<Self> {
-        let train = &config.train;
-        let micro = train.batch_size / train.accumulate;
-        Self::compile(runtime, &neutral(model), micro, train.recompute, options)
+    /// [`TrainError::OnDevice`] for a step on a GPU.
+    pub fn host(&self) -> Result<&HostArenas> {
+        match &self.arenas {
+            StepArenas::Host(arenas) => Ok(arenas),
+            StepArenas::Device(arenas) => Err(TrainError::OnDevice { gpu: arenas.gpu.info().ordinal }),
+        }
     }
 
     /// Sets the factor on the output layer to that of `model`'s parameterisation: α/m in all.
@@ -228,6 +314,16 @@ impl CompiledStep {
         self.binding.set_input("t", inputs.t)?;
         self.binding.set_input("y", inputs.y)?;
         self.binding.run()?;
+        self.loss()
+    }
+
+    /// The inputs of the next run, where it reads them, for the trainer to fill.
+    pub(crate) fn binding(&mut self) -> &mut Binding {
+        &mut self.binding
+    }
+
+    /// The losses of the last run; waits for it.
+    pub(crate) fn loss(&self) -> Result<StepLoss> {
         let loss = f64::from(self.binding.output_f32("loss")?.first().copied().unwrap_or(f32::NAN));
         let mse = self.binding.output_f32("loss.mse")?.to_vec();
         let vb = if self.has_vb { self.binding.output_f32("loss.vb")?.to_vec() } else { Vec::new() };

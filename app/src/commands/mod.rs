@@ -25,10 +25,13 @@ mod weights;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use graph_builder::Precision;
 use models::Guidance;
 use runtime::{Provider, Runtime, RuntimeOptions};
+use train_engine::config::TrainConfig;
 
 use crate::console;
+use crate::execution::Execution;
 
 /// What `mudit` can do.
 #[derive(Debug, Subcommand)]
@@ -109,6 +112,63 @@ struct Machine {
     /// Fetch nothing; fail where something is missing.
     #[arg(long)]
     offline: bool,
+}
+
+/// Options of commands that run programs on a GPU, too.
+#[derive(Clone, Debug, Args)]
+struct Target {
+    /// Who runs the programs: cpu, cuda, tensorrt; cuda:1 is the GPU of that number.
+    #[arg(long, default_value = "cpu", env = "MUDIT_PROVIDER")]
+    provider: Provider,
+    /// Element type of the computation: f32, bf16 or f16; other than f32 on GPUs only.
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
+}
+
+impl Target {
+    /// How programs are computed; refuses what this machine cannot do.
+    fn execution(&self, machine: Machine) -> anyhow::Result<Execution> {
+        let execution = Execution {
+            provider: self.provider.clone(),
+            precision: self.precision,
+            threads: machine.threads,
+        };
+        execution.check()?;
+        Ok(execution)
+    }
+}
+
+/// [`Target`] where a configuration file says it otherwise.
+#[derive(Clone, Debug, Default, Args)]
+struct TargetOverrides {
+    /// Who runs the programs: cpu, cuda, tensorrt; cuda:1 is the GPU of that number. In place of `train.provider`.
+    #[arg(long, env = "MUDIT_PROVIDER")]
+    provider: Option<Provider>,
+    /// Element type of the computation: f32, bf16 or f16; other than f32 on GPUs only. In place of `train.precision`.
+    #[arg(long)]
+    precision: Option<Precision>,
+}
+
+impl TargetOverrides {
+    /// Writes what was given, and the threads where none are set, into a configuration.
+    fn apply(&self, config: &mut TrainConfig, machine: Machine) {
+        let train = &mut config.train;
+        if let Some(provider) = &self.provider {
+            train.provider = provider.clone();
+        }
+        if let Some(precision) = self.precision {
+            train.precision = precision;
+        }
+        if train.threads == 0 {
+            train.threads = machine.threads;
+        }
+    }
+}
+
+/// How the steps of a run are computed.
+fn of_training(config: &TrainConfig) -> Execution {
+    let train = &config.train;
+    Execution { provider: train.provider.clone(), precision: train.precision, threads: train.threads }
 }
 
 impl Machine {

@@ -7,9 +7,11 @@ use models::{DitConfig, Guidance, Objective, Solver, SolverKind};
 use runtime::{Runtime, SharedArena};
 use train_engine::TrainError;
 use train_engine::config::SampleSection;
-use train_engine::trainer::{Observer, RunInfo, StepReport};
+use train_engine::trainer::{MemoryPlan, Observer, RunInfo, StepReport};
 
+use super::of_training;
 use crate::console;
+use crate::execution::{Execution, Placed};
 use crate::render::grid::{Caption, Column, grid, save_png};
 use crate::render::progress::{Job, Pace, Progress};
 use crate::sampler::{NoiseSource, Sampler, Settings};
@@ -23,7 +25,7 @@ pub(super) struct Console {
     pub(super) run_dir: PathBuf,
     pub(super) sample: SampleSection,
     pub(super) seed: u64,
-    pub(super) threads: usize,
+    pub(super) execution: Execution,
     pub(super) progress: Option<Progress>,
     pub(super) info: Option<RunInfo>,
     /// Compiled on the first grid.
@@ -41,7 +43,8 @@ impl Console {
             run_dir: run_dir.to_path_buf(),
             sample: config.sample.clone(),
             seed: config.train.seed,
-            threads: config.train.threads,
+            // Its own parameters are where the run is; pictures are drawn in f32.
+            execution: of_training(config).in_f32().without_constants(),
             progress: None,
             info: None,
             sampler: None,
@@ -101,6 +104,10 @@ pub(super) fn draw_grid(
 const MOST_COLUMNS: usize = 16;
 
 impl Observer for Console {
+    fn planned(&mut self, plan: &MemoryPlan) {
+        console::note(&plan.to_string());
+    }
+
     fn started(&mut self, info: &RunInfo) {
         if info.resumed_at > 0 {
             console::note(&format!("going on after step {} of {}", info.resumed_at, info.total_steps));
@@ -138,13 +145,13 @@ impl Observer for Console {
                 none => none.insert(Sampler::new(
                     &self.runtime,
                     model,
-                    ema,
+                    &Placed::following(ema),
                     &Settings {
                         solver: solver(&self.sample, model.objective),
                         guidance: guidance(self.sample.guidance, model),
                         guided: Guidance::All,
                         batch: SAMPLE_BATCH.min(self.sample.per_class * model.num_classes),
-                        threads: self.threads,
+                        execution: self.execution.clone(),
                     },
                 )?),
             };

@@ -13,14 +13,15 @@ use train_engine::data::{self, BatchPlan, Dataset, Loader};
 use train_engine::signals::StopSignal;
 use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE, Trainer};
 
-use super::Machine;
 use super::fid;
 use super::fid::quick::{self, Distances};
 use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance, solver};
 use super::train::draw_loss;
 use super::weights::{self, Which};
+use super::{Machine, of_training};
 use crate::Usage;
 use crate::console;
+use crate::execution::Placed;
 use crate::render::progress::duration;
 use crate::sampler::{Sampler, Settings};
 
@@ -191,7 +192,7 @@ impl QuickstartArgs {
             guidance: guidance(section.guidance, &loaded.model),
             guided: Guidance::All,
             batch: SAMPLE_BATCH,
-            threads: config.train.threads,
+            execution: of_training(config),
         };
         let recipe = fid::set::recipe(&self.out, &loaded, &settings, config.train.seed, self.fid_images)?;
         quick::distances(runtime, &self.out, config.data.path.as_deref(), recipe, self.machine)
@@ -211,9 +212,10 @@ impl QuickstartArgs {
             guidance: guidance(section.guidance, model),
             guided: Guidance::All,
             batch: SAMPLE_BATCH,
-            threads: config.train.threads,
+            execution: of_training(config),
         };
-        let mut sampler = Sampler::new(runtime, model, &loaded.parameters, &settings)?;
+        let placed = Placed::of(&loaded.parameters, model, &settings.execution)?;
+        let mut sampler = Sampler::new(runtime, model, &placed, &settings)?;
         let title = format!("Fashion-MNIST, {} training steps", config.train.steps);
         draw_grid(&mut sampler, model, section.per_class, config.train.seed, title, path)
     }

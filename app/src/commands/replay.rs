@@ -90,9 +90,10 @@ impl ReplayArgs {
             ..SessionOptions::default()
         };
         let mut step = CompiledStep::compile(&runtime, &model, n, Recompute::None, &options)?;
-        write_lock(&step.parameters)?.copy_from(&start)?;
+        let arenas = step.host()?.clone();
+        write_lock(&arenas.parameters)?.copy_from(&start)?;
         let mup = MupTable::new(step.graph(), &model);
-        let layout = read_lock(&step.gradients)?.layout().clone();
+        let layout = read_lock(&arenas.gradients)?.layout().clone();
         let betas = (self.beta1, self.beta2, self.eps);
         let optimizer = AdamW::new(start.layout(), &layout, betas, self.machine.threads)?;
         let (lr, weight_decay) = mup.rates(&layout, self.lr, self.weight_decay);
@@ -104,8 +105,8 @@ impl ReplayArgs {
             let loss = step.run(&inputs).with_context(|| format!("step `{name}`"))?;
             let report = optimizer.step(
                 UpdateState {
-                    parameters: &mut *write_lock(&step.parameters)?,
-                    gradients: &*read_lock(&step.gradients)?,
+                    parameters: &mut *write_lock(&arenas.parameters)?,
+                    gradients: &*read_lock(&arenas.gradients)?,
                     first_moments: &mut first,
                     second_moments: &mut second,
                     ema: Some((&mut ema, self.ema_decay)),
@@ -127,12 +128,12 @@ impl ReplayArgs {
             }
         }
         let meta = BTreeMap::new();
-        read_lock(&step.parameters)?.write_safetensors(&self.out, &meta)?;
+        read_lock(&arenas.parameters)?.write_safetensors(&self.out, &meta)?;
         if let Some(path) = &self.ema_out {
             ema.write_safetensors(path, &meta)?;
         }
         if let Some(path) = &self.grads_out {
-            read_lock(&step.gradients)?.write_safetensors(path, &meta)?;
+            read_lock(&arenas.gradients)?.write_safetensors(path, &meta)?;
         }
         if self.json { console::json(&json!({ "steps": rows, "out": self.out })) } else { Ok(()) }
     }

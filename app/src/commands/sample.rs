@@ -12,11 +12,12 @@ use models::{DitConfig, Solver};
 use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
 use serde_json::json;
 
-use super::Machine;
 use super::solving::Solving;
 use super::weights::{self, Which};
+use super::{Machine, Target};
 use crate::Usage;
 use crate::console;
+use crate::execution::Placed;
 use crate::render::arrays::SampleArchive;
 use crate::render::grid::{Caption, Column, grid, save_png};
 use crate::render::pixels;
@@ -63,6 +64,8 @@ pub struct SampleArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
     machine: Machine,
 }
 
@@ -88,6 +91,7 @@ impl SampleArgs {
         if self.batch == 0 {
             return Err(Usage("--batch must be 1 or more".into()).into());
         }
+        let execution = self.target.execution(self.machine)?;
         let loaded = weights::open(&self.checkpoint, self.weights)?;
         let model = &loaded.model;
         let solver = self.solving.solver(model);
@@ -103,15 +107,16 @@ impl SampleArgs {
         };
         let n = labels.len();
         let guided = self.solving.guided(model)?;
-        let runtime = self.machine.runtime()?;
+        let runtime = self.machine.runtime_for(&execution.provider)?;
         let settings = Settings {
             solver: solver.clone(),
             guidance: self.solving.cfg,
             guided,
             batch: self.batch.min(n),
-            threads: self.machine.threads,
+            execution,
         };
-        let mut sampler = Sampler::new(&runtime, model, &loaded.parameters, &settings)?;
+        let placed = Placed::of(&loaded.parameters, model, &settings.execution)?;
+        let mut sampler = Sampler::new(&runtime, model, &placed, &settings)?;
         let source = match &given {
             Some(g) => NoiseSource::Given { x_t: &g.x_t, noise: g.noise.as_deref() },
             None => NoiseSource::Seeded { seed: self.seed, first: self.first },

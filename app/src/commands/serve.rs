@@ -13,7 +13,8 @@ use serde_json::json;
 use train_engine::signals::StopSignal;
 
 use super::weights::{self, Which};
-use super::{Machine, guided_channels};
+use super::{Machine, Target, guided_channels};
+use crate::execution::Execution;
 use crate::sampler::default_guided;
 use crate::serve::engine::EngineOptions;
 use crate::serve::http::Limits;
@@ -87,6 +88,8 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 30.0, value_parser = seconds, env = "MUDIT_DRAIN_TIMEOUT")]
     drain_timeout: f64,
     #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
     machine: Machine,
     /// Tell what is served as JSON.
     #[arg(long)]
@@ -117,7 +120,7 @@ impl ServeArgs {
         let stop = StopSignal::install()?;
         let sources = self.sources()?;
         let names: Vec<String> = sources.iter().map(|s| s.name.clone()).collect();
-        let runtime = self.machine.runtime()?;
+        let runtime = self.machine.runtime_for(&self.target.provider)?;
         let server = Server::bind(sources, options)?;
         let url = format!("http://{}", server.address());
         console::note(&format!("serve: {url} is open; loading {}", names.join(", ")));
@@ -173,10 +176,11 @@ impl ServeArgs {
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if self.machine.threads == 0 { cores } else { self.machine.threads };
+        let execution = Execution { threads, ..self.target.execution(self.machine)? };
         Ok(ServeOptions {
             address: SocketAddr::new(self.host, self.port),
             engine: EngineOptions {
-                threads,
+                execution,
                 deterministic: !self.batches.no_deterministic,
                 max_rows: self.batches.max_rows,
                 max_queue: self.batches.max_queue,

@@ -12,8 +12,8 @@ use train_engine::signals::StopSignal;
 use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE};
 use train_engine::{checkpoint, data};
 
-use super::Machine;
 use super::observer::Console;
+use super::{Machine, TargetOverrides, of_training};
 use crate::Usage;
 use crate::console;
 use crate::profile::memory::megabytes;
@@ -39,20 +39,21 @@ pub struct TrainArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    target: TargetOverrides,
+    #[command(flatten)]
     machine: Machine,
 }
 
 impl TrainArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let mut config = self.config()?;
-        if config.train.threads == 0 {
-            config.train.threads = self.machine.threads;
-        }
+        self.target.apply(&mut config, self.machine);
         if self.dry_run {
             return console::out(config.to_toml()?.trim_end());
         }
+        of_training(&config).check()?;
         let dataset = data::open(&config.data, self.machine.offline, &console::note)?;
-        let runtime = self.machine.runtime()?;
+        let runtime = self.machine.runtime_for(&config.train.provider)?;
         let stop = StopSignal::install()?;
         let mut shown = Console::new(&runtime, &self.out, &config);
         let result = trainer::run(&runtime, &config, &self.out, &dataset, &stop, &mut shown);

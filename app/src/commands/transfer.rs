@@ -13,8 +13,8 @@ use train_engine::sweep::results::{Curve, LOSS, Metric, RATE_KEY, curves, short}
 use train_engine::sweep::verdict::{TOLERANCE, Verdict, judge};
 use train_engine::sweep::{Journals, Plan};
 
-use super::Machine;
 use super::sweep::{Which, curves_picture, edges, number};
+use super::{Machine, TargetOverrides};
 use crate::Usage;
 use crate::console;
 
@@ -43,6 +43,8 @@ pub struct TransferArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    target: TargetOverrides,
+    #[command(flatten)]
     machine: Machine,
 }
 
@@ -59,6 +61,7 @@ impl TransferArgs {
                 let which = Which {
                     config: config.clone(),
                     overrides: self.overrides.clone(),
+                    target: self.target.clone(),
                     out: out.join(target::PROXY),
                 };
                 target::run(&which, out, self.machine, self.json)
@@ -72,7 +75,7 @@ impl TransferArgs {
     }
 
     fn judge(&self, folder: PathBuf) -> anyhow::Result<()> {
-        let which = Which { config: None, overrides: Vec::new(), out: folder };
+        let which = Which { config: None, overrides: Vec::new(), target: self.target.clone(), out: folder };
         let opened = which.open(self.machine, false)?;
         let journals = Journals::open(&opened.folder)?;
         let metric = Metric { name: &self.metric, at_step: None };

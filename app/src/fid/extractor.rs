@@ -12,8 +12,11 @@ use std::sync::Arc;
 
 use anyhow::ensure;
 use ndarray::Array2;
-use runtime::Runtime;
+use runtime::cuda::Gpu;
+use runtime::{Device, Runtime};
 use serde::{Deserialize, Serialize};
+
+use crate::execution::Execution;
 
 use self::foreign::ForeignNetwork;
 use self::inception::InceptionNetwork;
@@ -88,10 +91,10 @@ pub struct Taps {
 }
 
 /// How a network is run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
-    /// Threads inside one op; 0 is one a core.
-    pub threads: usize,
+    /// Who runs it, in f32: features of other types are not comparable.
+    pub execution: Execution,
     /// Images of one run of the network, at least 1.
     pub batch: usize,
     /// What is asked for.
@@ -292,6 +295,12 @@ impl Extractor {
 }
 
 /// Library, version and device in words.
-fn runtime_in_words(runtime: &Runtime) -> String {
-    format!("ONNX Runtime {}, CPU", runtime.library().version)
+fn runtime_in_words(runtime: &Runtime, execution: &Execution) -> anyhow::Result<String> {
+    let device = match execution.provider.device() {
+        Device::Cuda { ordinal } => {
+            format!("{} on {}", execution.provider.name(), Gpu::open(ordinal)?.info().name)
+        }
+        _ => "CPU".to_owned(),
+    };
+    Ok(format!("ONNX Runtime {}, {device}", runtime.library().version))
 }

@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::ensure;
+use graph_builder::Precision;
+use runtime::Provider;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -75,6 +77,19 @@ pub struct Recipe {
     pub batch: usize,
     /// Threads inside one op; 0 is one a core.
     pub threads: usize,
+    /// Who computed them.
+    #[serde(default = "Recipe::cpu")]
+    pub provider: String,
+    /// What they were computed in.
+    #[serde(default)]
+    pub precision: Precision,
+}
+
+impl Recipe {
+    /// The provider of results that do not name one.
+    fn cpu() -> String {
+        Provider::default().to_string()
+    }
 }
 
 /// One set's features, whole.

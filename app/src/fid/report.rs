@@ -11,6 +11,7 @@ use super::metrics::inception_score::Splits;
 use super::part::Seen;
 use super::plan::{Images, Plan, Side};
 use super::statistics::About;
+use crate::execution::Execution;
 
 /// Fewer images are refused unless asked for: the covariance of 2048 features has no full rank.
 pub const FEWEST: u64 = 2048;
@@ -80,6 +81,9 @@ pub struct Machine {
     pub mudit: String,
     /// Operating system and architecture.
     pub system: String,
+    /// Who ran the network.
+    #[serde(default = "Machine::cpu")]
+    pub provider: String,
     /// Threads inside one op; 0 is one a core.
     pub threads: usize,
     /// Cores.
@@ -88,13 +92,19 @@ pub struct Machine {
 
 impl Machine {
     /// The machine that this runs on.
-    pub fn here(threads: usize) -> Self {
+    pub fn here(execution: &Execution) -> Self {
         Self {
             mudit: env!("CARGO_PKG_VERSION").to_owned(),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-            threads,
+            provider: execution.provider.to_string(),
+            threads: execution.threads,
             cores: std::thread::available_parallelism().map_or(0, usize::from),
         }
+    }
+
+    /// The provider of results that do not name one.
+    fn cpu() -> String {
+        Execution::default().provider.to_string()
     }
 }
 
@@ -271,7 +281,7 @@ pub(crate) mod tests {
             },
             network_choice: None,
             settings: Settings::usual(Splits::ADM, 1000),
-            machine: Machine { mudit: "0".into(), system: "x".into(), threads: 0, cores: 1 },
+            machine: Machine::here(&Execution::cpu(0)),
         }
     }
 

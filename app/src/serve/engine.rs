@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use graph_builder::Weights;
 use models::{Guidance, ProgramKind, program};
-use runtime::Runtime;
+use runtime::cuda::Gpu;
 use runtime::file::sha256_bytes;
+use runtime::{Device, Runtime};
 use serde::Serialize;
 
 use super::batching::curve::{CANDIDATES, Curve, CurveFile, Point};
@@ -18,12 +19,13 @@ use super::batching::probe::{REFERENCE, Verdict, probe};
 use super::batching::stepper::{Recipe, RowProgram, Slot, Stepper};
 use super::batching::{Batcher, Factory, Lot};
 use super::model::Source;
+use crate::execution::{Execution, Placed};
 
 /// How the engine computes.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Threads of a step.
-    pub threads: usize,
+    /// Who computes a step, and in what.
+    pub execution: Execution,
     /// Use only batch sizes that give the same bits.
     pub deterministic: bool,
     /// Most rows of a batch; the measured curve decides below that.
@@ -81,12 +83,10 @@ pub fn start(
         let recipe = Recipe {
             runtime: runtime.clone(),
             model: source.model.clone(),
-            parameters: source.parameters.clone(),
+            parameters: Placed::of(&source.parameters, &source.model, &options.execution)?,
             guided: source.guided,
-            threads: options.threads,
+            execution: options.execution.clone(),
         };
-        let frozen = source.parameters.write().map(|mut p| p.freeze());
-        frozen.map_err(|_| anyhow::anyhow!("a thread panicked while it held the parameters"))?;
         let warming = || format!("model `{}` does not run", source.name);
         let report = warm_up(index, source, &recipe, &mut programs, options).with_context(warming)?;
         let buckets: Vec<usize> = report.in_use.points.iter().map(|p| p.rows).collect();
@@ -143,12 +143,13 @@ fn warm_up(
     let graph = program(&source.model, ProgramKind::StepRows, REFERENCE, guided)?.optimised()?;
     let program_sha256 = sha256_bytes(&graph.emit(Weights::Inputs)?.bytes);
     let key = format!(
-        "{program_sha256} {} threads, up to {} rows, ONNX Runtime {}, mudit {}, {}",
-        options.threads,
+        "{program_sha256} {}, {} threads, up to {} rows, ONNX Runtime {}, mudit {}, {}",
+        options.execution.in_words(),
+        options.execution.threads,
         options.max_rows,
         recipe.runtime.library().version,
         env!("CARGO_PKG_VERSION"),
-        processor()
+        machine(&options.execution)?
     );
     let file = CurveFile::new(options.cache.as_deref(), &key);
     let cached = file.read().filter(|_| !options.remeasure);
@@ -223,11 +224,15 @@ fn measure(
     Ok(curve)
 }
 
-/// The processor's name: a curve is good for one machine.
-fn processor() -> String {
+/// Who computes: a curve is good for one processor, or one kind of GPU.
+fn machine(execution: &Execution) -> anyhow::Result<String> {
+    if let Device::Cuda { ordinal } = execution.provider.device() {
+        let gpu = Gpu::open(ordinal)?;
+        return Ok(format!("{}, {}", gpu.info().name, gpu.info().architecture()));
+    }
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name =
         text.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, n)| n.trim()));
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{} × {cores}", name.unwrap_or(std::env::consts::ARCH))
+    Ok(format!("{} × {cores}", name.unwrap_or(std::env::consts::ARCH)))
 }

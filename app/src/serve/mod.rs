@@ -88,7 +88,7 @@ impl Server {
             sources,
             reports: OnceLock::new(),
             limits: options.limits.clone(),
-            threads: options.engine.threads,
+            execution: options.engine.execution.clone(),
             keys: options.keys.clone(),
             metrics: metrics::Metrics::default(),
             jobs: http::jobs(&options.limits),

@@ -5,7 +5,8 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 
 use indexmap::IndexMap;
 
-use super::pickle::{self, Heap, Object, Refused, Value};
+use super::heap::{Heap, Object, Refused, Value};
+use super::pickle;
 use super::{Container, MAX_PICKLE};
 
 /// What the first pickle holds: 0x1950a86a20f9469cfc6c, as the bytes of `LONG1`.

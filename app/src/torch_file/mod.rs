@@ -3,6 +3,7 @@
 //! Both formats are read: the zip archive of PyTorch 1.6 and later, and the sequence of pickles before it. The file must
 //! hold a state dict, a dictionary of tensors, alone or under `state_dict` or `model`.
 
+mod heap;
 mod legacy;
 mod pickle;
 mod tensor;
@@ -17,7 +18,7 @@ use indexmap::IndexMap;
 use zip::CompressionMethod;
 use zip::result::ZipError;
 
-use self::pickle::{Heap, Object, Refused};
+use self::heap::{Heap, Object, Refused};
 pub use self::tensor::ElementType;
 use self::tensor::{StorageRef, TensorRef};
 
@@ -226,7 +227,7 @@ fn state_dict(heap: &Heap) -> Result<IndexMap<String, TensorRef>, Refused> {
     let Some(top) = dictionary(heap.root) else {
         return Err(Refused("it holds something else than a dictionary".into()));
     };
-    let tensors = |entries: &[(pickle::Value, pickle::Value)]| -> IndexMap<String, TensorRef> {
+    let tensors = |entries: &[(heap::Value, heap::Value)]| -> IndexMap<String, TensorRef> {
         let found = entries.iter().filter_map(|(key, value)| match (heap.text(*key), heap.object(*value)) {
             (Some(name), Some(Object::Tensor(tensor))) => Some((name.to_owned(), tensor.clone())),
             _ => None,

@@ -79,11 +79,49 @@ impl AddressTable {
     /// Runs the session on the bound addresses.
     ///
     /// # Safety
-    /// As [`AddressTable::bind`]: every address must be valid now, and `session` the one the table was made for.
-    pub(super) unsafe fn run(&self, session: &ort::session::Session) -> ort::Result<()> {
+    /// As [`AddressTable::bind`]: every address must be valid now, and `session` the one the table was made for; if the
+    /// options only queue the run, until it is done.
+    pub(super) unsafe fn run(
+        &self,
+        session: &ort::session::Session,
+        options: Option<&RunOptions>,
+    ) -> ort::Result<()> {
         let api = ort::api();
+        let options = options.map_or(ptr::null(), |o| o.0.as_ptr().cast_const());
         // SAFETY: the caller's promise; a null pointer asks for the default run options.
-        check(unsafe { (api.RunWithBinding)(session.ptr().cast_mut(), ptr::null(), self.0.as_ptr()) })
+        check(unsafe { (api.RunWithBinding)(session.ptr().cast_mut(), options, self.0.as_ptr()) })
+    }
+}
+
+/// Options of the runs of one binding on a GPU.
+pub(super) struct RunOptions(NonNull<sys::OrtRunOptions>);
+
+impl RunOptions {
+    /// Runs that are queued and not waited for; where they are recorded as a CUDA graph, it has this number.
+    pub(super) fn queued(graph: u32) -> Result<Self> {
+        let failed = |e: &dyn fmt::Display| RuntimeError::ort("make run options", e);
+        let mut options = ptr::null_mut();
+        // SAFETY: `options` is a place for the answer.
+        check(unsafe { (ort::api().CreateRunOptions)(&raw mut options) }).map_err(|e| failed(&e))?;
+        let options = NonNull::new(options).map(Self).ok_or_else(|| failed(&"no object"))?;
+        let number = CString::new(graph.to_string()).map_err(|e| failed(&e))?;
+        // A graph replays the addresses that it was recorded with: each binding has its own.
+        for (key, value) in
+            [(c"disable_synchronize_execution_providers", c"1"), (c"gpu_graph_id", number.as_c_str())]
+        {
+            // SAFETY: the options are alive, and ONNX Runtime copies both texts.
+            let added =
+                unsafe { (ort::api().AddRunConfigEntry)(options.0.as_ptr(), key.as_ptr(), value.as_ptr()) };
+            check(added).map_err(|e| failed(&e))?;
+        }
+        Ok(options)
+    }
+}
+
+impl Drop for RunOptions {
+    fn drop(&mut self) {
+        // SAFETY: made by `CreateRunOptions`, released once.
+        unsafe { (ort::api().ReleaseRunOptions)(self.0.as_ptr()) };
     }
 }
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::arena::{Arena, ArenaLayout, SharedArena};
 use crate::session::{SessionOptions, Weights};
 use crate::test_models::{in_time, node, program, runtime, spec};
 

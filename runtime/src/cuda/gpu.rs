@@ -4,12 +4,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 use serde::Serialize;
 
+use super::kernels::Loaded;
 use super::libraries::DRIVER;
+use super::turns::{Turn, Turns};
 use crate::error::{Result, RuntimeError};
 
 /// What a GPU is.
@@ -47,6 +49,9 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     transfers: Arc<CudaStream>,
+    turns: Turns,
+    /// Kernels and what goes with them, once somebody asked.
+    loaded: OnceLock<Loaded>,
 }
 
 impl fmt::Debug for Gpu {
@@ -79,7 +84,8 @@ impl Gpu {
             let (stream, transfers) = (context.new_stream()?, context.new_stream()?);
             Ok((info, context, stream, transfers))
         })?;
-        let gpu = Arc::new(Self { info, context, stream, transfers });
+        let (turns, loaded) = (Turns::default(), OnceLock::new());
+        let gpu = Arc::new(Self { info, context, stream, transfers, turns, loaded });
         open.insert(ordinal, gpu.clone());
         Ok(gpu)
     }
@@ -121,20 +127,57 @@ impl Gpu {
         guarded("ask for the free memory", || self.context.mem_get_info())
     }
 
-    /// Waits until everything that was queued is done.
+    /// Waits for the turn to queue work: one thread at a time has it, and a run keeps it until it is queued whole.
+    pub fn turn(&self) -> Turn<'_> {
+        self.turns.take()
+    }
+
+    /// Waits until everything that was queued on [`Gpu::stream`] is done. Other threads may queue more meanwhile.
     ///
     /// # Errors
     /// [`RuntimeError::Cuda`] with the first failure of what was queued.
     pub fn synchronize(&self) -> Result<()> {
-        guarded("wait for the GPU", || self.stream.synchronize())
+        let mark = self.event()?;
+        self.record(&mark, &self.stream)?;
+        Self::wait(&mark)
     }
 
-    /// Calls the driver with this GPU's context current.
+    /// A mark for a stream.
+    pub(crate) fn event(&self) -> Result<CudaEvent> {
+        self.call("make an event", || self.context.new_event(None))
+    }
+
+    /// Queues the mark on a stream.
+    pub(crate) fn record(&self, event: &CudaEvent, stream: &CudaStream) -> Result<()> {
+        self.call("record an event", || event.record(stream))
+    }
+
+    /// Lets what is queued on a stream from now on wait until another stream has come to its mark.
+    pub(crate) fn order(&self, stream: &CudaStream, after: &CudaEvent) -> Result<()> {
+        self.call("order two streams", || stream.wait(after))
+    }
+
+    /// Waits on the host until a stream has come to its mark.
+    pub(crate) fn wait(event: &CudaEvent) -> Result<()> {
+        guarded("wait for the GPU", || event.synchronize())
+    }
+
+    /// This crate's kernels on it.
+    pub(crate) fn loaded(&self) -> Result<&Loaded> {
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let loaded = Loaded::open(self)?;
+        Ok(self.loaded.get_or_init(|| loaded))
+    }
+
+    /// Calls the driver with this GPU's context current, when it is this thread's turn.
     pub(crate) fn call<T>(
         &self,
         action: &'static str,
         call: impl FnOnce() -> std::result::Result<T, DriverError>,
     ) -> Result<T> {
+        let _turn = self.turn();
         guarded(action, || {
             self.context.bind_to_thread()?;
             call()

@@ -19,7 +19,7 @@ pub const FOLDERS_VARIABLE: &str = "MUDIT_CUDA_LIBRARIES";
 
 /// What installs everything that the CUDA provider needs beside the driver.
 pub const INSTALL_CUDA: &str = "python3 -m pip install nvidia-cuda-runtime==13.0.96 nvidia-cuda-nvrtc==13.0.88 \
-    nvidia-cuda-crt==13.0.88 nvidia-cublas==13.1.0.3 nvidia-curand==10.4.0.35 nvidia-cufft==12.0.0.61 \
+    nvidia-cublas==13.1.0.3 nvidia-curand==10.4.0.35 nvidia-cufft==12.0.0.61 \
     nvidia-cudnn-cu13==9.13.0.50";
 /// What installs TensorRT.
 pub const INSTALL_TENSORRT: &str = "python3 -m pip install tensorrt-cu13==10.16.1.11";
@@ -185,49 +185,15 @@ impl Opened {
     }
 }
 
-/// The compiler of CUDA kernels and the headers they include.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Compiler {
-    /// NVRTC's file.
-    pub library: PathBuf,
-    /// Its version.
-    pub version: String,
-    /// Folders with `cuda_bf16.h`, `cuda_fp16.h` and what they include.
-    pub includes: Vec<PathBuf>,
-}
-
-/// NVRTC, open, and the folders of CUDA's headers.
+/// Makes sure that NVRTC is there: fetches the pinned one (91 MB, no GPU needed) where none is installed.
 ///
 /// # Errors
-/// [`RuntimeError::ProviderUnavailable`] when the library or the headers are missing.
-pub fn compiler() -> Result<Compiler> {
-    let unavailable = |reason: String| RuntimeError::ProviderUnavailable {
-        provider: "cuda".to_owned(),
-        reason,
-        remedy: NVRTC.install.to_owned(),
-    };
-    if let Some(complaint) = NVRTC.complaint() {
-        return Err(unavailable(complaint));
-    }
-    let library = NVRTC.opened().map(|o| o.path.clone()).unwrap_or_default();
-    let includes = headers(&library);
-    if !includes.iter().any(|d| d.join("cuda_bf16.h").is_file()) {
-        return Err(unavailable(format!(
-            "NVRTC is at {}, and CUDA's header cuda_bf16.h is neither beside it nor in a known place",
-            library.display()
-        )));
-    }
-    Ok(Compiler { library, version: NVRTC.version().unwrap_or_default(), includes })
-}
-
-/// [`compiler`], fetching the pinned NVRTC and headers (about 93 MB, no GPU needed) where none is installed.
-///
-/// # Errors
-/// As [`compiler`]; [`RuntimeError::Offline`]; as fetching ONNX Runtime.
-pub fn compiler_or_fetch(options: &RuntimeOptions<'_>) -> Result<Compiler> {
+/// [`RuntimeError::ProviderUnavailable`] when it is there and cannot be opened; [`RuntimeError::Offline`]; as fetching
+/// ONNX Runtime.
+pub fn find_or_fetch_compiler(options: &RuntimeOptions<'_>) -> Result<()> {
     let installed = places().iter().any(|place| place.join(NVRTC.names[0]).is_file());
     if !installed && open(NVRTC.names[0]).is_err() {
-        // The wheels name the folder in it themselves.
+        // The wheel names the folder in it itself.
         let cache = cache_directory().ok_or_else(|| RuntimeError::LibraryNotFound {
             reason: "no cache directory for NVRTC: neither MUDIT_CACHE nor HOME is set".to_owned(),
             remedy: INSTALL_CUDA.to_owned(),
@@ -241,22 +207,13 @@ pub fn compiler_or_fetch(options: &RuntimeOptions<'_>) -> Result<Compiler> {
         }
         wheel::fetch_compiler(&cache, &Python::of_the_system(), options.progress)?;
     }
-    compiler()
-}
-
-/// Folders with headers: beside NVRTC, in Python's packages, and where toolkits are installed.
-fn headers(library: &Path) -> Vec<PathBuf> {
-    let beside = library.parent().and_then(Path::parent).map(|root| root.join("include"));
-    let packages = places().into_iter().filter_map(|lib| Some(lib.parent()?.join("include")));
-    let toolkit = ["/usr/local/cuda/include", "/usr/include"].map(PathBuf::from);
-    let mut found: Vec<PathBuf> = Vec::new();
-    for folder in beside.into_iter().chain(packages).chain(toolkit) {
-        let useful = ["cuda_bf16.h", "crt/host_defines.h"].iter().any(|f| folder.join(f).is_file());
-        if useful && !found.contains(&folder) {
-            found.push(folder);
-        }
-    }
-    found
+    NVRTC.complaint().map_or(Ok(()), |reason| {
+        Err(RuntimeError::ProviderUnavailable {
+            provider: "cuda".to_owned(),
+            reason,
+            remedy: NVRTC.install.to_owned(),
+        })
+    })
 }
 
 /// Where mudit keeps the compiler that it fetched.

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "owns memory of the GPU and answers for the addresses of copies")]
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, result, sys};
@@ -32,6 +33,13 @@ impl DeviceMemory {
     /// # Errors
     /// [`RuntimeError::GpuOutOfMemory`], [`RuntimeError::Cuda`].
     pub fn zeros(gpu: &Arc<Gpu>, bytes: usize, what: &str) -> Result<Self> {
+        let memory = Self::uninitialised(gpu, bytes, what)?;
+        memory.clear()?;
+        Ok(memory)
+    }
+
+    /// `bytes` bytes of anything; `what` names them in the error when they cannot be had.
+    pub(crate) fn uninitialised(gpu: &Arc<Gpu>, bytes: usize, what: &str) -> Result<Self> {
         // SAFETY: plain allocation with the GPU's context current; zero bytes would be refused.
         let given = gpu.call("allocate memory", || Ok(unsafe { result::malloc_sync(bytes.max(1)) }))?;
         let address = given.map_err(|e| {
@@ -41,9 +49,7 @@ impl DeviceMemory {
                 RuntimeError::cuda("allocate memory", e)
             }
         })?;
-        let memory = Self { address, bytes, gpu: gpu.clone() };
-        memory.clear()?;
-        Ok(memory)
+        Ok(Self { address, bytes, gpu: gpu.clone() })
     }
 
     /// Size in bytes.
@@ -119,12 +125,19 @@ impl DeviceMemory {
     /// # Errors
     /// [`RuntimeError::WrongLength`], [`RuntimeError::Cuda`].
     pub fn copy_from(&self, other: &Self) -> Result<()> {
-        let address = self.at(0, other.bytes)?;
+        self.copy_range(0, other, 0..other.bytes)
+    }
+
+    /// Queues a copy of a part of another block on the same GPU to `offset`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::WrongLength`] when it passes an end; [`RuntimeError::Cuda`].
+    pub fn copy_range(&self, offset: usize, other: &Self, range: Range<usize>) -> Result<()> {
+        let (to, from) = (self.at(offset, range.len())?, other.at(range.start, range.len())?);
         let stream = self.gpu.stream().cu_stream();
         // SAFETY: both ranges are inside their blocks, and blocks do not overlap.
-        self.gpu.call("copy on the GPU", || unsafe {
-            result::memcpy_dtod_async(address, other.address, other.bytes, stream)
-        })
+        self.gpu
+            .call("copy on the GPU", || unsafe { result::memcpy_dtod_async(to, from, range.len(), stream) })
     }
 
     fn at(&self, offset: usize, len: usize) -> Result<sys::CUdeviceptr> {
@@ -139,14 +152,14 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         let address = self.address;
-        // SAFETY: allocated in `zeros`, freed once; freeing waits for queued work that uses it. A driver that is
+        // SAFETY: allocated in `uninitialised`, freed once; freeing waits for queued work that uses it. A driver that is
         // already shutting down frees it itself.
         drop(self.gpu.call("free memory", || unsafe { result::free_sync(address) }));
     }
 }
 
 /// The error of a request that the GPU cannot serve.
-fn out_of_memory(gpu: &Gpu, bytes: usize, what: &str) -> RuntimeError {
+pub(crate) fn out_of_memory(gpu: &Gpu, bytes: usize, what: &str) -> RuntimeError {
     let (free, total) = gpu.memory().unwrap_or((0, gpu.info().memory_bytes));
     RuntimeError::GpuOutOfMemory {
         ordinal: gpu.info().ordinal,

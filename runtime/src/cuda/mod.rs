@@ -8,7 +8,14 @@ mod gpu;
 pub mod kernels;
 pub mod libraries;
 mod memory;
+mod optimizer;
+mod pinned;
+mod turns;
 
 pub use arena::DeviceArena;
 pub use gpu::{Gpu, GpuInfo};
 pub use memory::DeviceMemory;
+pub(crate) use memory::out_of_memory;
+pub use optimizer::{DeviceAdamW, DeviceUpdate, GradientGroup};
+pub use pinned::PinnedMemory;
+pub use turns::Turn;

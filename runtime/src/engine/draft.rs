@@ -8,9 +8,10 @@ use graph_builder::OnnxProgram;
 use tempfile::TempDir;
 
 use super::{
-    CompiledProgram, Engine, EngineManifest, EngineNotes, EngineProgram, EngineWeights, FORMAT, FileStamp,
-    MANIFEST, model_file_name,
+    CompiledProgram, Engine, EngineKernels, EngineManifest, EngineNotes, EngineProgram, EngineWeights,
+    FORMAT, FileStamp, MANIFEST, model_file_name,
 };
+use crate::cuda::kernels::{Architecture, Source};
 use crate::error::{Result, RuntimeError};
 use crate::file::{link_or_copy, sha256_bytes, sync_directory, write_atomically};
 
@@ -47,7 +48,16 @@ impl EngineDraft {
         let programs =
             programs.iter().map(|(batch, p)| write_program(work.path(), *batch, p)).collect::<Result<_>>()?;
         let EngineNotes { key, options, versions, extra } = notes;
-        let manifest = EngineManifest { format: FORMAT, key, programs, weights, options, versions, extra };
+        let manifest = EngineManifest {
+            format: FORMAT,
+            key,
+            programs,
+            weights,
+            kernels: Vec::new(),
+            options,
+            versions,
+            extra,
+        };
         let draft = Self { target, work, manifest };
         draft.write_manifest()?;
         Ok(draft)
@@ -96,6 +106,43 @@ impl EngineDraft {
         let found = self.manifest.programs.iter_mut().find(|p| p.name == program && p.batch == batch);
         found.ok_or_else(|| refuse(format!("it has no program {program} at batch {batch}")))?.compiled =
             Some(compiled);
+        Ok(())
+    }
+
+    /// Takes over what a provider compiled of the programs of another engine, those files that `kept` says, where it
+    /// compiled all of the programs of this one; whether it did.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`].
+    pub fn take_compiled(&mut self, other: &Engine, kept: impl Fn(&str) -> bool) -> Result<bool> {
+        let of_other = |p: &EngineProgram| {
+            let found = other.manifest.programs.iter().find(|q| q.name == p.name && q.batch == p.batch)?;
+            let mut compiled = found.compiled.clone()?;
+            compiled.files.retain(|file, _| kept(file));
+            compiled.files.contains_key(&compiled.file).then_some(compiled)
+        };
+        let Some(taken) = self.manifest.programs.iter().map(of_other).collect::<Option<Vec<_>>>() else {
+            return Ok(false);
+        };
+        for (program, compiled) in self.manifest.programs.iter_mut().zip(taken) {
+            for file in compiled.files.keys() {
+                link_or_copy(other.directory.join(file), self.work.path().join(file))?;
+            }
+            program.compiled = Some(compiled);
+        }
+        Ok(true)
+    }
+
+    /// Adds a source's kernels, compiled for an architecture.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`].
+    pub fn add_kernels(&mut self, source: &Source, architecture: Architecture, cubin: &[u8]) -> Result<()> {
+        let file = format!("{}-{architecture}.cubin", source.name.trim_end_matches(".cu"));
+        write_atomically(self.work.path().join(&file), |w| w.write_all(cubin))?;
+        let (bytes, sha256) = (cubin.len() as u64, sha256_bytes(cubin));
+        let source = source.name.to_owned();
+        self.manifest.kernels.push(EngineKernels { source, file, bytes, sha256 });
         Ok(())
     }
 

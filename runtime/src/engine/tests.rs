@@ -2,6 +2,7 @@ use graph_builder::OnnxProgram;
 
 use super::*;
 use crate::binding::Binding;
+use crate::cuda::kernels::{Architecture, RANDOM};
 use crate::test_models::{external, in_time, node, program, runtime, spec};
 
 /// `y = x + w`, with `w` = 1, 2, 3 at the start of a weights file.
@@ -129,7 +130,24 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
         let manifest = draft.publish().unwrap();
         assert_eq!(files(dir.path()), ["any.bin", "engine"]);
         assert_eq!(manifest.programs[0].compiled.as_ref().unwrap().files.len(), 2);
-        Engine::open(&engine).unwrap();
+        let opened = Engine::open(&engine).unwrap();
+
+        // The next engine takes over what does not depend on the weights, and machine code goes with it.
+        let place = dir.path().join("next");
+        let mut next =
+            EngineDraft::new(&place, &[(1, &program)], Some((&weights, stamp.clone())), notes()).unwrap();
+        assert!(!next.take_compiled(&opened, |file| file.ends_with(".engine")).unwrap(), "no model to load");
+        assert!(next.take_compiled(&opened, |file| file == "test-b1-compiled.onnx").unwrap());
+        next.add_kernels(&RANDOM, Architecture::SM_90, b"code").unwrap();
+        let manifest = next.publish().unwrap();
+        let compiled = manifest.programs[0].compiled.as_ref().unwrap();
+        assert_eq!(compiled.files.keys().collect::<Vec<_>>(), ["test-b1-compiled.onnx"]);
+        assert_eq!(manifest.kernels[0].file, "random-sm_90.cubin");
+        let next = Engine::open(&place).unwrap();
+        next.verify().unwrap();
+        fs::write(next.directory().join("random-sm_90.cubin"), "edoc").unwrap();
+        assert!(next.verify().unwrap_err().to_string().contains("random-sm_90.cubin"));
+
         fs::remove_file(engine.join("test-b1-compiled_1.engine")).unwrap();
         assert!(Engine::open(&engine).unwrap_err().to_string().contains("compiled_1.engine"));
     });

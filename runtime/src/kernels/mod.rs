@@ -15,7 +15,7 @@ mod attention;
 mod gelu;
 mod linear;
 mod modulation;
-mod operator;
+pub(crate) mod operator;
 mod patch;
 pub(crate) mod product;
 mod rows;
@@ -51,7 +51,7 @@ pub fn instruction_set() -> &'static str {
     product::isa::name()
 }
 
-fn count(op: Op) {
+pub(crate) fn count(op: Op) {
     CALLS[op as usize].fetch_add(1, Ordering::Relaxed);
 }
 

@@ -46,6 +46,45 @@ impl Source for ShapeInferenceContext {
     }
 }
 
+/// An op's inputs in an element type.
+pub(crate) fn inputs(op: Op, ty: TensorElementType) -> impl Iterator<Item = OperatorInput> {
+    let (fewest, most) = op.inputs();
+    (0..most).map(move |i| if i < fewest { OperatorInput::required(ty) } else { OperatorInput::optional(ty) })
+}
+
+/// An op's outputs in an element type.
+pub(crate) fn outputs(op: Op, ty: TensorElementType) -> impl Iterator<Item = OperatorOutput> {
+    (0..op.outputs()).map(move |_| OperatorOutput::required(ty))
+}
+
+/// Tells the shapes of an op's outputs; their element type is that of the first input.
+pub(crate) fn infer_shape(op: Op, context: &mut ShapeInferenceContext) -> ort::Result<()> {
+    // An unknown shape is left unknown.
+    let Ok(attributes) = Attributes::read(op, context) else { return Ok(()) };
+    let inputs = context.inputs();
+    let Some(ValueType::Tensor { ty, .. }) = inputs.first() else { return Ok(()) };
+    let shapes: Option<Vec<&[i64]>> = inputs
+        .iter()
+        .map(|ty| ty.tensor_shape().map(|s| &**s).filter(|s| s.iter().all(|&d| d > 0)))
+        .collect();
+    let Some(shapes) = shapes.filter(|s| s.len() >= op.inputs().0) else { return Ok(()) };
+    for (i, shape) in op.shapes(&attributes, &shapes).unwrap_or_default().into_iter().enumerate() {
+        let output = ValueType::Tensor {
+            ty: *ty,
+            dimension_symbols: SymbolicDimensions::empty(shape.len()),
+            shape: Shape::new(shape),
+        };
+        context.set_output(i, &output)?;
+    }
+    Ok(())
+}
+
+/// The refusal of operands that break an op's contract.
+pub(crate) fn unfit(op: Op, shapes: &[&[i64]]) -> ort::Error {
+    let shapes: Vec<String> = shapes.iter().map(|s| format!("{s:?}")).collect();
+    ort::Error::new(format!("{} cannot take inputs of shapes {}", op.name(), shapes.join(", ")))
+}
+
 impl Operator for NativeOp {
     type Kernel<'attr> = NativeKernel;
 
@@ -54,35 +93,15 @@ impl Operator for NativeOp {
     }
 
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        let (fewest, most) = self.0.inputs();
-        (0..most).map(move |i| {
-            let f32 = TensorElementType::Float32;
-            if i < fewest { OperatorInput::required(f32) } else { OperatorInput::optional(f32) }
-        })
+        inputs(self.0, TensorElementType::Float32)
     }
 
     fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
-        (0..self.0.outputs()).map(|_| OperatorOutput::required(TensorElementType::Float32))
+        outputs(self.0, TensorElementType::Float32)
     }
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        // An unknown shape is left unknown.
-        let Ok(attributes) = Attributes::read(self.0, context) else { return Ok(()) };
-        let inputs = context.inputs();
-        let shapes: Option<Vec<&[i64]>> = inputs
-            .iter()
-            .map(|ty| ty.tensor_shape().map(|s| &**s).filter(|s| s.iter().all(|&d| d > 0)))
-            .collect();
-        let Some(shapes) = shapes.filter(|s| s.len() >= self.0.inputs().0) else { return Ok(()) };
-        for (i, shape) in self.0.shapes(&attributes, &shapes).unwrap_or_default().into_iter().enumerate() {
-            let ty = ValueType::Tensor {
-                ty: TensorElementType::Float32,
-                dimension_symbols: SymbolicDimensions::empty(shape.len()),
-                shape: Shape::new(shape),
-            };
-            context.set_output(i, &ty)?;
-        }
-        Ok(())
+        infer_shape(self.0, context)
     }
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<NativeKernel> {
@@ -152,10 +171,7 @@ impl Kernel for NativeKernel {
             .map(|v| v.try_extract_tensor::<f32>().map(|(shape, data)| (&**shape, data)))
             .collect::<ort::Result<_>>()?;
         let shapes: Vec<&[i64]> = inputs.iter().map(|(shape, _)| *shape).collect();
-        let answers = op.shapes(&self.attributes, &shapes).ok_or_else(|| {
-            let shapes: Vec<String> = shapes.iter().map(|s| format!("{s:?}")).collect();
-            ort::Error::new(format!("{} cannot take inputs of shapes {}", op.name(), shapes.join(", ")))
-        })?;
+        let answers = op.shapes(&self.attributes, &shapes).ok_or_else(|| unfit(op, &shapes))?;
         let mut outputs: Vec<ValueRefMut<'_>> = answers
             .iter()
             .enumerate()

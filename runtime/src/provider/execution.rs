@@ -87,6 +87,8 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
     }
     if let Some(file) = &options.context_file {
         provider = provider
+            // Without a path of its own: ONNX Runtime wants the engine in the model's folder.
+            .with_engine_cache(true)
             .with_dump_ep_context_model(true)
             .with_ep_context_file_path(text(file))
             // The engine beside the model: a protobuf message ends at 2 GB.

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use models::{DitConfig, Guidance, ProgramKind, program};
+use mudit::execution::Execution;
 use mudit::serve::engine::EngineOptions;
 use mudit::serve::http::Limits;
 use mudit::serve::http::auth::Keys;
@@ -61,7 +62,7 @@ fn options() -> ServeOptions {
     ServeOptions {
         address: SocketAddr::from(([127, 0, 0, 1], 0)),
         engine: EngineOptions {
-            threads: 2,
+            execution: Execution::cpu(2),
             deterministic: true,
             max_rows: 8,
             max_queue: Some(1_000_000),

@@ -76,7 +76,7 @@ fn a_seed_is_the_same_image_in_thirty_mixes_and_after_a_restart() {
     drop(server);
     // Another start, with other batches and threads.
     let mut narrow = options();
-    (narrow.engine.max_rows, narrow.engine.threads) = (2, 1);
+    (narrow.engine.max_rows, narrow.engine.execution.threads) = (2, 1);
     let server = Running::of(vec![ddpm(), flow()], narrow);
     for (subject, alone) in subjects.iter().zip(&alone) {
         assert!(image_of(&server, subject) == *alone, "after a restart: {subject}");

@@ -1,20 +1,35 @@
-//! Builds the stand-in libraries with the system's C compiler, for exactly the functions that the provider asks for.
+//! Builds the stand-in libraries with the system's compilers of C and C++: of NVIDIA's libraries exactly the functions
+//! that the provider and mudit ask for, and mudit's kernels for the host.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use runtime::cuda::kernels::{COMMON, SOURCES, Source};
+
 const DRIVER: &str = include_str!("driver.c");
 const RUNTIME: &str = include_str!("runtime.c");
+const PRODUCTS: &str = include_str!("products.c");
+const COMPILER: &str = include_str!("compiler.c");
+const EMULATOR: [&str; 2] = [include_str!("emulator/device.h"), include_str!("emulator/emulator.cpp")];
 
 /// Builds everything into `folder`; `provider` is `libonnxruntime_providers_cuda.so`.
 pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
     fs::create_dir_all(folder).map_err(|e| e.to_string())?;
     let library = |name: &str| folder.join(name);
     link(&library("libcuda.so.1"), DRIVER, None, &[])?;
+    link(&library("libnvrtc.so.13"), COMPILER, None, &[])?;
+    std::thread::scope(|scope| {
+        let kernels = SOURCES.map(|source| scope.spawn(move || emulated(folder, source)));
+        kernels.into_iter().try_for_each(|k| k.join().map_err(|_| "a compiler's thread panicked")?)
+    })?;
     for (name, symbols) in wanted(provider)? {
-        let known = if name.starts_with("libcudart") { RUNTIME } else { "" };
+        let known = match name.split_once(".so") {
+            Some(("libcudart", _)) => RUNTIME,
+            Some(("libcublasLt", _)) => PRODUCTS,
+            _ => "",
+        };
         let mut source = known.to_owned();
         for symbol in symbols.iter().filter(|s| !known.contains(&format!("{s}("))) {
             let body = if symbol.ends_with("Create") || symbol.ends_with("Create_v2") {
@@ -27,10 +42,80 @@ pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
         link(&library(&name), &source, Some(&name), &[library("libcuda.so.1")])?;
     }
     link(&library("libcurand.so.10"), "int curandGetProperty() { return 1; }", None, &[])?;
-    let cudnn = "#include <stddef.h>\nsize_t cudnnGetVersion(void) { return 91300; }\n\
-        int cudnnCreate(void **h) { *h = (void *)h; return 0; }\nint cudnnDestroy() { return 0; }\n\
-        int cudnnSetStream() { return 0; }\n";
-    link(&library("libcudnn.so.9"), cudnn, None, &[])
+    link(&library("libcudnn.so.9"), &cudnn(provider)?, None, &[])
+}
+
+/// cuDNN's functions, which the provider asks for by their names when it needs them.
+fn cudnn(provider: &Path) -> Result<String, String> {
+    const PREFIX: &[u8] = b"cudnn";
+    let bytes = fs::read(provider).map_err(|e| e.to_string())?;
+    let texts = bytes.split(|b| *b == 0).filter(|text| {
+        text.len() < 64
+            && text.strip_prefix(PREFIX).and_then(<[u8]>::first).is_some_and(u8::is_ascii_uppercase)
+            && text.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'_')
+    });
+    let mut names: Vec<String> = texts.map(|t| String::from_utf8_lossy(t).into_owned()).collect();
+    names.sort_unstable();
+    names.dedup();
+    let mut source = "#include <stddef.h>\nsize_t cudnnGetVersion(void) { return 91300; }\n".to_owned();
+    for name in names.iter().filter(|name| *name != "cudnnGetVersion") {
+        let body = if name.starts_with("cudnnCreate") {
+            "(void **handle) { *handle = (void *)handle; return 0; }"
+        } else {
+            "() { return 0; }"
+        };
+        source.extend(["int ", name.as_str(), body, "\n"]);
+    }
+    Ok(source)
+}
+
+/// A folder of the same libraries without NVRTC's.
+pub(super) fn without_compiler(folder: &Path, to: &Path) -> Result<(), String> {
+    drop(fs::remove_dir_all(to));
+    fs::create_dir_all(to).map_err(|e| e.to_string())?;
+    for file in fs::read_dir(folder).map_err(|e| e.to_string())?.flatten() {
+        let name = file.file_name();
+        if name.to_string_lossy().contains(".so.") && name != "libnvrtc.so.13" {
+            fs::copy(file.path(), to.join(name)).map_err(|e| e.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// Compiles a source of kernels for the host, unless that was done before.
+fn emulated(folder: &Path, source: &Source) -> Result<(), String> {
+    let whole = emulation(source);
+    let (text, library) =
+        (folder.join(format!("{}.cpp", source.name)), folder.join(format!("{}.so", source.name)));
+    if library.is_file() && fs::read_to_string(&text).is_ok_and(|before| before == whole) {
+        return Ok(());
+    }
+    // Gone, so that a failure does not leave an older library with a newer text.
+    drop(fs::remove_file(&library));
+    fs::write(&text, whole).map_err(|e| e.to_string())?;
+    // The optimiser makes the proofs fast; sums must not be contracted, as on the host.
+    let options = ["-O2", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o"];
+    run(Command::new("c++").args(options).arg(&library).arg(&text)).map(drop)
+}
+
+/// The stand-in for `device.cuh`, the source, and a way to its kernels by name.
+fn emulation(source: &Source) -> String {
+    let [device, emulator] = EMULATOR;
+    let (types, name, text) = (COMMON[1].1, source.name, source.text);
+    let cases = |body: &dyn Fn(&str) -> String| {
+        source.kernels.iter().fold(String::new(), |all, kernel| {
+            all + "    if (!strcmp(name, \"" + kernel + "\")) return " + &body(kernel) + ";\n"
+        })
+    };
+    let launches =
+        cases(&|k| format!("launch(name, {k}, grid, threads, shared_bytes, backwards, arguments)"));
+    let names = cases(&|_| "true".to_owned());
+    format!(
+        "{device}\n{emulator}\n#line 1 \"types.cuh\"\n{types}\n#line 1 \"{name}\"\n{text}\nextern \"C\" const char \
+         *mudit_launch(const char *name, const u32 *grid, u32 threads, u32 shared_bytes, bool backwards, void \
+         **arguments) {{\n{launches}    return \"no such kernel\";\n}}\nextern \"C\" bool mudit_has(const char \
+         *name) {{\n{names}    return false;\n}}\n"
+    )
 }
 
 /// Functions that the provider takes from each of NVIDIA's libraries.
@@ -60,6 +145,9 @@ fn link(library: &Path, source: &str, version: Option<&str>, needs: &[PathBuf]) 
         let script = library.with_file_name(format!("{name}.map"));
         fs::write(&script, format!("{version} {{ global: *; }};\n")).map_err(|e| e.to_string())?;
         compiler.arg(format!("-Wl,--version-script={}", script.display()));
+    }
+    if needs.is_empty() {
+        compiler.args(["-ldl", "-lpthread"]);
     }
     run(&mut compiler).map(drop)
 }

@@ -1,16 +1,79 @@
 /* Stands in for NVIDIA's driver library on a machine without a GPU: one device that says it is of compute capability 8.0.
- * Its memory is the host's, copies are copies, everything that is queued is done at once, and no kernel computes
- * anything. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes. */
+ * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host; those of NVIDIA's libraries and
+ * of ONNX Runtime compute nothing. What is queued on a stream is done at once, or, on the streams whose numbers (from 1, in
+ * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits and its kernels allow: a wait
+ * that is missing then shows in the values. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes; with
+ * MUDIT_STAND_IN_BACKWARDS the threads and blocks of a kernel take turns in the opposite order; with
+ * MUDIT_STAND_IN_UPDATES_ONLY no kernels run but those of the parameters' update, so that every gradient is zero. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_SUPPORTED = 801 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801 };
 enum { HEADER = 256 };
 static size_t used;
 static void *current;
-static char context, object;
+static char context;
+
+/* What went over the bus, and how often the host waited; for the proofs. */
+struct counts { uint64_t to_device, to_device_bytes, from_device, from_device_bytes, on_device, waits; };
+static struct counts counts;
+void stand_in_counts(struct counts *out) { *out = counts; }
+
+/* Streams: work that was queued and is not done. */
+struct work { void (*run)(void *); struct work *next; _Alignas(16) char data[]; };
+struct stream { int late; uint64_t queued, done; struct work *first, *last; };
+struct event { struct stream *stream; uint64_t after; };
+enum { STREAMS = 64 };
+static struct stream streams[STREAMS];
+static int made;
+static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+
+/* Does what was queued on a stream, up to its piece of number `until`. */
+static void drain(struct stream *s, uint64_t until) {
+  while (s && s->done < until && s->first) {
+    struct work *work = s->first;
+    s->first = work->next;
+    if (!s->first) s->last = 0;
+    s->done++;
+    work->run(work->data);
+    free(work);
+  }
+}
+static void drain_all(void) {
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < made; i++) drain(&streams[i], streams[i].queued);
+  pthread_mutex_unlock(&lock);
+}
+/* Queues work with a copy of its data. */
+int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t bytes) {
+  struct stream *s = stream;
+  pthread_mutex_lock(&lock);
+  if (s >= streams && s < streams + made && s->late) {
+    struct work *work = malloc(sizeof *work + bytes);
+    work->run = run;
+    work->next = 0;
+    memcpy(work->data, data, bytes);
+    if (s->last) s->last->next = work; else s->first = work;
+    s->last = work;
+    s->queued++;
+  } else {
+    _Alignas(16) char copy[bytes + 1];
+    memcpy(copy, data, bytes);
+    run(copy);
+  }
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
+struct copy { void *to; const void *from; size_t bytes; int value; };
+static void run_copy(void *data) { struct copy *c = data; memcpy(c->to, c->from, c->bytes); }
+static void run_fill(void *data) { struct copy *c = data; memset(c->to, c->value, c->bytes); }
+static void run_wait(void *data) { struct event *e = data; drain(e->stream, e->after); }
 
 static size_t total(void) {
   const char *limit = getenv("MUDIT_STAND_IN_MEMORY");
@@ -40,7 +103,7 @@ int cuDevicePrimaryCtxRetain(void **ctx, int device) { *ctx = &context; return O
 int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
 int cuCtxGetCurrent(void **ctx) { *ctx = current; return OK; }
 int cuCtxSetCurrent(void *ctx) { current = ctx; return OK; }
-int cuCtxSynchronize(void) { return OK; }
+int cuCtxSynchronize(void) { counts.waits++; drain_all(); return OK; }
 
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (bytes == 0) return INVALID;
@@ -49,32 +112,132 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   char *block = aligned_alloc(HEADER, whole);
   if (!block) return OUT_OF_MEMORY;
   *(size_t *)block = bytes;
+  /* Ones are no numbers in any float type: what reads them before it writes shows. */
+  if (bytes <= 64 << 20) memset(block + HEADER, getenv("MUDIT_STAND_IN_UPDATES_ONLY") ? 0 : 0xFF, bytes);
   __atomic_add_fetch(&used, bytes, __ATOMIC_SEQ_CST);
   *address = (uint64_t)(uintptr_t)(block + HEADER);
   return OK;
 }
 int cuMemFree_v2(uint64_t address) {
   if (!address) return OK;
+  drain_all();
   char *block = (char *)(uintptr_t)address - HEADER;
   __atomic_sub_fetch(&used, *(size_t *)block, __ATOMIC_SEQ_CST);
   free(block);
   return OK;
 }
 int cuMemGetInfo_v2(size_t *available, size_t *whole) { *whole = total(); *available = total() - used; return OK; }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *stream) { memcpy((void *)(uintptr_t)to, from, n); return OK; }
-int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *stream) { memcpy(to, (void *)(uintptr_t)from, n); return OK; }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void *stream) { memcpy((void *)(uintptr_t)to, (void *)(uintptr_t)from, n); return OK; }
-int cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void *stream) { memset((void *)(uintptr_t)to, value, n); return OK; }
+int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { *address = aligned_alloc(HEADER, bytes / HEADER * HEADER + HEADER); return *address ? OK : OUT_OF_MEMORY; }
+int cuMemFreeHost(void *address) { drain_all(); free(address); return OK; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *stream) {
+  __atomic_add_fetch(&counts.to_device, 1, __ATOMIC_SEQ_CST);
+  __atomic_add_fetch(&counts.to_device_bytes, n, __ATOMIC_SEQ_CST);
+  return stand_in_queue(stream, run_copy, &(struct copy){(void *)(uintptr_t)to, from, n}, sizeof(struct copy));
+}
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *stream) {
+  __atomic_add_fetch(&counts.from_device, 1, __ATOMIC_SEQ_CST);
+  __atomic_add_fetch(&counts.from_device_bytes, n, __ATOMIC_SEQ_CST);
+  return stand_in_queue(stream, run_copy, &(struct copy){to, (void *)(uintptr_t)from, n}, sizeof(struct copy));
+}
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void *stream) {
+  __atomic_add_fetch(&counts.on_device, 1, __ATOMIC_SEQ_CST);
+  return stand_in_queue(stream, run_copy, &(struct copy){(void *)(uintptr_t)to, (void *)(uintptr_t)from, n}, sizeof(struct copy));
+}
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void *stream) {
+  return stand_in_queue(stream, run_fill, &(struct copy){(void *)(uintptr_t)to, 0, n, value}, sizeof(struct copy));
+}
 
-int cuStreamCreate(void **stream, unsigned flags) { *stream = &object; return OK; }
+int cuStreamCreate(void **stream, unsigned flags) {
+  const char *late = getenv("MUDIT_STAND_IN_LATE");
+  pthread_mutex_lock(&lock);
+  int number = made < STREAMS ? made++ : STREAMS - 1;
+  streams[number].late = late && strchr(late, '1' + number) != 0;
+  *stream = &streams[number];
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
 int cuStreamDestroy_v2(void *stream) { return OK; }
-int cuStreamSynchronize(void *stream) { return OK; }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return OK; }
-int cuEventCreate(void **event, unsigned flags) { *event = &object; return OK; }
-int cuEventDestroy_v2(void *event) { return OK; }
-int cuEventRecord(void *event, void *stream) { return OK; }
-int cuEventQuery(void *event) { return OK; }
-int cuEventSynchronize(void *event) { return OK; }
-int cuGetErrorName(int error, const char **text) { *text = error == OUT_OF_MEMORY ? "out of memory" : "refused by the stand-in"; return OK; }
+int cuStreamSynchronize(void *stream) {
+  struct stream *s = stream;
+  counts.waits++;
+  if (s < streams || s >= streams + made) { drain_all(); return OK; }
+  pthread_mutex_lock(&lock);
+  drain(s, s->queued);
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return stand_in_queue(stream, run_wait, event, sizeof(struct event)); }
+int cuEventCreate(void **event, unsigned flags) { *event = calloc(1, sizeof(struct event)); return OK; }
+int cuEventDestroy_v2(void *event) { free(event); return OK; }
+int cuEventRecord(void *event, void *stream) {
+  struct stream *s = stream;
+  struct event *e = event;
+  pthread_mutex_lock(&lock);
+  *e = (struct event){s, s->queued};
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
+int cuEventQuery(void *event) { struct event *e = event; return !e->stream || e->stream->done >= e->after ? OK : NOT_READY; }
+int cuEventSynchronize(void *event) {
+  pthread_mutex_lock(&lock);
+  counts.waits++;
+  run_wait(event);
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
+/* A module is a source of kernels, compiled for the host beside this library. */
+typedef const char *launch(const char *, const uint32_t *, uint32_t, uint32_t, bool, void **);
+struct function {
+  launch *launch;
+  char name[64];
+  int shared;
+};
+static const char *complaint = "a kernel failed";
+
+int cuModuleLoadData(void **module, const char *image) {
+  static const char begin[] = "stand-in ";
+  Dl_info here;
+  char path[4096];
+  if (strncmp(image, begin, sizeof begin - 1) || !dladdr(cuModuleLoadData, &here)) return NO_IMAGE;
+  snprintf(path, sizeof path, "%.*s%s.so", (int)(strrchr(here.dli_fname, '/') + 1 - here.dli_fname), here.dli_fname, image + sizeof begin - 1);
+  *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  return *module ? OK : NO_IMAGE;
+}
+int cuModuleGetFunction(struct function **function, void *module, const char *name) {
+  bool (*has)(const char *) = dlsym(module, "mudit_has");
+  if (!has || !has(name)) return NOT_FOUND;
+  *function = calloc(1, sizeof **function);
+  (*function)->launch = dlsym(module, "mudit_launch");
+  snprintf((*function)->name, sizeof (*function)->name, "%s", name);
+  (*function)->shared = 48 << 10;
+  return OK;
+}
+int cuFuncSetAttribute(struct function *function, int attribute, int value) {
+  if (attribute != 8 || value > 166912) return INVALID;
+  if (value > function->shared) function->shared = value;
+  return OK;
+}
+int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
+                   unsigned threads_z, unsigned shared, void *stream, void **arguments, void **extra) {
+  static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+  const uint32_t grid[3] = {x, y, z};
+  if (!x || !y || !z || x > 2147483647 || y > 65535 || z > 65535 || threads > 1024 || threads_y != 1 || threads_z != 1 ||
+      shared > (unsigned)function->shared)
+    return INVALID;
+  const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11);
+  if (getenv("MUDIT_STAND_IN_UPDATES_ONLY") && !update) return OK;
+  cuStreamSynchronize(stream); /* what the arguments point to is gone later */
+  counts.waits--;
+  pthread_mutex_lock(&turn);
+  const char *words = function->launch(function->name, grid, threads, shared, getenv("MUDIT_STAND_IN_BACKWARDS"), arguments);
+  if (words) complaint = words;
+  pthread_mutex_unlock(&turn);
+  return words ? FAILED : OK;
+}
+
+int cuGetErrorName(int error, const char **text) {
+  *text = error == OUT_OF_MEMORY ? "out of memory" : error == FAILED ? complaint : "refused by the stand-in";
+  return OK;
+}
 int cuGetErrorString(int error, const char **text) { return cuGetErrorName(error, text); }
 int cuTensorMapEncodeTiled(void) { return NOT_SUPPORTED; }

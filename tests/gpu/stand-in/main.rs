@@ -1,11 +1,18 @@
-//! The real CUDA provider of ONNX Runtime on a machine without a GPU: stand-ins for NVIDIA's libraries let it load, give
-//! every node of a program its kernel and move memory; no kernel computes anything.
+//! The real CUDA provider of ONNX Runtime, and mudit's own kernels, on a machine without a GPU: stand-ins for NVIDIA's
+//! libraries let the provider load, give every node of a program its kernel and move memory. ONNX Runtime's kernels
+//! compute nothing; mudit's run, compiled for the host.
 //!
 //! Each proof runs in a process of its own, because the libraries must be known before anything is loaded.
 #![allow(clippy::unwrap_used, reason = "a proof fails by panicking")]
 
+mod bindings;
 mod build;
+mod commands;
+mod counts;
+#[path = "../kernels/mod.rs"]
+mod kernels;
 mod proofs;
+mod training;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,6 +24,9 @@ use runtime::library::locate;
 
 /// For one proof: loading DiT-XL/2's training step takes some ten seconds here.
 const LIMIT: Duration = Duration::from_mins(5);
+
+/// Folder of all stand-ins but NVRTC's.
+const NO_COMPILER: &str = "stand-in-without-compiler";
 
 /// The stand-ins and the ONNX Runtime they serve.
 struct Stage {
@@ -34,25 +44,41 @@ fn stage() -> Result<&'static Stage, String> {
         let provider = library.provider_file("cuda").ok_or("no CUDA provider")?;
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in");
         build::build(&provider, &folder)?;
+        build::without_compiler(&folder, &folder.with_file_name(NO_COMPILER))?;
+        // What the stand-in compiler gives must not lie with real machine code.
+        drop(std::fs::remove_dir_all(folder.join("cache")));
         Ok(Stage { folder, onnx_runtime: library.path })
     };
     STAGE.get_or_init(prepare).as_ref().map_err(Clone::clone)
 }
 
-/// Runs one of the proofs in a process that knows the stand-ins.
-///
-/// A machine that lacks the C compiler or the wheel says so aloud; with `CI` set it fails.
+impl Stage {
+    /// Lets a process know the stand-ins.
+    fn environment<'c>(&self, command: &'c mut Command) -> &'c mut Command {
+        command
+            .env("MUDIT_CUDA_LIBRARIES", &self.folder)
+            .env("MUDIT_CACHE", self.folder.join("cache"))
+            .env("ORT_DYLIB_PATH", &self.onnx_runtime)
+    }
+}
+
+/// The stage for a proof. A machine that lacks a compiler or the wheel says so aloud; with `CI` set it fails.
 #[allow(clippy::print_stderr, reason = "a proof that was not tried says so")]
-fn proven(name: &str, variables: &[(&str, &str)]) {
-    let stage = match stage() {
-        Ok(stage) => stage,
-        Err(reason) if std::env::var_os("CI").is_none() => return eprintln!("SKIPPED: {name}: {reason}"),
+fn staged(name: &str) -> Option<&'static Stage> {
+    match stage() {
+        Ok(stage) => return Some(stage),
+        Err(reason) if std::env::var_os("CI").is_none() => eprintln!("SKIPPED: {name}: {reason}"),
         Err(reason) => panic!("{name}: {reason}"),
-    };
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", &format!("proofs::{name}"), "--nocapture"])
-        .env("MUDIT_CUDA_LIBRARIES", &stage.folder)
-        .env("ORT_DYLIB_PATH", &stage.onnx_runtime)
+    }
+    None
+}
+
+/// Runs one of the proofs, by its path, in a process that knows the stand-ins.
+fn proven(name: &str, variables: &[(&str, &str)]) {
+    let Some(stage) = staged(name) else { return };
+    let mut child = stage
+        .environment(&mut Command::new(std::env::current_exe().unwrap()))
+        .args(["--ignored", "--exact", name, "--nocapture"])
         .envs(variables.iter().copied())
         .spawn()
         .unwrap();
@@ -72,25 +98,118 @@ fn proven(name: &str, variables: &[(&str, &str)]) {
 
 #[test]
 fn every_node_of_step_is_placed_on_cuda() {
-    proven("step_is_placed", &[]);
+    proven("proofs::step_is_placed", &[]);
 }
 
 #[test]
 fn every_node_of_guided_denoising_is_placed_on_cuda() {
-    proven("denoise_cfg_is_placed", &[]);
+    proven("proofs::denoise_cfg_is_placed", &[]);
 }
 
 #[test]
 fn every_node_of_the_training_step_is_placed_on_cuda() {
-    proven("train_step_is_placed", &[]);
+    proven("proofs::train_step_is_placed", &[]);
 }
 
 #[test]
 fn values_go_to_the_device_and_come_back() {
-    proven("memory_round_trip", &[]);
+    proven("proofs::memory_round_trip", &[]);
 }
 
 #[test]
 fn memory_that_runs_out_is_an_error_with_numbers() {
-    proven("out_of_memory", &[("MUDIT_STAND_IN_MEMORY", "1000000")]);
+    proven("proofs::out_of_memory", &[("MUDIT_STAND_IN_MEMORY", "1000000")]);
+}
+
+#[test]
+fn arenas_on_the_device_are_used_in_place() {
+    proven("bindings::arenas_on_the_device_are_used_in_place", &[]);
+}
+
+#[test]
+fn arenas_of_the_host_cross_when_they_have_changed() {
+    proven("bindings::arenas_of_the_host_cross_when_they_have_changed", &[]);
+}
+
+#[test]
+fn the_next_runs_inputs_go_ahead_of_it() {
+    // Everything at once; then with the stream for programs late, the one for transfers, and both.
+    for late in ["", "1", "2", "12"] {
+        proven("bindings::the_next_runs_inputs_go_ahead_of_it", &[("MUDIT_STAND_IN_LATE", late)]);
+    }
+}
+
+#[test]
+fn bindings_on_the_device_are_checked() {
+    proven("bindings::bindings_on_the_device_are_checked", &[]);
+}
+
+#[test]
+fn fused_ops_compute_what_the_interpreter_computes_in_every_type_and_order_of_threads() {
+    proven("proofs::fused_ops", &[]);
+}
+
+#[test]
+fn noise_has_the_hosts_bits() {
+    proven("proofs::noise", &[]);
+}
+
+#[test]
+fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
+    proven("proofs::update", &[]);
+}
+
+/// For proofs of training: every gradient is zero.
+const UPDATES_ONLY: (&str, &str) = ("MUDIT_STAND_IN_UPDATES_ONLY", "1");
+
+#[test]
+fn a_checkpoint_goes_to_the_device_and_back() {
+    proven("training::a_checkpoint_goes_to_the_device_and_back", &[UPDATES_ONLY]);
+}
+
+#[test]
+fn steps_on_the_device_have_the_hosts_bits() {
+    for late in ["", "1", "2", "12"] {
+        proven(
+            "training::steps_on_the_device_have_the_hosts_bits",
+            &[UPDATES_ONLY, ("MUDIT_STAND_IN_LATE", late)],
+        );
+    }
+}
+
+#[test]
+fn a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else() {
+    proven("training::a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else", &[UPDATES_ONLY]);
+}
+
+#[test]
+fn gradients_of_two_types_are_one_update() {
+    proven("training::gradients_of_two_types_are_one_update", &[UPDATES_ONLY]);
+}
+
+#[test]
+fn a_run_on_the_device_goes_on_on_the_host_and_back() {
+    proven("training::a_run_on_the_device_goes_on_on_the_host_and_back", &[UPDATES_ONLY]);
+}
+
+#[test]
+fn a_run_that_does_not_fit_says_what_would() {
+    let memory = [UPDATES_ONLY, ("MUDIT_STAND_IN_MEMORY", "2500000")];
+    proven("training::a_run_that_does_not_fit_says_what_would", &memory);
+}
+
+#[test]
+fn fused_ops_are_nodes_of_the_cuda_provider_and_compute_what_their_cpu_twins_do() {
+    proven("proofs::fused_nodes", &[]);
+}
+
+#[test]
+fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
+    proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+}
+
+#[test]
+fn scratch_memory_stays_where_it_is() {
+    proven("proofs::scratch", &[]);
 }

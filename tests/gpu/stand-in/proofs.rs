@@ -1,37 +1,62 @@
 //! What is proven with the stand-ins; run by the tests of the parent module.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use graph_builder::{DType, Precision, Shape};
 use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
-use runtime::{
-    Arena, ArenaLayout, CudaOptions, Provider, Runtime, RuntimeError, RuntimeOptions, Session,
-    SessionOptions, Weights,
-};
+use runtime::{Arena, ArenaLayout, Runtime, RuntimeError, RuntimeOptions, Session, Weights};
 
-/// Loads a program of DiT-XL/2 in every precision with CPU fall-back disabled and asserts where its nodes are.
+use crate::kernels;
+use crate::kernels::sessions::on_cuda;
+
+/// Lets the threads and blocks of kernels take turns in the opposite order, or in order again.
+#[allow(unsafe_code, reason = "a proof's process has one thread that works")]
+fn backwards(on: bool) {
+    const VARIABLE: &str = "MUDIT_STAND_IN_BACKWARDS";
+    // SAFETY: nothing else in the process reads or changes the environment meanwhile.
+    unsafe { if on { std::env::set_var(VARIABLE, "1") } else { std::env::remove_var(VARIABLE) } }
+}
+
+fn runtime() -> Arc<Runtime> {
+    let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
+    Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Loads a program of DiT-XL/2 in every precision with CPU fall-back disabled, by function bodies and by our kernels, and
+/// asserts where its nodes are.
 fn is_placed(kind: ProgramKind, guidance: Guidance) {
+    let runtime = runtime();
     for precision in Precision::ALL {
-        is_placed_in(precision, kind, guidance);
+        is_placed_in(&runtime, precision, kind, guidance);
     }
 }
 
-fn is_placed_in(precision: Precision, kind: ProgramKind, guidance: Guidance) {
+#[allow(clippy::print_stdout, reason = "a proof tells its figures")]
+fn is_placed_in(runtime: &Arc<Runtime>, precision: Precision, kind: ProgramKind, guidance: Guidance) {
     let model = DitConfig::resolve("DiT-XL/2").unwrap();
     let graph = program(&model, kind, 2, guidance).unwrap().optimised().unwrap();
     let emitted = graph.in_precision(precision).unwrap().emit(graph_builder::Weights::Inputs).unwrap();
     emitted.check_cuda(&|_, _| false).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
-    let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
-    let runtime = Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"));
-    let provider = Provider::Cuda(CudaOptions::default());
-    let session_options = SessionOptions { provider, record_placement: true, ..SessionOptions::default() };
-    let session = Session::load(&runtime, &emitted, &Weights::Inside, &session_options)
-        .unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
-    let placement = session.placement().unwrap_or_else(|e| panic!("{e}"));
-    assert!(placement.nodes.len() > 500, "{} nodes", placement.nodes.len());
-    let elsewhere: Vec<_> = placement.elsewhere("CUDAExecutionProvider").map(ToString::to_string).collect();
-    assert!(elsewhere.is_empty(), "{kind} {precision}: not on CUDA: {elsewhere:#?}");
+    for native_kernels in [false, true] {
+        let options = on_cuda(native_kernels);
+        let session = Session::load(runtime, &emitted, &Weights::Inside, &options)
+            .unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
+        let placement = session.placement().unwrap_or_else(|e| panic!("{e}"));
+        let elsewhere: Vec<_> =
+            placement.elsewhere("CUDAExecutionProvider").map(ToString::to_string).collect();
+        assert!(elsewhere.is_empty(), "{kind} {precision}: not on CUDA: {elsewhere:#?}");
+        let ours: Vec<&str> =
+            placement.nodes.iter().filter(|n| n.domain == "mudit").map(|n| n.op.as_str()).collect();
+        let expected = if native_kernels { emitted.native_ops.as_slice() } else { &[] };
+        let expected: BTreeSet<&str> = expected.iter().map(String::as_str).collect();
+        assert_eq!(ours.iter().copied().collect::<BTreeSet<_>>(), expected, "{kind} {precision}");
+        let (all, most) = (placement.nodes.len(), if native_kernels { 2000 } else { 20_000 });
+        assert!((200..most).contains(&all), "{kind} {precision}: {all} nodes");
+        println!("{kind} {precision}: {all} nodes, {} of them ours", ours.len());
+    }
 }
 
 #[test]
@@ -101,4 +126,54 @@ fn out_of_memory() {
         DeviceArena::zeros(&gpu, layout(), DType::F32, "a proof").unwrap();
     }
     assert_eq!(gpu.memory().unwrap(), (1_000_000, 1_000_000));
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn fused_ops() {
+    let gpu = Gpu::open(0).unwrap();
+    kernels::ops::every_fused_op(&gpu, &backwards);
+    kernels::ops::large_heads_are_refused(&gpu);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn noise() {
+    kernels::random::noise_is_the_hosts(&Gpu::open(0).unwrap());
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn update() {
+    kernels::update::update_is_the_hosts(&Gpu::open(0).unwrap(), &backwards);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn fused_nodes() {
+    let runtime = runtime();
+    kernels::sessions::every_fused_op(&runtime);
+    kernels::sessions::tokens_of_other_types(&runtime);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn no_compiler() {
+    let model = DitConfig::resolve("DiT-S/2").unwrap();
+    let graph = program(&model, ProgramKind::Step, 1, Guidance::Off).unwrap().optimised().unwrap();
+    let emitted = graph.emit(graph_builder::Weights::Inputs).unwrap();
+    let runtime = runtime();
+    let load = |native_kernels| Session::load(&runtime, &emitted, &Weights::Inside, &on_cuda(native_kernels));
+    if let Some(found) = NVRTC.opened() {
+        return eprintln!("SKIPPED: no_compiler: this system has one, at {}", found.path.display());
+    }
+    let refusal = load(true).unwrap_err().to_string();
+    assert!(refusal.contains("NVRTC") && refusal.contains("nvidia-cuda-nvrtc"), "{refusal}");
+    load(false).unwrap();
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn scratch() {
+    kernels::memory::scratch_stays_where_it_is(&Gpu::open(0).unwrap());
 }

@@ -9,6 +9,12 @@ int cuMemAlloc_v2(uint64_t *, size_t);
 int cuMemFree_v2(uint64_t);
 int cuMemGetInfo_v2(size_t *, size_t *);
 int cuDeviceGetAttribute(int *, int, int);
+int cuMemcpyHtoDAsync_v2(uint64_t, const void *, size_t, void *);
+int cuMemcpyDtoHAsync_v2(void *, uint64_t, size_t, void *);
+int cuMemcpyDtoDAsync_v2(uint64_t, uint64_t, size_t, void *);
+int cuMemsetD8Async(uint64_t, unsigned char, size_t, void *);
+int cuStreamSynchronize(void *);
+int cuCtxSynchronize(void);
 static char object;
 
 int cudaGetDeviceCount(int *count) { *count = 1; return OK; }
@@ -47,10 +53,18 @@ int cudaMallocHost(void **address, size_t n) { *address = aligned_alloc(256, (n 
 int cudaHostAlloc(void **address, size_t n, unsigned flags) { return cudaMallocHost(address, n); }
 int cudaFreeHost(void *address) { free(address); return OK; }
 int cudaMemGetInfo(size_t *available, size_t *whole) { return cuMemGetInfo_v2(available, whole); }
-int cudaMemcpy(void *to, const void *from, size_t n, int kind) { memcpy(to, from, n); return OK; }
-int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) { memcpy(to, from, n); return OK; }
-int cudaMemset(void *to, int value, size_t n) { memset(to, value, n); return OK; }
-int cudaMemsetAsync(void *to, int value, size_t n, void *stream) { memset(to, value, n); return OK; }
+int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) {
+  switch (kind) {
+    case 1: return cuMemcpyHtoDAsync_v2((uint64_t)(uintptr_t)to, from, n, stream);
+    case 2: return cuMemcpyDtoHAsync_v2(to, (uint64_t)(uintptr_t)from, n, stream);
+    default: return cuMemcpyDtoDAsync_v2((uint64_t)(uintptr_t)to, (uint64_t)(uintptr_t)from, n, stream);
+  }
+}
+int cudaMemcpy(void *to, const void *from, size_t n, int kind) { cuCtxSynchronize(); return cudaMemcpyAsync(to, from, n, kind, 0); }
+int cudaMemset(void *to, int value, size_t n) { cuCtxSynchronize(); memset(to, value, n); return OK; }
+int cudaMemsetAsync(void *to, int value, size_t n, void *stream) { return cuMemsetD8Async((uint64_t)(uintptr_t)to, value, n, stream); }
+int cudaDeviceSynchronize(void) { return cuCtxSynchronize(); }
+int cudaStreamSynchronize(void *stream) { return cuStreamSynchronize(stream); }
 int cudaStreamCreate(void **stream) { *stream = &object; return OK; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &object; return OK; }
 int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return OK; }

@@ -43,9 +43,10 @@ pub struct TrainConfig {
 }
 
 /// Keys that may change when a run is resumed: none of them changes what the steps already done computed.
-const FREE_ON_RESUME: [&str; 11] = [
+const FREE_ON_RESUME: [&str; 12] = [
     "train.steps",
     "train.recompute",
+    "train.provider",
     "train.threads",
     // A file may move; what it says about the model stands in the checkpoint's own `config.json`.
     "model.config",

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use graph_builder::Precision;
 use models::{InitScheme, Objective, Recompute, SolverKind};
+use runtime::Provider;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -227,6 +228,9 @@ pub struct TrainSection {
     pub recompute: Recompute,
     /// `f32`, `bf16` or `f16`: what the training step computes in. Masters, moments and averages are f32.
     pub precision: Precision,
+    /// `cpu`, `cuda` or `tensorrt`: who runs the training step; `cuda:1` is the GPU of that number.
+    #[serde(with = "by_name")]
+    pub provider: Provider,
     /// Seed of every draw.
     pub seed: u64,
     /// Compute threads; 0 takes all cores.
@@ -266,6 +270,7 @@ impl Default for TrainSection {
             accumulate: 1,
             recompute: Recompute::None,
             precision: Precision::F32,
+            provider: Provider::default(),
             seed: 0,
             threads: 0,
             learning_rate: 1e-4,

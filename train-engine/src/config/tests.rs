@@ -61,6 +61,14 @@ fn the_precision_is_a_key_with_three_names() {
 }
 
 #[test]
+fn the_provider_is_a_key_with_the_command_line_names() {
+    let config = parse(TEXT, &["train.provider=cuda:1"]).unwrap();
+    assert_eq!(config.train.provider, "cuda:1".parse().unwrap());
+    assert!(config.to_toml().unwrap().contains("provider = \"cuda:1\""));
+    assert!(message(TEXT, &["train.provider=gpu"]).contains("expected cpu, cuda, tensorrt"));
+}
+
+#[test]
 fn every_section_is_in_the_table_of_sections() {
     let names: Vec<&str> = keys::SECTIONS.iter().map(|(name, _)| *name).collect();
     assert_eq!(keys::fields_of::<TrainConfig>(), names);
@@ -195,6 +203,7 @@ fn the_hash_covers_what_a_step_computes_and_nothing_else() {
         "train.steps=200",
         "train.recompute=blocks",
         "train.threads=3",
+        "train.provider=cuda",
         "log.every_steps=1",
         "checkpoint.keep=9",
         "data.prefetch=9",

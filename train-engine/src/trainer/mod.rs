@@ -3,15 +3,18 @@
 //! Every draw is a pure function of (seed, purpose, step, row), so a run that is cut at any moment and started again
 //! ends with the same bytes as one that was not.
 
+mod memory;
+mod state;
 mod whole_run;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use graph_builder::{Graph, Precision};
 use models::{DitConfig, Guidance, LOSS_SCALE, Objective, ProgramKind, TRAINING_STEPS, program};
-use runtime::update::{UpdateState, UpdateStep};
-use runtime::{AdamW, Arena, Runtime, SessionOptions, SharedArena, UpdateReport};
+use runtime::update::UpdateStep;
+use runtime::{Arena, ArenaLayout, Runtime, SessionOptions, SharedArena, UpdateReport};
 
 use crate::checkpoint::{self, State};
 use crate::config::{TimeSampling, TrainConfig};
@@ -22,8 +25,11 @@ use crate::loss_scale::LossScale;
 use crate::mup::{MupTable, Stamp, draw_parameters};
 use crate::random::{Purpose, Stream};
 use crate::schedule::{ema_decay, learning_rate_factor};
-use crate::step::{CompiledStep, StepInputs, StepLoss, StepShape, read_lock, write_lock};
+use crate::step::{CompiledStep, StepArenas, StepInputs, StepLoss, StepShape, neutral};
 
+pub use memory::MemoryPlan;
+use state::OptimizerSettings;
+pub(crate) use state::{Part, TrainingState};
 pub use whole_run::{Observer, Outcome, RUN_CONFIG_FILE, RunInfo, StepReport, run};
 
 /// Prefixes of the two moments in `optimizer.safetensors`.
@@ -35,16 +41,15 @@ pub struct Trainer {
     config: TrainConfig,
     model: DitConfig,
     step: CompiledStep,
-    optimizer: AdamW,
-    /// Moving average of the parameters.
-    pub ema: SharedArena,
-    moments: [Arena; 2],
-    /// Sum of the gradients of earlier micro-batches.
-    accumulated: Option<Arena>,
+    state: Box<dyn TrainingState>,
     mup: MupTable,
-    noise: Vec<f32>,
     /// The factor on the loss, in f16.
     loss_scale: Option<LossScale>,
+    /// The step whose first micro-batch is in the program's inputs.
+    fed: Option<u64>,
+    /// Losses of the micro-batches of the step in progress that are done.
+    losses: Vec<StepLoss>,
+    plan: Option<MemoryPlan>,
 }
 
 impl Trainer {
@@ -53,11 +58,7 @@ impl Trainer {
     /// # Errors
     /// [`TrainError::Model`], [`TrainError::Runtime`], [`TrainError::BadValue`].
     pub fn new(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
-        refuse_precision(config)?;
-        let train = &config.train;
-        let micro = train.batch_size / train.accumulate;
-        let step = CompiledStep::compile(runtime, model, micro, train.recompute, &session_options(config))?;
-        Self::on(step, config, model)
+        Self::compile(runtime, config, model, model, &mut |_| {})
     }
 
     /// A trainer whose step other runs of its [`StepShape`] can use after it; see [`restart`](Self::restart).
@@ -65,27 +66,64 @@ impl Trainer {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn shared(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
+        Self::compile(runtime, config, model, &neutral(model), &mut |_| {})
+    }
+
+    /// [`new`](Self::new); on a GPU, `planned` sees the plan of its memory before any is allocated.
+    fn planned(
+        runtime: &Arc<Runtime>,
+        config: &TrainConfig,
+        model: &DitConfig,
+        planned: &mut dyn FnMut(&MemoryPlan),
+    ) -> Result<Self> {
+        Self::compile(runtime, config, model, model, planned)
+    }
+
+    fn compile(
+        runtime: &Arc<Runtime>,
+        config: &TrainConfig,
+        model: &DitConfig,
+        compiled: &DitConfig,
+        planned: &mut dyn FnMut(&MemoryPlan),
+    ) -> Result<Self> {
         refuse_precision(config)?;
-        Self::on(
-            CompiledStep::compile_shared(runtime, config, model, &session_options(config))?,
-            config,
-            model,
-        )
+        let train = &config.train;
+        let (micro, options) = (train.batch_size / train.accumulate, session_options(config));
+        let mut plan = None;
+        let made = (|| {
+            let step = CompiledStep::compile_in(
+                runtime,
+                compiled,
+                micro,
+                train.recompute,
+                train.precision,
+                &options,
+                &mut |prepared| {
+                    plan = MemoryPlan::before(config, &prepared.graph)?;
+                    plan.iter().for_each(&mut *planned);
+                    plan.as_ref().map_or(Ok(()), MemoryPlan::check)
+                },
+            )?;
+            Self::on(step, config, model)
+        })();
+        match (made, plan) {
+            (Ok(trainer), plan) => Ok(Self { plan, ..trainer }),
+            (Err(error), Some(plan)) => Err(plan.advise(error, config, compiled)),
+            (Err(error), None) => Err(error),
+        }
     }
 
     fn on(step: CompiledStep, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
-        let parameters = read_lock(&step.parameters)?;
-        let gradients = read_lock(&step.gradients)?.layout().clone();
-        let ema = parameters.duplicate()?.into_shared();
-        let moments = [Arena::zeros(gradients.clone())?, Arena::zeros(gradients.clone())?];
-        let accumulated = (config.train.accumulate > 1).then(|| Arena::zeros(gradients)).transpose()?;
         let declared = declarations(model)?;
-        let (mup, optimizer) = parameterisation(config, model, &declared, &step)?;
-        drop(parameters);
-        let (config, model, noise) = (config.clone(), model.clone(), Vec::new());
-        let loss_scale = None;
-        let mut trainer =
-            Self { config, model, step, optimizer, ema, moments, accumulated, mup, noise, loss_scale };
+        let gradients = match &step.arenas {
+            StepArenas::Host(arenas) => crate::step::read_lock(&arenas.gradients)?.layout().clone(),
+            StepArenas::Device(arenas) => arenas.gradient_layout.clone(),
+        };
+        let (mup, settings) = parameterisation(config, model, &declared, &gradients);
+        let state = state::state(&step.arenas, config.train.accumulate > 1, &settings)?;
+        let (config, model) = (config.clone(), model.clone());
+        let (loss_scale, fed, losses, plan) = (None, None, Vec::new(), None);
+        let mut trainer = Self { config, model, step, state, mup, loss_scale, fed, losses, plan };
         trainer.begin(&declared)?;
         Ok(trainer)
     }
@@ -100,21 +138,20 @@ impl Trainer {
             return Err(TrainError::Internal(format!("a step of {was:?} cannot serve {is:?}")));
         }
         let declared = declarations(model)?;
-        (self.mup, self.optimizer) = parameterisation(config, model, &declared, &self.step)?;
+        let settings;
+        (self.mup, settings) = parameterisation(config, model, &declared, self.state.gradients());
+        self.state.configure(&settings)?;
         (self.config, self.model) = (config.clone(), model.clone());
         self.begin(&declared)
     }
 
     /// Draws the first parameters and sets everything else to its state before the first step.
     fn begin(&mut self, declared: &Graph) -> Result<()> {
+        self.fed = None;
         self.step.parameterise(&self.model)?;
         self.step.set_hyperparameter("hp.vb_weight", self.config.objective.vb_weight)?;
-        let mut parameters = write_lock(&self.step.parameters)?;
-        draw_parameters(declared, self.config.train.seed, self.config.mup.init_scale, &mut parameters)?;
-        write_lock(&self.ema)?.copy_from(&parameters)?;
-        for moment in &mut self.moments {
-            moment.fill(0.0);
-        }
+        let (seed, scale) = (self.config.train.seed, self.config.mup.init_scale);
+        self.state.begin(&mut |parameters| draw_parameters(declared, seed, scale, parameters))?;
         self.loss_scale = (self.config.train.precision == Precision::F16).then(LossScale::default);
         Ok(())
     }
@@ -134,102 +171,120 @@ impl Trainer {
         self.loss_scale.as_ref()
     }
 
+    /// The moving average of the parameters where the host can read it; a copy if the state is on a GPU.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`].
+    pub fn average(&mut self) -> Result<SharedArena> {
+        self.state.average()
+    }
+
     /// One optimizer step on `batch`; nothing is updated when the gradient is not finite.
     ///
     /// # Errors
     /// [`TrainError::Runtime`], [`TrainError::Internal`].
     pub fn step(&mut self, batch: &Batch) -> Result<(StepLoss, UpdateReport)> {
+        self.enqueue(batch)?;
+        self.complete()
+    }
+
+    /// Starts an optimizer step; [`complete`](Self::complete) ends it. On a GPU it is queued, and the host is free to
+    /// [`prepare`](Self::prepare) the next one meanwhile.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`], [`TrainError::Internal`].
+    pub fn enqueue(&mut self, batch: &Batch) -> Result<()> {
+        let queued = self.queue(batch);
+        queued.map_err(|error| match &self.plan {
+            Some(plan) => plan.advise(error, &self.config, &self.model),
+            None => error,
+        })
+    }
+
+    fn queue(&mut self, batch: &Batch) -> Result<()> {
         if let Some(scale) = &self.loss_scale {
             self.step.set_hyperparameter(LOSS_SCALE, scale.scale())?;
         }
         let accumulate = self.config.train.accumulate;
-        let image = batch.x0.len() / batch.y.len().max(1);
-        let micro = self.step.batch;
-        let (t, y) = self.draw(batch);
-        let mut total: Option<StepLoss> = None;
-        for (k, rows) in (0..accumulate).map(|k| (k, k * micro..(k + 1) * micro)) {
-            let pixels = rows.start * image..rows.end * image;
-            let loss = self.step.run(&StepInputs {
-                x0: &batch.x0[pixels.clone()],
-                noise: &self.noise[pixels],
-                t: &t[rows.clone()],
-                y: &y[rows],
-            })?;
-            total = Some(match total {
-                None => loss,
-                Some(mut sum) => {
-                    sum.loss += loss.loss;
-                    sum.mse.extend(loss.mse);
-                    sum.vb.extend(loss.vb);
-                    sum
-                }
-            });
-            if let Some(sum) = &mut self.accumulated {
-                if k == 0 {
-                    sum.fill(0.0);
-                }
-                sum.add_scaled(&*read_lock(&self.step.gradients)?, 1.0 / accumulate as f32)?;
+        if self.fed.take() != Some(batch.step) {
+            self.feed(batch, 0)?;
+        }
+        self.losses.clear();
+        for k in 0..accumulate {
+            self.step.binding().enqueue()?;
+            self.state.accumulate(k, 1.0 / accumulate as f32)?;
+            if k + 1 < accumulate {
+                self.feed(batch, k + 1)?;
+                self.step.binding().send_ahead()?;
+                self.losses.push(self.step.loss()?);
             }
         }
-        let mut loss = total.ok_or_else(|| TrainError::Internal("a step without micro-batches".into()))?;
-        loss.loss /= accumulate as f64;
-        let report = self.update(batch.step)?;
-        Ok((loss, report))
+        self.update(batch.step)
     }
 
-    /// Times and labels of a batch; fills the noise.
-    fn draw(&mut self, batch: &Batch) -> (Vec<f32>, Vec<i64>) {
-        let (train, objective) = (&self.config.train, &self.config.objective);
-        let image = batch.x0.len() / batch.y.len().max(1);
-        self.noise.resize(batch.x0.len(), 0.0);
-        let drop = train.label_drop.unwrap_or(self.model.class_dropout_prob);
-        let stream = |purpose, row: usize| Stream::new(train.seed, purpose, batch.step, row as u64);
-        let mut t = Vec::with_capacity(batch.y.len());
-        let mut y = Vec::with_capacity(batch.y.len());
-        for (row, noise) in self.noise.chunks_mut(image).enumerate() {
-            stream(Purpose::Noise, row).fill_normal(noise);
-            let mut draw = stream(Purpose::Timestep, row);
-            t.push(match (self.model.objective, objective.time) {
-                (Objective::Ddpm, _) => draw.below(TRAINING_STEPS as u64) as f32,
-                (Objective::Flow, TimeSampling::Uniform) => TRAINING_STEPS as f32 * draw.uniform(),
-                (Objective::Flow, TimeSampling::LogitNormal) => {
-                    let logit = objective.time_mean + objective.time_std * f64::from(draw.normal());
-                    (TRAINING_STEPS as f64 / (1.0 + (-logit).exp())) as f32
-                }
-            });
-            let null = self.model.null_class().filter(|_| stream(Purpose::LabelDrop, row).chance(drop));
-            y.push(null.map_or(batch.y[row], |null| null as i64));
-        }
-        (t, y)
+    /// Draws for the first micro-batch of the next step and sends it ahead; changes no result.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`].
+    pub fn prepare(&mut self, next: &Batch) -> Result<()> {
+        // On the CPU the step that was started is done, and its inputs are free.
+        self.feed(next, 0)?;
+        self.step.binding().send_ahead()?;
+        self.fed = Some(next.step);
+        Ok(())
     }
 
-    fn update(&mut self, step: u64) -> Result<UpdateReport> {
-        let train = &self.config.train;
-        let gradients = read_lock(&self.step.gradients)?;
-        let lr = train.learning_rate * learning_rate_factor(train, step);
-        let (lr, weight_decay) = self.mup.rates(gradients.layout(), lr, train.weight_decay);
-        let [first_moments, second_moments] = &mut self.moments;
-        let mut parameters = write_lock(&self.step.parameters)?;
-        let mut ema = write_lock(&self.ema)?;
-        let state = UpdateState {
-            parameters: &mut parameters,
-            gradients: self.accumulated.as_ref().unwrap_or(&gradients),
-            first_moments,
-            second_moments,
-            ema: Some((&mut ema, ema_decay(train, step))),
+    /// Ends the step that was started: its loss, and what the update did.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`] with the first failure of what was queued.
+    pub fn complete(&mut self) -> Result<(StepLoss, UpdateReport)> {
+        let last = self.step.loss()?;
+        let report = self.state.report()?;
+        self.losses.push(last);
+        let count = self.losses.len() as f64;
+        let mut losses = self.losses.drain(..);
+        let Some(mut sum) = losses.next() else {
+            return Err(TrainError::Internal("a step without micro-batches".into()));
         };
+        for loss in losses {
+            sum.loss += loss.loss;
+            sum.mse.extend(loss.mse);
+            sum.vb.extend(loss.vb);
+        }
+        sum.loss /= count;
+        Ok((sum, report))
+    }
+
+    /// Puts a micro-batch into the program's inputs.
+    fn feed(&mut self, batch: &Batch, micro_batch: usize) -> Result<()> {
+        let image = batch.x0.len() / batch.y.len().max(1);
+        let micro = self.step.batch;
+        let rows = micro_batch * micro..(micro_batch + 1) * micro;
+        let binding = self.step.binding();
+        binding.set_input("x0", &batch.x0[rows.start * image..rows.end * image])?;
+        let noise = binding.input_f32("noise")?;
+        let (t, y) = draw(&self.config, &self.model, batch, rows, noise);
+        binding.set_input("t", &t)?;
+        Ok(binding.set_input("y", &y)?)
+    }
+
+    fn update(&mut self, step: u64) -> Result<()> {
+        let train = &self.config.train;
+        let lr = train.learning_rate * learning_rate_factor(train, step);
+        let (lr, weight_decay) = self.mup.rates(self.state.gradients(), lr, train.weight_decay);
         let clip = (train.clip > 0.0).then_some(train.clip);
         // Steps left out do not count for the moments' correction.
         let (gradient_scale, skipped) =
             self.loss_scale.map_or((1.0, 0), |scale| (scale.gradient_scale(), scale.skipped()));
-        let step = UpdateStep {
+        let update = UpdateStep {
             step: step + 1 - skipped,
             lr: &lr,
             weight_decay: &weight_decay,
             clip,
             gradient_scale,
         };
-        Ok(self.optimizer.step(state, &step)?)
+        self.state.update(&update, ema_decay(train, step))
     }
 
     /// Whether the run can go on after this step (counted from 1): one whose gradient overflowed f16 is left out, and
@@ -251,53 +306,103 @@ impl Trainer {
         runtime::file::write_atomically(directory.join(checkpoint::CONFIG_FILE), |out| {
             out.write_all(text.as_bytes())
         })?;
-        read_lock(&self.step.parameters)?.write_safetensors(directory.join(checkpoint::MODEL_FILE), &meta)?;
-        Ok(read_lock(&self.ema)?.write_safetensors(directory.join(checkpoint::EMA_FILE), &meta)?)
+        for (part, file) in
+            [(Part::Parameters, checkpoint::MODEL_FILE), (Part::Average, checkpoint::EMA_FILE)]
+        {
+            self.state
+                .show(part, &mut |values| Ok(values.write_safetensors(directory.join(file), &meta)?))?;
+        }
+        Ok(())
     }
 
-    /// Writes the files of a checkpoint: the model, its optimizer and where the run stands.
-    fn write(&self, directory: &Path, state: &State) -> Result<()> {
+    /// Writes the files of a checkpoint: the model, its optimizer and where the run stands. They are the same wherever
+    /// the state is.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`], [`TrainError::Io`].
+    pub fn write(&self, directory: &Path, state: &State) -> Result<()> {
         self.write_model(directory)?;
         let meta = Stamp::of(&self.model).metadata()?;
-        let moments: Vec<(&str, &Arena)> = MOMENTS.into_iter().zip(&self.moments).collect();
-        Arena::write_all_safetensors(&moments, directory.join(checkpoint::OPTIMIZER_FILE), &meta)?;
+        let path = directory.join(checkpoint::OPTIMIZER_FILE);
+        self.state.show(Part::FirstMoments, &mut |first| {
+            self.state.show(Part::SecondMoments, &mut |second| {
+                let moments = [(MOMENTS[0], first), (MOMENTS[1], second)];
+                Ok(Arena::write_all_safetensors(&moments, &path, &meta)?)
+            })
+        })?;
         state.write(directory)
     }
 
     /// Saves what a step that is not finite was made of.
     fn save_evidence(
-        &mut self,
+        &self,
         run_dir: &Path,
         batch: &Batch,
         loss: &StepLoss,
         grad_norm: f64,
     ) -> Result<PathBuf> {
-        let (t, y) = self.draw(batch);
-        let inputs = StepInputs { x0: &batch.x0, noise: &self.noise, t: &t, y: &y };
-        evidence::save(run_dir, &self.step, &self.model, batch, &inputs, loss, grad_norm)
+        let mut noise = vec![0.0; batch.x0.len()];
+        let (t, y) = draw(&self.config, &self.model, batch, 0..batch.y.len(), &mut noise);
+        let inputs = StepInputs { x0: &batch.x0, noise: &noise, t: &t, y: &y };
+        evidence::save(run_dir, &*self.state, &self.model, batch, &inputs, loss, grad_norm)
     }
 
     /// Takes over the parameters, the average and the moments of a checkpoint.
-    fn read(&mut self, directory: &Path) -> Result<()> {
-        for (file, arena) in
-            [(checkpoint::MODEL_FILE, &self.step.parameters), (checkpoint::EMA_FILE, &self.ema)]
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`] for a file that is missing, damaged or of another model.
+    pub fn read(&mut self, directory: &Path) -> Result<()> {
+        let (parameters, gradients) = (self.state.parameters().clone(), self.state.gradients().clone());
+        for (part, file) in
+            [(Part::Parameters, checkpoint::MODEL_FILE), (Part::Average, checkpoint::EMA_FILE)]
         {
-            let mut arena = write_lock(arena)?;
-            let saved = Arena::read_safetensors(arena.layout(), directory.join(file), false)?;
-            arena.copy_from(&saved)?;
+            let saved = Arena::read_safetensors(&parameters, directory.join(file), false)?;
+            self.state.take(part, &saved)?;
         }
         let path = directory.join(checkpoint::OPTIMIZER_FILE);
-        for (prefix, moment) in MOMENTS.into_iter().zip(&mut self.moments) {
-            *moment = Arena::read_prefixed_safetensors(moment.layout(), prefix, &path)?;
+        for (part, prefix) in [Part::FirstMoments, Part::SecondMoments].into_iter().zip(MOMENTS) {
+            let saved = Arena::read_prefixed_safetensors(&gradients, prefix, &path)?;
+            self.state.take(part, &saved)?;
         }
         Ok(())
     }
 }
 
+/// Times and labels of some rows of a batch; fills their noise.
+fn draw(
+    config: &TrainConfig,
+    model: &DitConfig,
+    batch: &Batch,
+    rows: Range<usize>,
+    noise: &mut [f32],
+) -> (Vec<f32>, Vec<i64>) {
+    let (train, objective) = (&config.train, &config.objective);
+    let image = noise.len() / rows.len().max(1);
+    let drop = train.label_drop.unwrap_or(model.class_dropout_prob);
+    let stream = |purpose, row: usize| Stream::new(train.seed, purpose, batch.step, row as u64);
+    let mut t = Vec::with_capacity(rows.len());
+    let mut y = Vec::with_capacity(rows.len());
+    for (row, noise) in rows.zip(noise.chunks_mut(image.max(1))) {
+        stream(Purpose::Noise, row).fill_normal(noise);
+        let mut draw = stream(Purpose::Timestep, row);
+        t.push(match (model.objective, objective.time) {
+            (Objective::Ddpm, _) => draw.below(TRAINING_STEPS as u64) as f32,
+            (Objective::Flow, TimeSampling::Uniform) => TRAINING_STEPS as f32 * draw.uniform(),
+            (Objective::Flow, TimeSampling::LogitNormal) => {
+                let logit = objective.time_mean + objective.time_std * f64::from(draw.normal());
+                (TRAINING_STEPS as f64 / (1.0 + (-logit).exp())) as f32
+            }
+        });
+        let null = model.null_class().filter(|_| stream(Purpose::LabelDrop, row).chance(drop));
+        y.push(null.map_or(batch.y[row], |null| null as i64));
+    }
+    (t, y)
+}
+
 /// The CPU provider computes in f32.
 fn refuse_precision(config: &TrainConfig) -> Result<()> {
     let precision = config.train.precision;
-    if precision == Precision::F32 {
+    if precision == Precision::F32 || config.train.provider.is_gpu() {
         return Ok(());
     }
     Err(TrainError::BadValue {
@@ -308,7 +413,8 @@ fn refuse_precision(config: &TrainConfig) -> Result<()> {
 }
 
 fn session_options(config: &TrainConfig) -> SessionOptions {
-    SessionOptions { threads: config.train.threads, ..SessionOptions::default() }
+    let (threads, provider) = (config.train.threads, config.train.provider.clone());
+    SessionOptions { threads, provider, ..SessionOptions::default() }
 }
 
 /// The parameters of a model as declared: a step that is shared has the declarations of another init.
@@ -320,15 +426,13 @@ fn parameterisation(
     config: &TrainConfig,
     model: &DitConfig,
     declared: &Graph,
-    step: &CompiledStep,
-) -> Result<(MupTable, AdamW)> {
+    gradients: &ArenaLayout,
+) -> (MupTable, OptimizerSettings) {
     let train = &config.train;
     let mup = MupTable::new(declared, model)
         .with_conventions(config.mup.conventions())
         .with_init_scale(config.mup.init_scale);
-    let gradients = read_lock(&step.gradients)?.layout().clone();
-    let betas = (train.beta1, train.beta2, train.eps);
-    let optimizer = AdamW::new(read_lock(&step.parameters)?.layout(), &gradients, betas, train.threads)?;
-    let optimizer = optimizer.with_epsilons(mup.epsilons(&gradients, train.eps))?;
-    Ok((mup, optimizer))
+    let epsilons = mup.epsilons(gradients, train.eps);
+    let settings = OptimizerSettings { betas: (train.beta1, train.beta2), epsilons, threads: train.threads };
+    (mup, settings)
 }

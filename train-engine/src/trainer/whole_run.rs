@@ -8,7 +8,7 @@ use models::DitConfig;
 use runtime::memory::peak_resident_bytes;
 use runtime::{Runtime, SharedArena};
 
-use super::Trainer;
+use super::{MemoryPlan, Trainer};
 use crate::checkpoint::{self, RunLock, State};
 use crate::config::TrainConfig;
 use crate::data::{BatchPlan, Dataset, Loader};
@@ -69,6 +69,8 @@ pub enum Outcome {
 
 /// What a caller wants to be told during a run. Nothing here can change a result.
 pub trait Observer {
+    /// On a GPU: what the run will take of its memory. Nothing has been allocated yet.
+    fn planned(&mut self, _plan: &MemoryPlan) {}
     /// The run starts or goes on.
     fn started(&mut self, info: &RunInfo);
     /// A step is done.
@@ -116,7 +118,7 @@ pub fn run(
     let text = config.to_toml()?;
     runtime::file::write_atomically(run_dir.join(RUN_CONFIG_FILE), |out| out.write_all(text.as_bytes()))?;
 
-    let mut trainer = Trainer::new(runtime, config, &model)?;
+    let mut trainer = Trainer::planned(runtime, config, &model, &mut |plan| observer.planned(plan))?;
     if let Some((path, state)) = &found {
         trainer.read(path)?;
         trainer.loss_scale = state.loss_scale.or(trainer.loss_scale);
@@ -148,9 +150,17 @@ pub fn run(
     )?;
     let before = found.as_ref().map_or(0.0, |(_, state)| state.elapsed_seconds);
     let (start, mut last_save, mut last) = (Instant::now(), Instant::now(), Instant::now());
-    for batch in loader {
+    let mut batches = loader;
+    let mut next = batches.next();
+    while let Some(batch) = next {
         let batch = batch?;
-        let (loss, update) = trainer.step(&batch)?;
+        trainer.enqueue(&batch)?;
+        // While a GPU computes, the next batch is fetched, drawn and sent. A failure is told in its turn.
+        next = batches.next();
+        if let Some(Ok(next)) = &next {
+            trainer.prepare(next)?;
+        }
+        let (loss, update) = trainer.complete()?;
         if !trainer.goes_on(batch.step + 1, &loss, &update)? {
             let path = trainer.save_evidence(run_dir, &batch, &loss, update.grad_norm)?;
             return Err(TrainError::NotFinite { step: batch.step + 1, loss: loss.loss, evidence: path });
@@ -204,7 +214,7 @@ pub fn run(
             last_save = Instant::now();
         }
         if config.sample.every_steps > 0 && done % config.sample.every_steps == 0 {
-            observer.sample(done, &model, &trainer.ema)?;
+            observer.sample(done, &model, &trainer.average()?)?;
         }
         if stopped {
             return Ok(Outcome::Interrupted(done));

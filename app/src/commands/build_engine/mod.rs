@@ -1,42 +1,31 @@
 //! `mudit build-engine`: programs of a model as ONNX files with their weights and a manifest, tried out before they are seen.
 
+mod built_for;
+mod parameters;
+mod stages;
 mod validation;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use graph_builder::{DType, ExternalTensor, OnnxProgram, Precision, Shape, Weights};
-use half::{bf16, f16};
+use graph_builder::{Graph, OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
+use runtime::cuda::kernels::{self, Architecture};
 use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name};
-use runtime::provider::{CudaOptions, TensorRtOptions};
-use runtime::safetensors_file::SafetensorsReader;
-use runtime::{Engine, HostData, HostTensor, Provider, SessionOptions, write_safetensors_file};
+use runtime::{Engine, Provider, SessionOptions};
 use serde_json::json;
-use train_engine::mup::{MupTable, check_stamp};
-use train_engine::step::parameter_layout;
+use train_engine::mup::MupTable;
 
+use self::built_for::{BuiltFor, Target};
+use self::parameters::{Parameters, Source};
+use self::stages::{Stage, Stages};
 use self::validation::{Case, Report};
-use super::{Machine, guided_channels, triton, weights};
+use super::{Machine, guided_channels, triton};
 use crate::Usage;
 use crate::console;
-use crate::external::tensors;
-
-/// Who the engine is built for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ProviderName {
-    /// Emit only; nothing is loaded.
-    None,
-    /// Emit, load on ONNX Runtime's CPU kernels, validate and time a run.
-    Cpu,
-    /// NVIDIA GPUs through CUDA libraries.
-    Cuda,
-    /// NVIDIA GPUs through TensorRT.
-    Tensorrt,
-}
 
 /// Another program's layout of the directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -47,6 +36,7 @@ enum Export {
 
 /// Arguments of `mudit build-engine`.
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 pub struct BuildEngineArgs {
     /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, or a checkpoint directory.
     #[arg(long)]
@@ -69,13 +59,20 @@ pub struct BuildEngineArgs {
     /// Element type of the computation: f32, bf16 or f16; other than f32 for GPUs only.
     #[arg(long, default_value = "f32")]
     precision: Precision,
-    /// Who the engine is built for.
-    #[arg(long, value_enum, default_value = "cpu")]
-    provider: ProviderName,
+    /// Who the engine is built for: cpu, cuda, tensorrt; none only emits, nothing is loaded.
+    #[arg(long, default_value = "cpu")]
+    provider: BuiltFor,
+    /// The GPUs it is for: sm_80 (A100) or sm_90 (H100, H200); default this machine's. A CUDA engine for others than
+    /// this machine's is not tried out here; TensorRT builds on the GPU itself.
+    #[arg(long = "for", value_name = "SM")]
+    architecture: Option<Architecture>,
+    /// TensorRT: keep the weights out of what is built, so that new weights need no new build.
+    #[arg(long)]
+    refittable: bool,
     /// Write a model repository for another server instead of an engine: a model for each program and batch size.
     #[arg(long, value_enum)]
     export: Option<Export>,
-    /// Tell why an engine that is there is built again: each part of its key that differs.
+    /// Tell why an engine that is there is built again: each part of its key that differs; and who runs which nodes.
     #[arg(long)]
     explain: bool,
     /// Do not compare the built programs' answers with those of the reference before the engine is published.
@@ -91,67 +88,61 @@ pub struct BuildEngineArgs {
     machine: Machine,
 }
 
-/// Name of a weights file that had to be converted.
-const CONVERTED: &str = "weights.safetensors";
+/// A program to be built.
+struct Planned {
+    kind: ProgramKind,
+    batch: usize,
+    /// In the precision asked for.
+    graph: Graph,
+}
+
+impl Planned {
+    fn file(&self) -> String {
+        model_file_name(&self.kind.to_string(), self.batch)
+    }
+}
 
 impl BuildEngineArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        self.check_provider()?;
-        if let (Some(_), Some(kind)) = (self.export, self.programs.iter().find(|p| p.feeds_parameters())) {
-            let text =
-                format!("{kind} takes the parameters as inputs; a model repository is for sampling programs");
-            return Err(Usage(text).into());
-        }
-        let model = DitConfig::resolve(&self.model)?;
-        let carries = self.programs.iter().any(|p| !p.feeds_parameters());
-        let weights = match (&self.weights, carries) {
-            (Some(file), _) => Some(Parameters::open(&model, file, self.precision)?),
-            (None, true) => {
-                let names: Vec<_> =
-                    self.programs.iter().filter(|p| !p.feeds_parameters()).map(ToString::to_string).collect();
-                return Err(Usage(format!(
-                    "{} carries the model's parameters: give them with --weights FILE.safetensors",
-                    names.join(", ")
-                ))
-                .into());
-            }
-            (None, false) => None,
-        };
-        let batches = match (self.batch, self.buckets.as_slice()) {
-            (Some(n), _) => vec![n],
-            (None, []) => vec![1],
-            (None, buckets) => buckets.to_vec(),
-        };
         let start = Instant::now();
-        let mut built: Vec<(usize, OnnxProgram)> = Vec::new();
-        for &kind in &self.programs {
-            for &batch in &batches {
-                built.push((batch, self.emit(&model, kind, batch, weights.as_ref())?));
-            }
-        }
-        let seconds = start.elapsed().as_secs_f64();
-        let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
-        let file = weights.as_ref().filter(|_| carries).map(|w| w.file.as_path());
+        let target = self.check()?;
+        let model = DitConfig::resolve(&self.model)?;
+        let weights = match &self.weights {
+            Some(file) => Some(Source::open(&model, file, self.precision)?),
+            None => None,
+        };
+        let planned = self.plan(&model)?;
+        let carried = weights.as_ref().filter(|_| planned.iter().any(|p| !p.kind.feeds_parameters()));
         if let Some(Export::Triton) = self.export {
-            let models = triton::write_repository(&self.out, &programs, file)?;
-            if self.json {
-                return console::json(&json!({"repository": self.out, "models": models}));
-            }
-            return models.iter().try_for_each(|m| console::out(&m.display().to_string()));
+            return self.export_triton(&planned, carried, &target);
         }
         let known = Engine::open(&self.out).ok();
-        let stamp = weights.as_ref().filter(|_| carries).map(|w| w.stamp(known.as_ref())).transpose()?;
-        let key = self.key(&programs, stamp.as_ref());
+        let stamp = carried.map(|w| w.stamp(known.as_ref())).transpose()?;
+        let key = self.key(&planned, stamp.as_ref(), &target)?;
         let differences = known.as_ref().map(|engine| engine.manifest().key.differences(&key));
         self.tell_why(differences.as_deref())?;
         if let (Some(engine), Some([])) = (&known, differences.as_deref()) {
             return self.tell_nothing_to_do(engine, start.elapsed().as_secs_f64());
         }
+        let mut stages = self.stages(&planned, carried, &target);
+        let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
+        let built = self.emit(&planned, parameters.as_ref(), &mut stages)?;
+        let emit_seconds = start.elapsed().as_secs_f64();
+        let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
+        let file = parameters.as_ref().map(|w| w.file.as_path());
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
-        let reports = match self.provider() {
-            Some(provider) => self.try_out(provider, &model, &draft)?,
-            None => Vec::new(),
+        if let Some(architecture) = target.elsewhere() {
+            stages.begin(Stage::Kernels, &format!("for {architecture}"));
+            Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
+        }
+        let refitted = match (&known, differences.as_deref()) {
+            (Some(engine), Some([only])) if only.part == "weights" => {
+                target.take_compiled(engine, &mut draft)?
+            }
+            _ => false,
         };
+        let reports = self.try_out(&target, &model, &mut draft, refitted, &mut stages)?;
+        stages.end();
         if !reports.is_empty()
             && let Some(extra) = draft.manifest_mut().extra.as_object_mut()
         {
@@ -160,8 +151,8 @@ impl BuildEngineArgs {
         let manifest = draft.publish()?;
         if self.json {
             return console::json(&json!({
-                "engine": self.out, "emit_seconds": seconds, "manifest": manifest, "first_runs": reports,
-                "up_to_date": false, "differences": differences,
+                "engine": self.out, "emit_seconds": emit_seconds, "manifest": manifest, "first_runs": reports,
+                "up_to_date": false, "differences": differences, "refitted": refitted,
             }));
         }
         for p in &manifest.programs {
@@ -171,28 +162,95 @@ impl BuildEngineArgs {
         for report in reports {
             console::out(&format!("  {report}"))?;
         }
+        if let Some(architecture) = target.elsewhere() {
+            console::out(&format!("  not tried out: this machine has no GPU of {architecture}"))?;
+        }
         console::out(&format!(
-            "emitted in {seconds:.2} s, built in {:.2} s; the manifest is {}",
+            "emitted in {emit_seconds:.2} s, built in {:.2} s; the manifest is {}",
             start.elapsed().as_secs_f64(),
             self.out.join("engine.json").display()
         ))
     }
 
-    /// Everything that decides what the engine is.
-    fn key(&self, programs: &[(usize, &OnnxProgram)], weights: Option<&FileStamp>) -> EngineKey {
+    /// Refuses what cannot be built here before any work is done.
+    fn check(&self) -> anyhow::Result<Target> {
+        if let (Some(_), Some(kind)) = (self.export, self.programs.iter().find(|p| p.feeds_parameters())) {
+            let text =
+                format!("{kind} takes the parameters as inputs; a model repository is for sampling programs");
+            return Err(Usage(text).into());
+        }
+        if matches!(self.provider.0, Some(Provider::Cpu(_))) && self.precision != Precision::F32 {
+            let text = format!(
+                "programs for the CPU compute in f32: use --precision f32, or build for a GPU; --provider none only emits {}",
+                self.precision
+            );
+            return Err(Usage(text).into());
+        }
+        let carrying: Vec<_> =
+            self.programs.iter().filter(|p| !p.feeds_parameters()).map(ToString::to_string).collect();
+        if self.weights.is_none() && !carrying.is_empty() {
+            let text = format!(
+                "{} carries the model's parameters: give them with --weights FILE.safetensors",
+                carrying.join(", ")
+            );
+            return Err(Usage(text).into());
+        }
+        Target::find(&self.provider, self.architecture, self.refittable)
+    }
+
+    /// The programs in every batch size, as graphs.
+    fn plan(&self, model: &DitConfig) -> anyhow::Result<Vec<Planned>> {
+        let batches = match (self.batch, self.buckets.as_slice()) {
+            (Some(n), _) => vec![n],
+            (None, []) => vec![1],
+            (None, buckets) => buckets.to_vec(),
+        };
+        let mut planned = Vec::new();
+        for &kind in &self.programs {
+            for &batch in &batches {
+                let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
+                planned.push(Planned { kind, batch, graph: graph.in_precision(self.precision)? });
+            }
+        }
+        Ok(planned)
+    }
+
+    /// What is ahead.
+    fn stages(&self, planned: &[Planned], carried: Option<&Source<'_>>, target: &Target) -> Stages {
+        let elsewhere = target.elsewhere().is_some();
+        let tried = if self.provider.0.is_some() && !elsewhere { planned.len() } else { 0 };
+        Stages::new([
+            (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
+            (Stage::Emit, planned.len()),
+            (Stage::Kernels, usize::from(elsewhere)),
+            (Stage::Load, tried),
+            (Stage::Validate, tried),
+        ])
+    }
+
+    /// Everything that decides what the engine is. Programs count without their weights, which count by themselves: so
+    /// nothing has to be converted before it is known that there is something to do.
+    fn key(
+        &self,
+        planned: &[Planned],
+        weights: Option<&FileStamp>,
+        target: &Target,
+    ) -> anyhow::Result<EngineKey> {
         let mut key = EngineKey::default();
         key.set("mudit", env!("CARGO_PKG_VERSION"));
         key.set("onnxruntime", runtime::library::PINNED_VERSION);
-        key.set("provider", format!("{:?}", self.provider).to_lowercase());
+        key.set("provider", &self.provider);
         key.set("precision", self.precision);
         key.set("validation", if self.no_validation { "off" } else { "on" });
-        for (batch, p) in programs {
-            key.set(model_file_name(&p.name, *batch), runtime::file::sha256_bytes(&p.bytes));
+        target.add_to(&mut key);
+        for p in planned {
+            let bytes = p.graph.emit(Weights::Inputs)?.bytes;
+            key.set(p.file(), runtime::file::sha256_bytes(&bytes));
         }
         if let Some(stamp) = weights {
             key.set("weights", &stamp.sha256);
         }
-        key
+        Ok(key)
     }
 
     fn tell_why(&self, differences: Option<&[KeyDifference]>) -> anyhow::Result<()> {
@@ -216,50 +274,46 @@ impl BuildEngineArgs {
         console::out(&format!("`{}` is up to date ({seconds:.2} s)", self.out.display()))
     }
 
-    /// Refuses what cannot be built here before any work is done.
-    fn check_provider(&self) -> anyhow::Result<()> {
-        if let Some(provider) = self.provider() {
-            provider.check()?;
+    fn export_triton(
+        &self,
+        planned: &[Planned],
+        carried: Option<&Source<'_>>,
+        target: &Target,
+    ) -> anyhow::Result<()> {
+        let mut stages = self.stages(planned, carried, target);
+        let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
+        let built = self.emit(planned, parameters.as_ref(), &mut stages)?;
+        let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
+        let file = parameters.as_ref().map(|w| w.file.as_path());
+        let models = triton::write_repository(&self.out, &programs, file)?;
+        if self.json {
+            return console::json(&json!({"repository": self.out, "models": models}));
         }
-        if self.provider == ProviderName::Cpu && self.precision != Precision::F32 {
-            let text = format!(
-                "programs for the CPU compute in f32: use --precision f32, or build for a GPU; --provider none only emits {}",
-                self.precision
-            );
-            return Err(Usage(text).into());
-        }
-        Ok(())
-    }
-
-    /// Who runs the programs; `None` when nobody does.
-    fn provider(&self) -> Option<Provider> {
-        match self.provider {
-            ProviderName::None => None,
-            ProviderName::Cpu => Some(Provider::default()),
-            ProviderName::Cuda => Some(Provider::Cuda(CudaOptions::default())),
-            ProviderName::Tensorrt => Some(Provider::TensorRt(TensorRtOptions::default())),
-        }
+        models.iter().try_for_each(|m| console::out(&m.display().to_string()))
     }
 
     fn emit(
         &self,
-        model: &DitConfig,
-        kind: ProgramKind,
-        batch: usize,
+        planned: &[Planned],
         weights: Option<&Parameters>,
-    ) -> anyhow::Result<OnnxProgram> {
-        let graph =
-            program(model, kind, batch, self.cfg_channels)?.optimised()?.in_precision(self.precision)?;
-        let how = match weights {
-            Some(w) if !kind.feeds_parameters() => Weights::External { file: &w.name, tensors: &w.tensors },
-            _ => Weights::Inputs,
-        };
-        let emitted = graph.emit(how)?;
-        if self.provider == ProviderName::Cuda || self.precision != Precision::F32 {
-            // Function bodies are what runs there: no fused op has a kernel of its own on a GPU.
-            emitted.check_cuda(&|_, _| false)?;
+        stages: &mut Stages,
+    ) -> anyhow::Result<Vec<(usize, OnnxProgram)>> {
+        let mut built = Vec::new();
+        for p in planned {
+            stages.begin(Stage::Emit, &p.file());
+            let how = match weights {
+                Some(w) if !p.kind.feeds_parameters() => {
+                    Weights::External { file: &w.name, tensors: &w.tensors }
+                }
+                _ => Weights::Inputs,
+            };
+            let emitted = p.graph.emit(how)?;
+            if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
+                emitted.check_cuda(&kernels::has)?;
+            }
+            built.push((p.batch, emitted));
         }
-        Ok(emitted)
+        Ok(built)
     }
 
     fn notes(&self, model: &DitConfig, key: EngineKey) -> anyhow::Result<EngineNotes> {
@@ -268,7 +322,7 @@ impl BuildEngineArgs {
         Ok(EngineNotes {
             key,
             options: json!({
-                "provider": format!("{:?}", self.provider).to_lowercase(),
+                "provider": self.provider.to_string(),
                 "precision": self.precision.to_string(),
                 "guided_channels": format!("{:?}", self.cfg_channels),
             }),
@@ -282,28 +336,37 @@ impl BuildEngineArgs {
         })
     }
 
-    /// Loads each program, compares its answers with the reference's and times a run.
+    /// Loads each program, compares its answers with the reference's and times a run. Nothing, where nobody here can
+    /// run them.
     fn try_out(
         &self,
-        provider: Provider,
+        target: &Target,
         model: &DitConfig,
-        draft: &EngineDraft,
+        draft: &mut EngineDraft,
+        refitted: bool,
+        stages: &mut Stages,
     ) -> anyhow::Result<Vec<Report>> {
-        let runtime = self.machine.runtime_for(&provider)?;
-        let engine = draft.engine()?;
-        let options = SessionOptions {
-            threads: self.machine.threads,
-            provider,
-            record_placement: self.explain,
-            ..SessionOptions::default()
+        let Some(provider) = self.provider.0.as_ref().filter(|_| target.elsewhere().is_none()) else {
+            return Ok(Vec::new());
         };
-        let programs = &engine.manifest().programs;
+        let runtime = self.machine.runtime_for(provider)?;
+        let programs = draft.engine()?.manifest().programs.clone();
         let mut reports = Vec::new();
-        for (i, p) in programs.iter().enumerate() {
-            console::note(&format!("trying {} ({} of {})", p.file, i + 1, programs.len()));
+        for p in &programs {
+            stages.begin(Stage::Load, &p.file);
             let start = Instant::now();
-            let session = engine.session(&runtime, &p.name, p.batch, &options)?;
+            let (provider, compiled) = target.building(p, draft.directory(), refitted)?;
+            let options = SessionOptions {
+                threads: self.machine.threads,
+                provider,
+                record_placement: self.explain,
+                ..SessionOptions::default()
+            };
+            let session = draft.engine()?.session(&runtime, &p.name, p.batch, &options)?;
             let load_seconds = start.elapsed().as_secs_f64();
+            if let Some(file) = compiled {
+                draft.add_compiled(&p.name, p.batch, &file)?;
+            }
             if self.explain && !self.json {
                 let placement = session.placement()?;
                 let places =
@@ -318,79 +381,17 @@ impl BuildEngineArgs {
                 precision: self.precision,
                 weights: self.weights.as_deref(),
             };
+            stages.begin(Stage::Validate, &p.file);
             let place = || format!("trying {}", p.file);
-            let report = case.run(&session, load_seconds, !self.no_validation).with_context(place)?;
-            reports.push(report);
+            reports.push(case.run(&session, load_seconds, !self.no_validation).with_context(place)?);
         }
         Ok(reports)
     }
 }
 
-/// A weights file that programs can point into.
-struct Parameters {
-    /// The file as given.
-    source: PathBuf,
-    file: PathBuf,
-    name: String,
-    tensors: BTreeMap<String, ExternalTensor>,
-    /// Holds the converted file until the engine has its own.
-    _converted: Option<tempfile::TempDir>,
-}
-
-impl Parameters {
-    /// Checks a file's header against the model; converts the file where its tensors have not the types that the
-    /// programs take.
-    fn open(model: &DitConfig, file: &Path, precision: Precision) -> anyhow::Result<Self> {
-        let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
-        let layout = parameter_layout(&graph)?;
-        let graph = graph.optimised()?.in_precision(precision)?;
-        let dtypes: BTreeMap<&str, DType> =
-            graph.parameters().iter().map(|p| (p.name.as_str(), p.dtype)).collect();
-        let dtype = |name: &str| dtypes.get(name).copied().unwrap_or(DType::F32);
-        let reader = SafetensorsReader::open(file)?;
-        check_stamp(&reader.metadata(), model, file)?;
-        layout
-            .expect(&reader, false)
-            .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))?;
-        let fits = |name: &String| {
-            matches!(
-                (reader.dtype(name), dtype(name)),
-                (Ok(safetensors::Dtype::F32), DType::F32)
-                    | (Ok(safetensors::Dtype::BF16), DType::Bf16)
-                    | (Ok(safetensors::Dtype::F16), DType::F16)
-            )
-        };
-        let source = file.to_path_buf();
-        if layout.entries().keys().all(fits) {
-            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let tensors = tensors(&reader, &layout, dtype)?;
-            return Ok(Self { source: source.clone(), file: source, name, tensors, _converted: None });
-        }
-        let directory = tempfile::tempdir().context("a place for the converted weights")?;
-        let path = directory.path().join(CONVERTED);
-        let values = weights::read(model, file)?;
-        let converted = values
-            .iter()
-            .map(|(name, entry, values)| Ok((name.to_owned(), narrowed(&entry.shape, values, dtype(name))?)))
-            .collect::<anyhow::Result<_>>()?;
-        write_safetensors_file(&path, &converted, &BTreeMap::new())?;
-        let tensors = tensors(&SafetensorsReader::open(&path)?, &layout, dtype)?;
-        Ok(Self { source, file: path, name: CONVERTED.into(), tensors, _converted: Some(directory) })
+fn place(source: &Source<'_>, stages: &mut Stages) -> anyhow::Result<Parameters> {
+    if !source.fits() {
+        stages.begin(Stage::Convert, "");
     }
-
-    /// What the given file is; its hash is that of an earlier build where size and time are the same.
-    fn stamp(&self, known: Option<&Engine>) -> anyhow::Result<FileStamp> {
-        let weights = known.and_then(|engine| engine.manifest().weights.as_ref());
-        Ok(FileStamp::of(&self.source, weights.and_then(|w| w.source.as_ref()))?)
-    }
-}
-
-/// Values as a tensor of another float type.
-fn narrowed(shape: &Shape, values: &[f32], dtype: DType) -> anyhow::Result<HostTensor> {
-    let data = match dtype {
-        DType::Bf16 => HostData::Bf16(values.iter().map(|v| bf16::from_f32(*v)).collect()),
-        DType::F16 => HostData::F16(values.iter().map(|v| f16::from_f32(*v)).collect()),
-        DType::F32 | DType::I64 | DType::Bool => HostData::F32(values.to_vec()),
-    };
-    Ok(HostTensor::new(shape.clone(), data)?)
+    source.place()
 }

@@ -7,11 +7,12 @@ use clap::{Args, ValueEnum};
 use runtime::file::{sha256_file, write_atomically};
 use serde_json::{Value, json};
 
-use super::super::Machine;
+use super::super::{Machine, Target};
 use super::network::{self, NetworkArgs};
 use super::set::{self, CheckpointArgs, SetArgs};
 use crate::Usage;
 use crate::console;
+use crate::execution::Execution;
 use crate::fid::evaluation::{Features, KEPT_SAMPLES, Settings};
 use crate::fid::extractor::Description;
 use crate::fid::metrics::frechet;
@@ -41,6 +42,9 @@ pub(super) struct CalcArgs {
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
+    /// Of --checkpoint the samples; the features are in f32.
+    #[command(flatten)]
+    target: Target,
     #[command(flatten)]
     machine: Machine,
 }
@@ -69,12 +73,13 @@ impl CalcArgs {
             return self.of_statistics(Path::new(input));
         }
         let choice = self.network.choice()?;
-        let images = self.images()?;
+        let execution = self.target.execution(self.machine)?;
+        let images = self.images(&execution)?;
         let reference = self.reference.as_deref().map(Other::read).transpose()?;
-        let runtime = self.machine.runtime()?;
+        let runtime = self.machine.runtime_for(&execution.provider)?;
         let mut source = set::open(&images, &runtime, self.machine.offline)?;
         check_count(Side::Samples, source.count(), self.set.few)?;
-        let mut network = network::open(&choice, &runtime, self.machine.threads, self.machine.offline)?;
+        let mut network = network::open(&choice, &runtime, &execution, self.machine.offline)?;
         if let Some(reference) = &reference {
             reference.fits(network.describe())?;
         }
@@ -88,7 +93,7 @@ impl CalcArgs {
             return set::tell_shard(&part, self.json);
         };
         let features = set::alone(part)?;
-        let how = How { choice: Some(choice), few: self.set.few, threads: self.machine.threads };
+        let how = How { choice: Some(choice), few: self.set.few, execution };
         let report = judge(&features, &reference, self.scoring, how)?;
         finish(&report, &self.out, self.json)?;
         if self.set.keep_work { Ok(()) } else { features.remove() }
@@ -114,7 +119,7 @@ impl CalcArgs {
             "metrics": { "fid": fid, "sfid": sfid },
             "samples": file(path, &a)?,
             "reference": file(reference, &b)?,
-            "machine": report::Machine::here(self.machine.threads),
+            "machine": report::Machine::here(&Execution::cpu(self.machine.threads)),
         });
         let text = serde_json::to_vec_pretty(&result)?;
         write_atomically(&self.out, |w| w.write_all(&text))?;
@@ -126,14 +131,14 @@ impl CalcArgs {
         console::out(&self.out.display().to_string())
     }
 
-    fn images(&self) -> anyhow::Result<Images> {
+    fn images(&self, execution: &Execution) -> anyhow::Result<Images> {
         let Some(path) = &self.checkpoint.checkpoint else { return Ok(self.set.images()) };
         let count = self
             .set
             .count
             .filter(|n| *n > 0)
             .ok_or_else(|| Usage("-n says how many samples are made, such as -n 50000".into()))?;
-        Ok(Images::Checkpoint(Box::new(self.checkpoint.recipe(path, count, self.machine)?)))
+        Ok(Images::Checkpoint(Box::new(self.checkpoint.recipe(path, count, execution)?)))
     }
 }
 
@@ -183,7 +188,7 @@ impl Other {
 pub(super) struct How {
     pub(super) choice: Option<NetworkChoice>,
     pub(super) few: bool,
-    pub(super) threads: usize,
+    pub(super) execution: Execution,
 }
 
 /// All metrics of features against a reference.
@@ -240,7 +245,7 @@ pub(super) fn judge_with(
         reference: about,
         network_choice: how.choice,
         settings,
-        machine: report::Machine::here(how.threads),
+        machine: report::Machine::here(&how.execution),
     })
 }
 

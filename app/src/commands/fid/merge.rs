@@ -8,6 +8,7 @@ use super::calc::{self, How, Other, Scoring};
 use super::network::NetworkArgs;
 use super::reference;
 use crate::Usage;
+use crate::execution::Execution;
 use crate::fid::evaluation::Features;
 use crate::fid::part::Part;
 use crate::fid::plan::Side;
@@ -59,7 +60,7 @@ impl MergeArgs {
                 let other = Other::read(&path)?;
                 other.fits(&features.plan().network)?;
                 let choice = Some(self.network.choice()?);
-                let how = How { choice, few: self.few, threads: 0 };
+                let how = How { choice, few: self.few, execution: Execution::default() };
                 let report = calc::judge(&features, &other, self.scoring, how)?;
                 let out = self.out.unwrap_or_else(|| "fid.json".into());
                 calc::finish(&report, &out, self.json)?;

@@ -8,6 +8,7 @@ use runtime::Runtime;
 
 use crate::Usage;
 use crate::console;
+use crate::execution::Execution;
 use crate::fid::extractor::{Extractor, Network, Options, Preset, Taps, weights};
 use crate::fid::report::NetworkChoice;
 
@@ -67,7 +68,7 @@ impl NetworkArgs {
 pub(super) fn open(
     choice: &NetworkChoice,
     runtime: &Arc<Runtime>,
-    threads: usize,
+    execution: &Execution,
     offline: bool,
 ) -> anyhow::Result<Extractor> {
     let (network, taps) = match (choice.preset, &choice.file) {
@@ -94,5 +95,10 @@ pub(super) fn open(
         }
         (None, None) => return Err(Usage("the result names neither a preset nor a network".into()).into()),
     };
-    Extractor::open(runtime, &network, &Options { threads, batch: choice.batch, taps }, &console::note)
+    Extractor::open(
+        runtime,
+        &network,
+        &Options { execution: execution.in_f32(), batch: choice.batch, taps },
+        &console::note,
+    )
 }

@@ -9,6 +9,7 @@ use super::super::Machine;
 use super::calc::{self, How, Other};
 use super::{network, set};
 use crate::console;
+use crate::execution::Execution;
 use crate::fid::evaluation::{Features, KEPT_REFERENCE, KEPT_SAMPLES};
 use crate::fid::extractor::{Extractor, Preset};
 use crate::fid::metrics::inception_score::Splits;
@@ -42,7 +43,8 @@ pub(in super::super) fn distances(
     machine: Machine,
 ) -> anyhow::Result<Distances> {
     let choice = NetworkChoice::preset(Preset::Fashion);
-    let network = network::open(&choice, runtime, machine.threads, machine.offline)?;
+    let execution = Execution::cpu(machine.threads);
+    let network = network::open(&choice, runtime, &execution, machine.offline)?;
     let count = recipe.count;
     let mut judge = Judge { runtime, network, work: run.join("fid.part"), machine };
     let place = data.map_or(String::new(), |d| format!("@{}", d.display()));
@@ -54,7 +56,7 @@ pub(in super::super) fn distances(
     let reference = Other::read(&reference)?;
     let mut report = |images| -> anyhow::Result<_> {
         let features = judge.features(Side::Samples, images)?;
-        let how = How { choice: Some(choice.clone()), few: true, threads: machine.threads };
+        let how = How { choice: Some(choice.clone()), few: true, execution: execution.clone() };
         let report = calc::judge_with(&features, &reference, Splits::ADM, how)?;
         features.remove()?;
         Ok(report)

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
 use clap::Args;
+use runtime::Provider;
 use runtime::file::sha256_file;
 use serde_json::json;
 
@@ -11,6 +12,7 @@ use super::super::Machine;
 use super::network::{self, NetworkArgs};
 use super::set::{self, SetArgs};
 use crate::console;
+use crate::execution::Execution;
 use crate::fid::evaluation::{Features, KEPT_REFERENCE};
 use crate::fid::plan::{Plan, Shard, Side};
 use crate::fid::report::check_count;
@@ -35,6 +37,9 @@ pub(super) struct RefArgs {
     /// Print a JSON report.
     #[arg(long)]
     json: bool,
+    /// Who runs the network, always in f32: cpu, cuda, tensorrt; cuda:1 is the GPU of that number.
+    #[arg(long, default_value = "cpu", env = "MUDIT_PROVIDER")]
+    provider: Provider,
     #[command(flatten)]
     machine: Machine,
 }
@@ -42,11 +47,13 @@ pub(super) struct RefArgs {
 impl RefArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let choice = self.network.choice()?;
-        let runtime = self.machine.runtime()?;
+        let execution = Execution { provider: self.provider.clone(), ..Execution::cpu(self.machine.threads) };
+        execution.check()?;
+        let runtime = self.machine.runtime_for(&execution.provider)?;
         let images = self.set.images();
         let mut source = set::open(&images, &runtime, self.machine.offline)?;
         let warning = check_count(Side::Reference, source.count(), self.set.few)?;
-        let mut network = network::open(&choice, &runtime, self.machine.threads, self.machine.offline)?;
+        let mut network = network::open(&choice, &runtime, &execution, self.machine.offline)?;
         let plan = Plan::new(
             Side::Reference,
             images,

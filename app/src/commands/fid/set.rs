@@ -11,9 +11,10 @@ use train_engine::signals::StopSignal;
 
 use super::super::solving::Solving;
 use super::super::weights::{self, Loaded, Which};
-use super::super::{Machine, guided_channels, sample};
+use super::super::{guided_channels, sample};
 use crate::Usage;
 use crate::console;
+use crate::execution::{Execution, Placed};
 use crate::fid::evaluation::Features;
 use crate::fid::extractor::Extractor;
 use crate::fid::part::Part;
@@ -96,7 +97,7 @@ pub(super) struct CheckpointArgs {
 
 impl CheckpointArgs {
     /// All that decides about the samples, looked up in the checkpoint.
-    pub(super) fn recipe(&self, path: &Path, count: u64, machine: Machine) -> anyhow::Result<Recipe> {
+    pub(super) fn recipe(&self, path: &Path, count: u64, execution: &Execution) -> anyhow::Result<Recipe> {
         if self.sample_batch == 0 {
             return Err(Usage("--sample-batch must be 1 or more".into()).into());
         }
@@ -111,7 +112,7 @@ impl CheckpointArgs {
             guidance: self.solving.cfg,
             guided: self.solving.guided(model)?,
             batch: self.sample_batch,
-            threads: machine.threads,
+            execution: execution.clone(),
         };
         Ok(Recipe {
             weights: if self.weights == Which::Ema { "ema" } else { "model" }.to_owned(),
@@ -149,7 +150,9 @@ pub(in super::super) fn recipe(
         seed,
         count,
         batch: settings.batch,
-        threads: settings.threads,
+        threads: settings.execution.threads,
+        provider: settings.execution.provider.to_string(),
+        precision: settings.execution.precision,
     })
 }
 
@@ -191,9 +194,14 @@ fn sampled(recipe: &Recipe, runtime: &Arc<Runtime>) -> anyhow::Result<Sampled> {
         guidance: recipe.cfg,
         guided: guided_channels(&recipe.cfg_channels).map_err(|_| usage("guidance"))?,
         batch: recipe.batch,
-        threads: recipe.threads,
+        execution: Execution {
+            provider: recipe.provider.parse().map_err(|_| usage("provider"))?,
+            precision: recipe.precision,
+            threads: recipe.threads,
+        },
     };
-    let sampler = Sampler::new(runtime, &loaded.model, &loaded.parameters, &settings)?;
+    let placed = Placed::of(&loaded.parameters, &loaded.model, &settings.execution)?;
+    let sampler = Sampler::new(runtime, &loaded.model, &placed, &settings)?;
     let classes = recipe.classes.clone().map_or(Classes::Random, Classes::Cycle);
     Sampled::new(sampler, &loaded.model, classes, recipe.seed, recipe.count, recipe.batch)
 }

@@ -12,7 +12,8 @@ use super::calc::{self, How, Other};
 use super::{network, set};
 use crate::Usage;
 use crate::console;
-use crate::fid::plan::Shard;
+use crate::execution::Execution;
+use crate::fid::plan::{Images, Shard};
 use crate::fid::report::Report;
 
 /// Arguments of `mudit fid verify`.
@@ -51,8 +52,18 @@ impl VerifyArgs {
             reference.display(),
             said.reference.sha256
         );
-        let machine = Machine { threads: said.machine.threads, offline: self.offline };
-        let runtime = machine.runtime()?;
+        let execution =
+            Execution { provider: said.machine.provider.parse()?, ..Execution::cpu(said.machine.threads) };
+        let sampled_by = match &said.samples.images {
+            Images::Checkpoint(recipe) => recipe.provider.parse()?,
+            Images::Files { .. } => execution.provider.clone(),
+        };
+        execution.check()?;
+        sampled_by.check()?;
+        let machine = Machine { threads: execution.threads, offline: self.offline };
+        // A library for GPUs runs programs on the CPU, too.
+        let runtime =
+            machine.runtime_for(if sampled_by.is_gpu() { &sampled_by } else { &execution.provider })?;
         let mut source = set::open(&said.samples.images, &runtime, self.offline)?;
         ensure!(
             source.count() == said.samples.count,
@@ -60,7 +71,7 @@ impl VerifyArgs {
             source.count(),
             said.samples.count
         );
-        let mut extractor = network::open(&choice, &runtime, machine.threads, self.offline)?;
+        let mut extractor = network::open(&choice, &runtime, &execution, self.offline)?;
         if let Some(what) = said.samples.network.differs_from(extractor.describe()) {
             bail!("the network is another one ({what}, then against now)");
         }
@@ -74,7 +85,7 @@ impl VerifyArgs {
         let part = set::run(&plan, Shard::WHOLE, &work, source.as_mut(), &mut extractor)?;
         let features = set::alone(part)?;
         let pixels = features.pixels_sha256();
-        let how = How { choice: None, few: true, threads: machine.threads };
+        let how = How { choice: None, few: true, execution };
         let again = calc::judge_with(&features, &other, said.settings.splits, how)?;
         features.remove()?;
         let rows = rows(&said, &again, self.tolerance);

@@ -15,7 +15,7 @@ use train_engine::config::TrainConfig;
 use train_engine::data::{self, Dataset};
 use train_engine::sweep::{Event, Journals, Plan, SweepSpec, journal::Writer};
 
-use super::Machine;
+use super::{Machine, TargetOverrides};
 use crate::Usage;
 use crate::console;
 
@@ -65,6 +65,8 @@ pub(super) struct Which {
     /// Overrides of the run that is varied, such as `train.steps=100`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
     pub(super) overrides: Vec<String>,
+    #[command(flatten)]
+    pub(super) target: TargetOverrides,
     /// The sweep's folder.
     #[arg(long)]
     pub(super) out: PathBuf,
@@ -97,11 +99,13 @@ impl Which {
             }
         };
         let (mut spec, mut base) = SweepSpec::load(path, &self.overrides)?;
+        if let Some(precision) = self.target.precision {
+            base.train.precision = precision;
+        }
         spec.config = None;
         spec.run = Some(base.to_toml()?.parse()?);
-        if base.train.threads == 0 {
-            base.train.threads = machine.threads;
-        }
+        // Each worker's own.
+        self.target.apply(&mut base, machine);
         let dataset = data::open(&base.data, machine.offline, &console::note)?;
         let plan = Plan::new(&spec, &base, dataset.as_ref())?;
         if save {

@@ -10,6 +10,7 @@ use train_engine::sweep::plan::{StepCost, TRIALS_FILE, step_cost};
 use train_engine::sweep::{Journals, Trial};
 use train_engine::trainer::Trainer;
 
+use super::super::of_training;
 use super::{Machine, Opened, Which};
 use crate::Usage;
 use crate::console;
@@ -82,7 +83,8 @@ impl PlanArgs {
             return Ok((f64::NAN, "unknown".into()));
         };
         let trial = row.trials[0];
-        let runtime = self.machine.runtime()?;
+        of_training(&opened.base).check()?;
+        let runtime = self.machine.runtime_for(&opened.base.train.provider)?;
         let mut trainer = Trainer::shared(&runtime, &trial.config, &trial.model)?;
         let plan = BatchPlan::new(0, opened.dataset.len(), trial.config.train.batch_size)?;
         let data = &trial.config.data;

@@ -9,6 +9,7 @@ use train_engine::signals::StopSignal;
 use train_engine::sweep::worker::News;
 use train_engine::sweep::{Journals, Status, Summary, Work};
 
+use super::super::of_training;
 use super::{Machine, Opened, Which, number};
 use crate::Usage;
 use crate::console;
@@ -39,7 +40,8 @@ impl RunArgs {
             return Err(Usage(format!("--index {index} is not below --of {of}")).into());
         }
         let opened = self.which.open(self.machine, true)?;
-        let runtime = self.machine.runtime()?;
+        of_training(&opened.base).check()?;
+        let runtime = self.machine.runtime_for(&opened.base.train.provider)?;
         let stop = StopSignal::install()?;
         let summary = work(&opened, &runtime, &stop, index, of)?;
         let journals = Journals::open(&opened.folder)?;

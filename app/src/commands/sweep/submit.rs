@@ -81,13 +81,14 @@ impl SubmitArgs {
              #SBATCH --signal=TERM@60\n\
              #SBATCH --output={folder}/slurm-%A_%a.out\n\
              # A task that is started again goes on with the trials that have no result; no trial is ever done twice.\n\
-             srun mudit sweep run --offline --out {quoted} --threads {cpus} --index \"$SLURM_ARRAY_TASK_ID\" --of {tasks} && exit 0\n\
+             srun mudit sweep run --offline --out {quoted}{provider} --threads {cpus} --index \"$SLURM_ARRAY_TASK_ID\" --of {tasks} && exit 0\n\
              # Stopped at the time limit, or failed.\n\
              [ \"${{SLURM_RESTART_COUNT:-0}}\" -lt 20 ] && scontrol requeue \"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}\"\n",
             last = tasks - 1,
             cpus = self.cpus,
             time = self.time,
             quoted = shell_quoted(folder),
+            provider = self.provider(),
         )
     }
 
@@ -136,11 +137,19 @@ spec:
             cpus = self.cpus,
             mount = q(folder)?,
             run = q(&format!(
-                "exec mudit sweep run --offline --out {} --threads {} --index \"$JOB_COMPLETION_INDEX\" --of {tasks}",
+                "exec mudit sweep run --offline --out {}{} --threads {} --index \"$JOB_COMPLETION_INDEX\" --of {tasks}",
                 shell_quoted(folder),
+                self.provider(),
                 self.cpus
             ))?,
         ))
+    }
+}
+
+impl SubmitArgs {
+    /// The workers' option, where it was given.
+    fn provider(&self) -> String {
+        self.which.target.provider.as_ref().map_or(String::new(), |p| format!(" --provider {p}"))
     }
 }
 

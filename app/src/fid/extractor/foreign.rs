@@ -8,7 +8,7 @@ use graph_builder::DType;
 use ndarray::Array2;
 use rayon::prelude::*;
 use runtime::file::sha256_file;
-use runtime::{ForeignModel, Port, Runtime, SessionOptions};
+use runtime::{ForeignModel, Port, Runtime};
 
 use super::resize::{Filter, Plan};
 use super::{Description, Features, ImageBatch, Options};
@@ -59,8 +59,7 @@ impl ForeignNetwork {
             mean.iter().chain(&std).all(|v| v.is_finite()) && std.iter().all(|v| *v != 0.0),
             "mean {mean:?} and std {std:?} must be finite, and std not 0"
         );
-        let session = SessionOptions { threads: options.threads, ..SessionOptions::default() };
-        let model = ForeignModel::load(runtime, path, &session)?;
+        let model = ForeignModel::load(runtime, path, &options.execution.session_options())?;
         let images = |p: &Port| p.dtype == Some(DType::F32) && p.dims.len() == 4;
         let vectors = |p: &Port| p.dtype == Some(DType::F32) && p.dims.len() >= 2;
         let from = choose(path, "input", model.inputs(), input, "f32 images of rank 4", images)?;
@@ -100,7 +99,7 @@ impl ForeignNetwork {
             weights_sha256: sha256_file(path)?,
             preprocessing: words,
             precision: "f32".to_owned(),
-            runtime: super::runtime_in_words(runtime),
+            runtime: super::runtime_in_words(runtime, &options.execution)?,
             pool: this.width,
             spatial: None,
             logits: None,

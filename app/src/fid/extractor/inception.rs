@@ -1,22 +1,20 @@
 //! The FID Inception network as an extractor.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::ensure;
-use graph_builder::{ExternalTensor, Graph, Type, Weights};
+use graph_builder::Graph;
 use models::inception::{CLASSES, POOL, SIDE, SPATIAL, features};
 use ndarray::Array2;
 use rayon::prelude::*;
 use runtime::file::sha256_file;
-use runtime::{Binding, Runtime, Session, SessionOptions};
+use runtime::{Binding, Runtime};
+
+use crate::execution::{Execution, Placed};
 
 use super::resize::{Filter, Plan};
 use super::{Description, Features, ImageBatch, Options, Preset, weights};
 
-/// Name of the initializers' file: it exists in memory only.
-const IN_MEMORY: &str = "weights";
 /// Values of an image before the network.
 const INPUT: usize = 3 * SIDE * SIDE;
 
@@ -87,7 +85,7 @@ impl InceptionNetwork {
         let taps = models::inception::Taps { spatial: options.taps.spatial, logits: options.taps.logits };
         let graph = features(options.batch, SIDE, taps)?;
         let parameters = weights::parameters(weights_file, &graph)?;
-        let binding = load(runtime, &graph, &parameters, options.threads)?;
+        let binding = load(runtime, &graph, &parameters, &options.execution)?;
         let description = Description {
             preset: preset.to_string(),
             network: "FID Inception-v3, 2015-12-05".to_owned(),
@@ -95,7 +93,7 @@ impl InceptionNetwork {
             weights_sha256: sha256_file(weights_file)?,
             preprocessing: preprocessing.words.to_owned(),
             precision: "f32".to_owned(),
-            runtime: super::runtime_in_words(runtime),
+            runtime: super::runtime_in_words(runtime, &options.execution)?,
             pool: POOL,
             spatial: taps.spatial.then_some(SPATIAL),
             logits: taps.logits.then_some(CLASSES),
@@ -146,26 +144,9 @@ pub(super) fn load(
     runtime: &Arc<Runtime>,
     graph: &Graph,
     parameters: &[Vec<f32>],
-    threads: usize,
+    execution: &Execution,
 ) -> anyhow::Result<Binding> {
-    let mut tensors = BTreeMap::new();
-    let mut bytes = Vec::new();
-    for (parameter, values) in graph.parameters().iter().zip(parameters) {
-        ensure!(
-            values.len() == parameter.numel(),
-            "internal: parameter `{}` has {} values, expected {}",
-            parameter.name,
-            values.len(),
-            parameter.numel()
-        );
-        let offset = bytes.len() as u64;
-        bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-        let (ty, length) = (Type::f32(parameter.shape()), bytes.len() as u64 - offset);
-        tensors.insert(parameter.name.clone(), ExternalTensor { ty, offset, length });
-        bytes.resize(bytes.len().next_multiple_of(64), 0);
-    }
-    let program = graph.optimised()?.emit(Weights::External { file: IN_MEMORY, tensors: &tensors })?;
-    let options = SessionOptions { threads, ..SessionOptions::default() };
-    let session = Session::load(runtime, &program, &runtime::Weights::Memory(bytes.into()), &options)?;
-    Ok(Binding::owned(&session)?)
+    let values = graph.parameters().iter().zip(parameters);
+    let values = values.map(|(p, values)| Ok((p.name.as_str(), p.shape(), p.dtype, values.as_slice())));
+    Placed::constants(values)?.load(runtime, graph, execution, &execution.session_options())
 }

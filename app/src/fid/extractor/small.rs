@@ -46,7 +46,7 @@ impl SmallNetwork {
             None => cache_path(seed)?,
         };
         if weights.is_none() && !path.exists() {
-            train(runtime, &path, seed, offline, options.threads, progress)?;
+            train(runtime, &path, seed, offline, options.execution.threads, progress)?;
         }
         let layout = parameter_layout(&FASHION.features(1)?)?;
         let arena = Arena::read_safetensors(&layout, &path, false)?;
@@ -54,7 +54,12 @@ impl SmallNetwork {
         if let Some(accuracy) = &accuracy {
             progress(&format!("classifier: test accuracy {accuracy}, {}", path.display()));
         }
-        let model = ClassifierModel::new(runtime, FASHION, arena.into_shared(), options.threads)?;
+        let model = ClassifierModel::new(
+            runtime,
+            FASHION,
+            arena.into_shared(),
+            &options.execution.session_options(),
+        )?;
         let accuracy = accuracy.map_or(String::new(), |a| format!(", test accuracy {a}"));
         let description = Description {
             preset: "fashion".to_owned(),
@@ -63,7 +68,7 @@ impl SmallNetwork {
             weights_sha256: sha256_file(&path)?,
             preprocessing: "28x28 grey; x/127.5-1".to_owned(),
             precision: "f32".to_owned(),
-            runtime: super::runtime_in_words(runtime),
+            runtime: super::runtime_in_words(runtime, &options.execution)?,
             pool: FEATURES,
             spatial: None,
             logits: options.taps.logits.then_some(FASHION.classes),

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use graph_builder::Weights;
 use models::{COEFFICIENTS, DitConfig, Guidance, ProgramKind, SolverPlan, SolverStep, program};
-use runtime::{Binding, Runtime, Session, SessionOptions, SharedArena};
+use runtime::{Binding, Runtime, SessionOptions};
 use train_engine::random::{Purpose, Stream};
+
+use crate::execution::{Execution, Placed};
 
 /// An image on its way. Nothing in it depends on its neighbours in a batch.
 #[derive(Clone, Debug)]
@@ -93,11 +94,11 @@ pub struct Recipe {
     /// The model.
     pub model: DitConfig,
     /// Its parameters, shared by all programs.
-    pub parameters: SharedArena,
+    pub parameters: Placed,
     /// Channels that guidance changes.
     pub guided: Guidance,
-    /// Threads of a step.
-    pub threads: usize,
+    /// Who computes a step, and in what.
+    pub execution: Execution,
 }
 
 impl RowProgram {
@@ -109,16 +110,12 @@ impl RowProgram {
         let model = &recipe.model;
         let null_class = model.null_class().map(|n| n as i64);
         let guided = if null_class.is_some() { recipe.guided } else { Guidance::Off };
-        let graph = program(model, ProgramKind::StepRows, rows, guided)?.optimised()?;
+        let graph = program(model, ProgramKind::StepRows, rows, guided)?;
         // Requests, decoding and PNG want the cores between the ops: threads that spin there slow the server down.
-        let options =
-            SessionOptions { threads: recipe.threads, spinning: false, ..SessionOptions::default() };
-        let inside = runtime::Weights::Inside;
-        let session = Session::load(&recipe.runtime, &graph.emit(Weights::Inputs)?, &inside, &options)?;
-        let mut builder = Binding::builder(&session);
-        builder.bind_inputs_by_name(&recipe.parameters)?;
+        let options = SessionOptions { spinning: false, ..recipe.execution.session_options() };
+        let binding = recipe.parameters.load(&recipe.runtime, &graph, &recipe.execution, &options)?;
         let values = model.in_channels * model.input_size * model.input_size;
-        Ok(Self { binding: builder.finish()?, rows, values, null_class, paired: guided != Guidance::Off })
+        Ok(Self { binding, rows, values, null_class, paired: guided != Guidance::Off })
     }
 
     /// Makes one step of all slots; the rows that they leave are computed for nothing.

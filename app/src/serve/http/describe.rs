@@ -85,7 +85,8 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({
         "name": "mudit", "version": env!("CARGO_PKG_VERSION"), "phase": format!("{:?}", app.batcher.phase()).to_lowercase(),
         "ready": app.ready(), "uptime_seconds": app.metrics.uptime().as_secs_f64(),
-        "threads": app.threads, "api_key_needed": !app.keys.is_empty(),
+        "threads": app.execution.threads,
+        "provider": app.execution.provider.to_string(), "precision": app.execution.precision, "api_key_needed": !app.keys.is_empty(),
         "models": (0..app.sources.len()).map(model).collect::<Vec<_>>(),
         "slot_use": stats.rows_used as f64 / (stats.rows_run as f64).max(1.0),
         "limits": {

@@ -43,6 +43,7 @@ use super::batching::{Batcher, Phase};
 use super::engine::ModelReport;
 use super::metrics::Metrics;
 use super::model::Source;
+use crate::execution::Execution;
 use auth::Keys;
 use error::{ApiError, ApiResult};
 use fields::Fields;
@@ -97,7 +98,7 @@ pub(crate) struct App {
     /// Set once the models are loaded.
     pub(crate) reports: OnceLock<Vec<ModelReport>>,
     pub(crate) limits: Limits,
-    pub(crate) threads: usize,
+    pub(crate) execution: Execution,
     pub(crate) keys: Keys,
     pub(crate) metrics: Metrics,
     pub(crate) jobs: jobs::Jobs,

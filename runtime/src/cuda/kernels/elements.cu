@@ -18,7 +18,7 @@ DEVICE float gelu(float x) {
 // With s = 1 / (1 + e^(-2u)) the derivative is s + 2 x s (1 - s) u', where 1 - s = e^(-2u) s: no difference of nearly
 // equal numbers. Outside +-20 it is 0 or 1 to the last bit.
 DEVICE float gelu_slope(float x) {
-    x = x < -20.0f ? -20.0f : x > 20.0f ? 20.0f : x;
+    x = x < -10.0f ? -10.0f : x > 10.0f ? 10.0f : x;
     const float square = x * x, u = C * x * (1.0f + K * square), e = exp_fast(-2.0f * u), s = 1.0f / (1.0f + e);
     return s + 2.0f * x * s * (e * s) * (C * (1.0f + 3.0f * K * square));
 }

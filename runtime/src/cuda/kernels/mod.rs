@@ -4,19 +4,36 @@
 //! inline assembly, and `types.cuh`. Kernels are named `<kernel>_<element type>`.
 
 mod compile;
+mod gpu_queue;
+mod loaded;
 mod native;
+pub(crate) mod operator;
+mod products;
 mod queue;
+mod scratch;
+mod update;
 
 use std::fmt;
 use std::str::FromStr;
 
+use graph_builder::DType;
+
 use crate::error::RuntimeError;
+use crate::kernels::Op;
 
 pub use compile::{Compiled, Compiler, KernelInfo};
+pub use gpu_queue::GpuQueue;
+pub(crate) use loaded::Loaded;
 pub use native::{NativeOp, Place};
 pub use queue::{Address, Arguments, Launch, Product, Queue};
+pub use update::{Control, Piece, Segment, UpdatePlaces, UpdatePlan};
 
 pub use crate::kernels::AttributeSource;
+
+/// Whether a `mudit` op has kernels in an element type.
+pub fn has(op: &str, dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::Bf16 | DType::F16) && Op::ALL.iter().any(|known| known.name() == op)
+}
 
 /// An architecture of GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -109,6 +126,9 @@ pub static UPDATE: Source = source!(
         "update_f16_f16",
         "round_bf16",
         "round_f16",
+        "accumulate_f32",
+        "accumulate_bf16",
+        "accumulate_f16",
     ]
 );
 

@@ -5,6 +5,7 @@ use graph_builder::DType;
 
 use super::queue::{Address, Arguments, Launch, Product, Queue};
 use super::{ATTENTION, ATTENTION_PLAIN, ELEMENTS, ROWS, Source};
+use crate::cuda::Gpu;
 use crate::error::{Result, RuntimeError};
 use crate::kernels::{Activation, AttributeSource, Attributes, Op};
 
@@ -78,7 +79,35 @@ impl NativeOp {
             return Err(wrong("of type f32, bf16 or f16", format!("of type {dtype}")));
         }
         let attributes = Attributes::read(op, attributes).map_err(|e| wrong("a complete node", e))?;
-        Ok(Self { op, attributes, dtype })
+        Ok(Self::of(op, dtype, attributes))
+    }
+
+    /// An op whose attributes were read, in f32, bf16 or f16.
+    pub(crate) fn of(op: Op, dtype: DType, attributes: Attributes) -> Self {
+        Self { op, attributes, dtype }
+    }
+
+    /// Compiles and loads the kernels that it will most likely launch; others follow when they are launched.
+    pub(crate) fn prepare(&self, gpu: &Gpu) -> Result<()> {
+        let loaded = gpu.loaded()?;
+        let activation = self.attributes.activation != Activation::None;
+        let sources: &[&'static Source] = match self.op {
+            Op::Attention | Op::AttentionGrad if self.dtype == DType::F32 => &[&ATTENTION_PLAIN],
+            Op::Attention | Op::AttentionGrad => &[&ATTENTION],
+            Op::LinearGradWeight | Op::LinearGateResidual if activation => &[&ROWS, &ELEMENTS],
+            Op::Linear | Op::LinearGradInput if activation => &[&ELEMENTS],
+            Op::Linear | Op::LinearGradInput | Op::After => &[],
+            Op::Patchify | Op::Unpatchify | Op::GeluGrad => &[&ELEMENTS],
+            Op::LinearGradWeight
+            | Op::LinearGateResidual
+            | Op::LayerNormModulate
+            | Op::LayerNormModulateGrad
+            | Op::LayerNormGrad
+            | Op::GateResidual
+            | Op::GateResidualGrad
+            | Op::SoftmaxGrad => &[&ROWS],
+        };
+        sources.iter().try_for_each(|source| loaded.prepare(gpu, source))
     }
 
     /// Shapes of the answers, or `None` when the operands do not fit.

@@ -9,7 +9,7 @@ use crate::library::RuntimeOptions;
 fn compiler() -> Option<Compiler> {
     if std::env::var_os("MUDIT_NEEDS_NVRTC").is_some() {
         let options = RuntimeOptions { progress: &|line| eprintln!("{line}"), ..RuntimeOptions::default() };
-        libraries::compiler_or_fetch(&options).unwrap();
+        libraries::find_or_fetch_compiler(&options).unwrap();
         return Some(Compiler::open(None).unwrap());
     }
     Compiler::open(None).map_err(|e| eprintln!("skipped: {e}")).ok()

@@ -199,3 +199,31 @@ template <class C> DEVICE void round_to(const float *from, C *to, u64 count) {
     }
 ROUND(bf16, bf16)
 ROUND(f16, f16)
+
+// Sum over micro-batches, in f32.
+template <class G> DEVICE void accumulate(const G *gradients, float *sum, float scale, u32 first, u64 count) {
+    const u64 whole = aligned(gradients) && aligned(sum) ? count / ELEMENTS * ELEMENTS : 0;
+    const u64 thread = (u64)blockIdx.x * THREADS + threadIdx.x, threads = (u64)gridDim.x * THREADS;
+    for (u64 i = thread * ELEMENTS; i < whole; i += threads * ELEMENTS) {
+        float gs[ELEMENTS], sums[ELEMENTS] = {};
+        load(gradients + i, gs);
+        if (!first) {
+            load(sum + i, sums);
+        }
+#pragma unroll
+        for (u32 j = 0; j < ELEMENTS; j++) {
+            sums[j] += scale * gs[j];
+        }
+        store(sum + i, sums);
+    }
+    for (u64 i = whole + thread; i < count; i += threads) {
+        sum[i] = (first ? 0.0f : sum[i]) + scale * widen(gradients[i]);
+    }
+}
+
+#define ACCUMULATE(NAME, G)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        accumulate_##NAME(const G *gradients, float *sum, float scale, u32 first, u64 count) {                         \
+        accumulate(gradients, sum, scale, first, count);                                                               \
+    }
+FOR_EACH_TYPE(ACCUMULATE)

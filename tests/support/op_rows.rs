@@ -1,20 +1,20 @@
 //! The rows of the op table.
 
 use graph_builder::{DType, Type, Window};
-use mudit_tests::tolerance::{DERIVATIVE, LONG_OP, OP};
 
 use crate::op_table::{Build, Operand, Range, Row, Slope, Traffic};
+use crate::tolerance::{DERIVATIVE, LONG_OP, OP};
 
 /// Added to the variance in layer norms.
-pub(crate) const EPSILON: f64 = 1e-6;
+pub const EPSILON: f64 = 1e-6;
 
 /// A float operand of `low..high`.
-pub(crate) fn real<const R: usize>(shape: [usize; R], low: f64, high: f64) -> Operand {
+pub fn real<const R: usize>(shape: [usize; R], low: f64, high: f64) -> Operand {
     Operand::new(DType::F32, shape, Range::Real(low, high))
 }
 
 /// A float operand of −1..1.
-pub(crate) fn unit<const R: usize>(shape: [usize; R]) -> Operand {
+pub fn unit<const R: usize>(shape: [usize; R]) -> Operand {
     real(shape, -1.0, 1.0)
 }
 
@@ -40,13 +40,7 @@ fn parameter(operand: Operand) -> Operand {
 }
 
 /// A row of a smooth op that reads its operands and writes its answer.
-pub(crate) fn row(
-    op: &'static str,
-    case: &'static str,
-    operands: Vec<Operand>,
-    flops: u64,
-    build: Build,
-) -> Row {
+pub fn row(op: &'static str, case: &'static str, operands: Vec<Operand>, flops: u64, build: Build) -> Row {
     let slope = Slope::Smooth(DERIVATIVE);
     Row { op, case, operands, build, slope, parity: OP, macs: 0, flops, traffic: Traffic::All }
 }
@@ -56,31 +50,34 @@ impl Row {
         Self { slope: Slope::Flat, ..self }
     }
 
-    pub(crate) fn refused(self) -> Self {
+    /// A row whose op has no gradient.
+    pub fn refused(self) -> Self {
         Self { slope: Slope::Refused, ..self }
     }
 
     /// A row whose answer cancels or sums many terms.
-    pub(crate) fn long(self) -> Self {
+    pub fn long(self) -> Self {
         self.within(LONG_OP)
     }
 
     /// A row whose answer is `parity` apart in f32.
-    pub(crate) fn within(self, parity: f64) -> Self {
+    pub fn within(self, parity: f64) -> Self {
         Self { parity, ..self }
     }
 
-    pub(crate) fn moves(self, traffic: Traffic) -> Self {
+    /// A row that moves other bytes.
+    pub fn moves(self, traffic: Traffic) -> Self {
         Self { traffic, ..self }
     }
 
-    pub(crate) fn macs(self, macs: u64) -> Self {
+    /// A row with multiply-adds.
+    pub fn macs(self, macs: u64) -> Self {
         Self { macs, ..self }
     }
 }
 
 /// All rows. An elementwise op has a plain row of 2·3·4 = 24 elements; broadcasting ops have one more a pattern.
-pub(crate) fn rows() -> Vec<Row> {
+pub fn rows() -> Vec<Row> {
     let plain = [
         leaves(),
         unary(),

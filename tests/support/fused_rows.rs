@@ -1,10 +1,10 @@
 //! The rows of the fused ops: small, with a row length that no vector width divides, and cut into several parts.
 
 use graph_builder::{Activation, DType, PatchOrder};
-use mudit_tests::tolerance::FAR_OP;
 
 use crate::op_rows::{EPSILON, real, row, unit};
 use crate::op_table::{Build, Operand, Row, Traffic};
+use crate::tolerance::FAR_OP;
 
 const NONE: Activation = Activation::None;
 const GELU: Activation = Activation::Gelu;

@@ -1,0 +1,246 @@
+//! Who runs an engine, on which GPU, and what of that is on this machine.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use runtime::cuda::kernels::{Architecture, COMMON, Compiler, SOURCES};
+use runtime::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT, find_or_fetch_compiler};
+use runtime::cuda::{Gpu, GpuInfo};
+use runtime::engine::{EngineDraft, EngineKey, EngineProgram};
+use runtime::library::cache_directory;
+use runtime::provider::TensorRtOptions;
+use runtime::{Device, Engine, Provider, RuntimeError, RuntimeOptions};
+
+use crate::Usage;
+use crate::console;
+
+/// Who the engine is built for; nobody when programs are only emitted.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct BuiltFor(pub(super) Option<Provider>);
+
+impl FromStr for BuiltFor {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "none" => Ok(Self(None)),
+            text => text.parse().map(|p| Self(Some(p))).map_err(|e: RuntimeError| format!("{e}; or none")),
+        }
+    }
+}
+
+impl fmt::Display for BuiltFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(provider) => provider.fmt(f),
+            None => f.write_str("none"),
+        }
+    }
+}
+
+/// Where the engine will run.
+#[derive(Debug)]
+pub(super) struct Target {
+    provider: Option<Provider>,
+    /// Of the GPUs it is for.
+    architecture: Option<Architecture>,
+    /// The GPU of this machine, where it is one of those.
+    here: Option<GpuInfo>,
+    refittable: bool,
+}
+
+impl Target {
+    /// Looks for the GPU; `wanted` is what the user says that the engine is for.
+    ///
+    /// # Errors
+    /// [`Usage`] for options that do not go together; a provider that is missing.
+    pub(super) fn find(
+        built_for: &BuiltFor,
+        wanted: Option<Architecture>,
+        refittable: bool,
+    ) -> anyhow::Result<Self> {
+        let provider = built_for.0.clone();
+        if refittable && !matches!(provider, Some(Provider::TensorRt(_))) {
+            let text = "--refittable is for --provider tensorrt: the programs of others take new weights as they are";
+            return Err(Usage(text.into()).into());
+        }
+        let Some(Device::Cuda { ordinal }) = provider.as_ref().map(Provider::device) else {
+            if let Some(wanted) = wanted {
+                let text = format!("--for {wanted} names GPUs: give --provider cuda or tensorrt");
+                return Err(Usage(text).into());
+            }
+            if let Some(provider) = &provider {
+                provider.check()?;
+            }
+            return Ok(Self { provider, architecture: None, here: None, refittable });
+        };
+        let gpu = Gpu::open(ordinal).ok().map(|gpu| gpu.info().clone());
+        let found = gpu.as_ref().map(architecture).transpose()?;
+        match (&provider, wanted) {
+            (Some(Provider::Cuda(_)), Some(wanted)) if found != Some(wanted) => {
+                return Ok(Self { provider, architecture: Some(wanted), here: None, refittable });
+            }
+            (Some(Provider::TensorRt(_)), Some(wanted)) if found.is_some_and(|found| wanted > found) => {
+                let found = found.map_or(String::new(), |f| f.to_string());
+                let text = format!(
+                    "TensorRT builds for GPUs like this machine's or newer, and this one is {found}: build for {wanted} \
+                     on such a machine"
+                );
+                return Err(Usage(text).into());
+            }
+            _ => {}
+        }
+        if let Some(provider) = &provider {
+            provider.check()?;
+        }
+        Ok(Self { provider, architecture: wanted.or(found), here: gpu, refittable })
+    }
+
+    /// The architecture, where no GPU of this machine can try the engine out.
+    pub(super) fn elsewhere(&self) -> Option<Architecture> {
+        self.architecture.filter(|_| self.here.is_none())
+    }
+
+    /// Device and libraries, as far as they decide what the engine is.
+    pub(super) fn add_to(&self, key: &mut EngineKey) {
+        let Some(architecture) = self.architecture else { return };
+        key.set("architecture", architecture);
+        let libraries: &[&CudaLibrary] = match &self.provider {
+            Some(Provider::TensorRt(_)) => {
+                key.set("refittable", self.refittable);
+                FOR_TENSORRT
+            }
+            _ => FOR_CUDA,
+        };
+        let texts = COMMON.map(|(_, text)| text).into_iter().chain(SOURCES.map(|s| s.text));
+        key.set("kernels", runtime::file::sha256_bytes(texts.collect::<String>().as_bytes()));
+        if let Some(gpu) = &self.here {
+            key.set("gpu", &gpu.name);
+            for library in libraries {
+                key.set(library.title, library.version().unwrap_or_else(|| "unknown".to_owned()));
+            }
+        }
+    }
+
+    /// Compiles every kernel for an architecture into the engine.
+    pub(super) fn compile_kernels(
+        architecture: Architecture,
+        draft: &mut EngineDraft,
+        offline: bool,
+    ) -> anyhow::Result<()> {
+        find_or_fetch_compiler(&RuntimeOptions { gpu: true, offline, progress: &console::note })?;
+        let compiler = Compiler::open(None)?;
+        for source in SOURCES {
+            draft.add_kernels(source, architecture, &compiler.compile(source, architecture)?.cubin)?;
+        }
+        Ok(())
+    }
+
+    /// Takes over what TensorRT built without weights for an engine that differs in the weights alone; whether it did.
+    pub(super) fn take_compiled(&self, engine: &Engine, draft: &mut EngineDraft) -> anyhow::Result<bool> {
+        if !self.refittable {
+            return Ok(false);
+        }
+        // What was filled with the old weights stays behind.
+        Ok(draft
+            .take_compiled(engine, |file| file.ends_with(".tensorrt.onnx") || file.ends_with(STRIPPED))?)
+    }
+
+    /// The provider that loads a program for the first time, and the model that it writes of what it compiles.
+    ///
+    /// # Errors
+    /// No folder for the caches.
+    pub(super) fn building(
+        &self,
+        program: &EngineProgram,
+        directory: &Path,
+        refitted: bool,
+    ) -> anyhow::Result<(Provider, Option<String>)> {
+        let Some(Provider::TensorRt(options)) = &self.provider else {
+            return Ok((self.provider.clone().unwrap_or_default(), None));
+        };
+        let stem = format!("{}.tensorrt", program.file.trim_end_matches(".onnx"));
+        let written = (!refitted).then(|| format!("{stem}.onnx"));
+        let found = self.here.as_ref().map(architecture).transpose()?;
+        let options = TensorRtOptions {
+            timing_cache: cache_directory().map(|cache| cache.join("tensorrt")),
+            context_file: written.as_ref().map(|file| directory.join(file)),
+            engine_prefix: Some(stem),
+            weights_from: self.refittable.then(|| directory.to_path_buf()),
+            hardware_compatible: self.architecture < found,
+            ..options.clone()
+        };
+        if let Some(folder) = &options.timing_cache {
+            std::fs::create_dir_all(folder)?;
+        }
+        Ok((Provider::TensorRt(options), written))
+    }
+}
+
+/// How ONNX Runtime calls an engine that was built without its weights.
+const STRIPPED: &str = ".stripped.engine";
+
+fn architecture(gpu: &GpuInfo) -> anyhow::Result<Architecture> {
+    let (major, minor) = gpu.compute_capability;
+    Ok(Architecture::of(u32::try_from(major)?, u32::try_from(minor)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(options: TensorRtOptions, wanted: (u32, u32), refittable: bool) -> Target {
+        let here = GpuInfo { ordinal: 0, name: "GPU".into(), compute_capability: (9, 0), memory_bytes: 1 };
+        let architecture = Some(Architecture::of(wanted.0, wanted.1).unwrap());
+        Target { provider: Some(Provider::TensorRt(options)), architecture, here: Some(here), refittable }
+    }
+
+    fn program() -> EngineProgram {
+        EngineProgram {
+            name: "step".into(),
+            batch: 4,
+            file: "step-b4.onnx".into(),
+            bytes: 0,
+            sha256: String::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            native_ops: Vec::new(),
+            compiled: None,
+        }
+    }
+
+    #[test]
+    fn tensorrt_writes_its_engine_beside_the_program_and_keeps_its_measurements() {
+        let place = Path::new("/engine");
+        let options = |target: &Target, refitted| match target.building(&program(), place, refitted).unwrap()
+        {
+            (Provider::TensorRt(options), written) => (options, written),
+            other => panic!("{other:?}"),
+        };
+        let (built, written) = options(&target(TensorRtOptions::default(), (9, 0), false), false);
+        assert_eq!(written.as_deref(), Some("step-b4.tensorrt.onnx"));
+        assert_eq!(built.context_file.as_deref(), Some(Path::new("/engine/step-b4.tensorrt.onnx")));
+        assert_eq!(built.engine_prefix.as_deref(), Some("step-b4.tensorrt"));
+        assert!(built.timing_cache.is_some() && built.weights_from.is_none() && !built.hardware_compatible);
+        let (older, _) = options(&target(TensorRtOptions::default(), (8, 0), false), false);
+        assert!(older.hardware_compatible, "built on sm_90 for sm_80");
+        let (refitted, written) = options(&target(TensorRtOptions::default(), (9, 0), true), true);
+        assert!(written.is_none() && refitted.context_file.is_none());
+        assert_eq!(refitted.weights_from.as_deref(), Some(place));
+    }
+
+    #[test]
+    fn options_that_name_gpus_need_a_provider_that_has_some() {
+        let sm_90 = Some(Architecture::SM_90);
+        for (provider, wanted, refittable, part) in [
+            ("cpu", sm_90, false, "--provider cuda"),
+            ("none", sm_90, false, "--provider cuda"),
+            ("cuda", None, true, "--provider tensorrt"),
+        ] {
+            let error = Target::find(&provider.parse().unwrap(), wanted, refittable).unwrap_err();
+            assert!(error.is::<Usage>() && error.to_string().contains(part), "{provider}: {error}");
+        }
+        assert!("gpu".parse::<BuiltFor>().unwrap_err().contains("or none"));
+    }
+}

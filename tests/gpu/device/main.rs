@@ -1,0 +1,75 @@
+//! The proofs that need an NVIDIA GPU: mudit's kernels, whole programs, sampling, training and serving there, against the
+//! CPU. Without a GPU each says that it was skipped; with `MUDIT_NEEDS_GPU` set it fails. `tests/gpu/run.sh` runs them.
+#![allow(clippy::unwrap_used, reason = "a proof fails by panicking")]
+
+mod commands;
+#[path = "../kernels/mod.rs"]
+mod kernels;
+mod training;
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use runtime::cuda::Gpu;
+use runtime::{CudaOptions, Provider, Runtime, RuntimeOptions};
+
+/// The provider, when a GPU can run programs.
+#[allow(clippy::print_stderr, reason = "a proof that was not tried says so")]
+fn on_gpu(what: &str) -> Option<Provider> {
+    let provider = Provider::Cuda(CudaOptions::default());
+    match provider.check() {
+        Ok(()) => Some(provider),
+        Err(reason) if std::env::var_os("MUDIT_NEEDS_GPU").is_none() => {
+            let reason = reason.to_string();
+            eprintln!("SKIPPED: {what}: {}", reason.split(';').next().unwrap_or_default());
+            None
+        }
+        Err(reason) => panic!("{what}: {reason}"),
+    }
+}
+
+/// The process's ONNX Runtime with the GPU's providers.
+#[allow(clippy::print_stderr, reason = "nothing is fetched silently")]
+fn runtime() -> Arc<Runtime> {
+    static STARTED: OnceLock<Arc<Runtime>> = OnceLock::new();
+    let start = || {
+        let options = RuntimeOptions { gpu: true, offline: false, progress: &|line| eprintln!("{line}") };
+        Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"))
+    };
+    STARTED.get_or_init(start).clone()
+}
+
+fn fixture() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/dit-d48-h4-p2")
+}
+
+#[test]
+fn every_fused_op_computes_what_the_interpreter_computes() {
+    if on_gpu("fused ops").is_none() {
+        return;
+    }
+    // Blocks run in any order there.
+    let gpu = Gpu::open(0).unwrap();
+    kernels::ops::every_fused_op(&gpu, &|_| ());
+    kernels::ops::large_heads_are_refused(&gpu);
+    kernels::memory::scratch_stays_where_it_is(&gpu);
+}
+
+#[test]
+fn fused_ops_are_nodes_of_the_provider() {
+    if on_gpu("nodes of fused ops").is_none() {
+        return;
+    }
+    kernels::sessions::every_fused_op(&runtime());
+    kernels::sessions::tokens_of_other_types(&runtime());
+}
+
+#[test]
+fn noise_and_update_are_the_hosts() {
+    if on_gpu("noise and update").is_none() {
+        return;
+    }
+    let gpu = Gpu::open(0).unwrap();
+    kernels::random::noise_is_the_hosts(&gpu);
+    kernels::update::update_is_the_hosts(&gpu, &|_| ());
+}

@@ -1,0 +1,65 @@
+//! Whole commands on the CUDA provider: what reaches the device and comes back, not what is computed there.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use super::{Stage, staged};
+
+/// A checkpoint of the smallest fixture.
+fn checkpoint(folder: &Path) -> PathBuf {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dit-d48-h4-p2");
+    let place = folder.join("checkpoint");
+    std::fs::create_dir(&place).unwrap();
+    for (from, to) in [("config.json", "config.json"), ("weights.safetensors", "model.safetensors")] {
+        std::fs::copy(fixture.join(from), place.join(to)).unwrap();
+    }
+    place
+}
+
+fn mudit(stage: &Stage, folder: &Path, line: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mudit-under-test"));
+    stage.environment(&mut command).current_dir(folder).args(line.split_whitespace()).output().unwrap()
+}
+
+fn succeeds(stage: &Stage, folder: &Path, line: &str) -> String {
+    let done = mudit(stage, folder, line);
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success(), "mudit {line}\n{text}\n{}", String::from_utf8_lossy(&done.stderr));
+    text
+}
+
+#[test]
+fn sampling_runs_on_the_gpu_in_every_precision() {
+    let Some(stage) = staged("sampling on the stand-in") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    checkpoint(folder.path());
+    for precision in ["f32", "bf16", "f16"] {
+        let out = format!("{precision}.npz");
+        let line = format!(
+            "sample --offline --checkpoint checkpoint --steps 2 --count 3 --provider cuda --precision {precision} --out {out}"
+        );
+        succeeds(stage, folder.path(), &line);
+        assert!(folder.path().join(out).is_file());
+    }
+}
+
+#[test]
+fn an_engine_for_the_gpu_is_compared_before_it_is_seen_and_says_who_runs_it() {
+    let Some(stage) = staged("an engine on the stand-in") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    checkpoint(folder.path());
+    let line = "build-engine --offline --model checkpoint --weights checkpoint/model.safetensors --program step --batch 2 \
+                --precision bf16 --provider cuda --explain --out e";
+    // Nothing computes there, so the comparison must fail, and nothing may be left.
+    let refused = mudit(stage, folder.path(), line);
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && words.contains("the engine is not published"), "{words}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing but the checkpoint");
+    let unproven = format!("{line} --no-validation");
+    let told = succeeds(stage, folder.path(), &unproven);
+    assert!(told.contains("nodes on CUDAExecutionProvider") && !told.contains("nodes on CPU"), "{told}");
+    assert!(succeeds(stage, folder.path(), &unproven).contains("is up to date"));
+    let other = mudit(stage, folder.path(), &format!("{unproven} --for sm_90"));
+    let differs = String::from_utf8_lossy(&other.stdout);
+    assert!(differs.contains("architecture: built from sm_80, asked for sm_90"), "{differs}");
+}

@@ -160,7 +160,9 @@ pub enum GraphError {
         legal: String,
     },
     /// A program depends on its batch size in a way that no program for all batch sizes can.
-    #[error("program `{program}` cannot leave its batch size open: `{node}`: {reason}; build a program for each batch size")]
+    #[error(
+        "program `{program}` cannot leave its batch size open: `{node}`: {reason}; build a program for each batch size"
+    )]
     OpenBatch {
         /// Name of the program.
         program: String,

@@ -318,23 +318,23 @@ impl<'a> Opener<'a> {
                 OpenDim::PerSample(count) => self.samples(*count),
             })
             .collect();
-        self.made("Concat", format!("[{}]", words.join(",")), parts, vec![Attribute::int("axis", 0)])
+        self.made("Concat", &format!("[{}]", words.join(",")), parts, vec![Attribute::int("axis", 0)])
     }
 
     /// So many times the batch size, as a list of one.
     fn samples(&mut self, count: usize) -> String {
         let (input, axis) = (self.batch.0.to_owned(), self.batch.1 as i64);
         let range = vec![Attribute::int("start", axis), Attribute::int("end", axis + 1)];
-        let batch = self.made("Shape", BATCH_AXIS.to_owned(), vec![input], range);
+        let batch = self.made("Shape", BATCH_AXIS, vec![input], range);
         if count == 1 {
             return batch;
         }
         let factor = self.int_list(&[count as i64]);
-        self.made("Mul", format!("{count}{BATCH_AXIS}"), vec![batch, factor], vec![])
+        self.made("Mul", &format!("{count}{BATCH_AXIS}"), vec![batch, factor], vec![])
     }
 
     /// Name of the answer of a node that the fixed programs do not have; one node for all uses.
-    fn made(&mut self, op: &str, what: String, input: Vec<String>, attributes: Vec<Attribute>) -> String {
+    fn made(&mut self, op: &str, what: &str, input: Vec<String>, attributes: Vec<Attribute>) -> String {
         let name = format!("{OPEN}{what}");
         if self.names.insert(name.clone()) {
             self.made.push(NodeProto {

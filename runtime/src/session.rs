@@ -120,7 +120,9 @@ impl Session {
             weights_file: program.weights_file.as_deref(),
             native_ops: &program.native_ops,
         };
-        let check = |native: &dyn Fn(&str, DType) -> bool| program.check_cuda(native);
+        let check = |native: &dyn Fn(&str, DType) -> bool| {
+            program.check_cuda(native).map_err(|e| load_error(&program.name, &e))
+        };
         let loaded = Loaded::from_memory(runtime, &from, weights, options, &check)?;
         loaded.check_static(&program.name)?;
         loaded.check(&program.name, &program.inputs, &program.outputs)?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use graph_builder::{DType, GraphError, Shape, TensorSpec};
+use graph_builder::{DType, Shape, TensorSpec};
 use ort::session::builder::SessionBuilder;
 use ort::value::{Outlet, TensorElementType, ValueType};
 
@@ -23,7 +23,7 @@ pub(super) struct LoadedFrom<'a> {
 }
 
 /// Whether the CUDA provider can run a program whose native ops have the kernels that the function tells.
-pub(super) type CudaCheck<'a> = &'a dyn Fn(&dyn Fn(&str, DType) -> bool) -> Result<(), GraphError>;
+pub(super) type CudaCheck<'a> = &'a dyn Fn(&dyn Fn(&str, DType) -> bool) -> Result<()>;
 
 /// An axis as a model declares it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl Loaded {
         // Asked now: what is missing is told by name, not in the words of a failed load.
         if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
             let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
-            check_cuda(&native).map_err(|e| load_error(program.name, &e))?;
+            check_cuda(&native)?;
             if kernels {
                 gpu.loaded()?;
             }

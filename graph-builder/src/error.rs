@@ -159,6 +159,18 @@ pub enum GraphError {
         /// The element types that it has a kernel for.
         legal: String,
     },
+    /// A program depends on its batch size in a way that no program for all batch sizes can.
+    #[error(
+        "program `{program}` cannot leave its batch size open: `{node}`: {reason}; build a program for each batch size"
+    )]
+    OpenBatch {
+        /// Name of the program.
+        program: String,
+        /// Name of the node, which begins with its scope path; or of an input, an output or a fused op.
+        node: String,
+        /// What differs between two batch sizes.
+        reason: String,
+    },
     /// The model message could not be written.
     #[error("emitting `{graph}`: {reason}")]
     Emit {

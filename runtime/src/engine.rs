@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use graph_builder::TensorSpec;
+use graph_builder::{OpenSpec, TensorSpec};
 use serde::{Deserialize, Serialize};
 
 pub use draft::EngineDraft;
@@ -24,7 +24,7 @@ use crate::error::{Result, RuntimeError};
 use crate::file::sha256_file;
 use crate::library::Runtime;
 use crate::provider::{CudaOptions, Provider};
-use crate::session::{Session, SessionOptions};
+use crate::session::{OpenSession, Session, SessionOptions};
 
 /// Version of the directory's layout and of `engine.json`.
 pub const FORMAT: u32 = 1;
@@ -41,6 +41,9 @@ pub struct EngineManifest {
     pub key: EngineKey,
     /// The programs, one for each batch size.
     pub programs: Vec<EngineProgram>,
+    /// The same programs for every batch size, where a provider compiles one form of a program for all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub open_programs: Vec<EngineOpenProgram>,
     /// The weights beside them.
     pub weights: Option<EngineWeights>,
     /// Machine code of the CUDA kernels, where they were compiled for another machine's GPU.
@@ -78,7 +81,25 @@ pub struct EngineProgram {
     pub compiled: Option<CompiledProgram>,
 }
 
-/// A provider's own form of a program: a model whose node stands for a compiled engine.
+/// A program whose batch size is open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineOpenProgram {
+    /// The name that the programs of fixed batch sizes have too.
+    pub name: String,
+    /// The model file, in the engine's directory.
+    pub file: String,
+    /// Size of the model file in bytes.
+    pub bytes: u64,
+    /// SHA-256 of the model file.
+    pub sha256: String,
+    /// Inputs in order.
+    pub inputs: Vec<OpenSpec>,
+    /// Outputs in order.
+    pub outputs: Vec<OpenSpec>,
+}
+
+/// A provider's own form of a program: a model whose node stands for a compiled engine. Programs of several batch sizes
+/// may have one in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CompiledProgram {
     /// The model to load.
@@ -165,6 +186,11 @@ pub fn model_file_name(program: &str, batch: usize) -> String {
     format!("{program}-b{batch}.onnx")
 }
 
+/// Name of the model file of a program for every batch size.
+pub fn open_model_file_name(program: &str) -> String {
+    format!("{program}.onnx")
+}
+
 /// An engine directory that was opened.
 #[derive(Debug)]
 pub struct Engine {
@@ -215,6 +241,8 @@ impl Engine {
     /// [`RuntimeError::Engine`] naming the file that was altered, [`RuntimeError::Io`].
     pub fn verify(&self) -> Result<()> {
         let programs = self.manifest.programs.iter().map(|p| (&p.file, &p.sha256));
+        let open = self.manifest.open_programs.iter().map(|p| (&p.file, &p.sha256));
+        let programs = programs.chain(open);
         let weights = self.manifest.weights.iter().map(|w| (&w.file, &w.sha256));
         let kernels = self.manifest.kernels.iter().map(|k| (&k.file, &k.sha256));
         programs.chain(weights).chain(kernels).try_for_each(|(file, sha256)| self.verify_file(file, sha256))
@@ -237,22 +265,83 @@ impl Engine {
         batch: usize,
         options: &SessionOptions,
     ) -> Result<Arc<Session>> {
+        let mut sessions = self.sessions(runtime, program, &[batch], options)?;
+        sessions.pop().ok_or_else(|| self.broken("internal: no session of one batch size".to_owned()))
+    }
+
+    /// [`Engine::session`] for several batch sizes, in their order. Batch sizes that the provider compiled in one share
+    /// what is loaded: it is on the GPU once.
+    ///
+    /// # Errors
+    /// As [`Engine::session`].
+    pub fn sessions(
+        &self,
+        runtime: &Arc<Runtime>,
+        program: &str,
+        batches: &[usize],
+        options: &SessionOptions,
+    ) -> Result<Vec<Arc<Session>>> {
+        let programs: Vec<&EngineProgram> =
+            batches.iter().map(|batch| self.program(program, *batch)).collect::<Result<_>>()?;
+        programs.iter().try_for_each(|found| self.verify_file(&found.file, &found.sha256))?;
+        self.prepare(options, programs.iter().any(|found| !found.native_ops.is_empty()))?;
+        let mut loaded: BTreeMap<&str, OpenSession> = BTreeMap::new();
+        let mut sessions = Vec::with_capacity(batches.len());
+        for found in programs {
+            let compiled = found.compiled.as_ref();
+            let Some(compiled) = compiled.filter(|_| matches!(options.provider, Provider::TensorRt(_)))
+            else {
+                let path = self.directory.join(&found.file);
+                let signature = Some((&*found.inputs, &*found.outputs));
+                sessions.push(Session::load_file(runtime, path, signature, options)?);
+                continue;
+            };
+            let session = match loaded.remove(compiled.file.as_str()) {
+                Some(session) => session,
+                None => OpenSession::load_file(runtime, self.directory.join(&compiled.file), options)?,
+            };
+            sessions.push(session.at(&found.inputs, &found.outputs)?);
+            loaded.insert(&compiled.file, session);
+        }
+        Ok(sessions)
+    }
+
+    /// Loads the program of a name for every batch size; [`OpenSession::at`] gives it at one.
+    ///
+    /// # Errors
+    /// As [`Engine::session`].
+    pub fn open_session(
+        &self,
+        runtime: &Arc<Runtime>,
+        program: &str,
+        options: &SessionOptions,
+    ) -> Result<OpenSession> {
+        let found = self.manifest.open_programs.iter().find(|p| p.name == program);
+        let found = found
+            .ok_or_else(|| self.broken(format!("it has no program {program} whose batch size is open")))?;
+        self.verify_file(&found.file, &found.sha256)?;
+        let mut fixed = self.manifest.programs.iter().filter(|p| p.name == program);
+        self.prepare(options, fixed.any(|p| !p.native_ops.is_empty()))?;
+        OpenSession::load_file(runtime, self.directory.join(&found.file), options)
+    }
+
+    fn program(&self, program: &str, batch: usize) -> Result<&EngineProgram> {
         let programs = &self.manifest.programs;
-        let found = programs.iter().find(|p| p.name == program && p.batch == batch).ok_or_else(|| {
+        programs.iter().find(|p| p.name == program && p.batch == batch).ok_or_else(|| {
             let known: Vec<_> = programs.iter().map(|p| format!("{} at batch {}", p.name, p.batch)).collect();
             self.broken(format!("it has no program {program} at batch {batch}, only {}", known.join(", ")))
-        })?;
-        self.verify_file(&found.file, &found.sha256)?;
-        if let Provider::Cuda(CudaOptions { ordinal, .. }) = options.provider {
-            let gpu = Gpu::open(ordinal)?;
-            self.give_kernels(&gpu)?;
-            if options.native_kernels && !found.native_ops.is_empty() {
-                gpu.loaded()?.require_kernels(&gpu)?;
-            }
+        })
+    }
+
+    /// Readies the GPU of a CUDA session: its kernels are given to it, and asked for where native ops need them.
+    fn prepare(&self, options: &SessionOptions, native_ops: bool) -> Result<()> {
+        let Provider::Cuda(CudaOptions { ordinal, .. }) = options.provider else { return Ok(()) };
+        let gpu = Gpu::open(ordinal)?;
+        self.give_kernels(&gpu)?;
+        if options.native_kernels && native_ops {
+            gpu.loaded()?.require_kernels(&gpu)?;
         }
-        let compiled = found.compiled.as_ref().filter(|_| matches!(options.provider, Provider::TensorRt(_)));
-        let path = self.directory.join(compiled.map_or(&found.file, |c| &c.file));
-        Session::load_file(runtime, path, Some((&found.inputs, &found.outputs)), options)
+        Ok(())
     }
 
     /// Gives a GPU the kernels that were compiled for its architecture from the sources that this program has, too.
@@ -286,13 +375,16 @@ impl Engine {
 }
 
 impl EngineManifest {
-    /// Every file beside the manifest, with its size in bytes; the weights first.
+    /// Every file beside the manifest once, with its size in bytes; the weights first.
     fn files(&self) -> impl Iterator<Item = (&str, u64)> {
         let weights = self.weights.iter().map(|w| (w.file.as_str(), w.bytes));
+        // One for all batch sizes where the provider compiled them in one.
         let compiled = self.programs.iter().filter_map(|p| p.compiled.as_ref()).flat_map(|c| &c.files);
+        let compiled: BTreeMap<&str, u64> = compiled.map(|(file, bytes)| (file.as_str(), *bytes)).collect();
         let programs = self.programs.iter().map(|p| (p.file.as_str(), p.bytes));
+        let open = self.open_programs.iter().map(|p| (p.file.as_str(), p.bytes));
         let kernels = self.kernels.iter().map(|k| (k.file.as_str(), k.bytes));
-        weights.chain(programs).chain(compiled.map(|(file, bytes)| (file.as_str(), *bytes))).chain(kernels)
+        weights.chain(programs).chain(open).chain(compiled).chain(kernels)
     }
 }
 

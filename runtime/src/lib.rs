@@ -5,7 +5,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`library`] | finding, fetching and loading ONNX Runtime once per process: [`Runtime`] |
-//! | [`session`] | a loaded program whose signature was checked: [`Session`] |
+//! | [`session`] | a loaded program whose signature was checked: [`Session`]; one for several batch sizes: [`OpenSession`] |
 //! | [`placement`] | which provider runs which node of a session |
 //! | [`foreign`] | models that somebody else made: [`ForeignModel`] |
 //! | [`arena`] | one allocation for all parameters (or gradients, …), a named view each: [`Arena`] |
@@ -57,6 +57,6 @@ pub use foreign::{ForeignModel, Port};
 pub use library::{LibraryInfo, LibrarySource, Runtime, RuntimeOptions};
 pub use placement::Placement;
 pub use provider::{CpuOptions, CudaOptions, Provider, TensorRtOptions};
-pub use session::{Optimization, Recording, Session, SessionOptions, Weights};
+pub use session::{OpenSession, Optimization, Recording, Session, SessionOptions, Weights};
 pub use tensor::{HostData, HostTensor, read_safetensors_file, write_safetensors_file};
 pub use update::{AdamW, UpdateReport};

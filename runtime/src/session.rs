@@ -1,21 +1,24 @@
 //! Loaded programs: ONNX models that ONNX Runtime accepted and whose signature was checked.
 
+mod loaded;
+mod open;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
-use graph_builder::{DType, OnnxProgram, Shape, TensorSpec};
+use graph_builder::{DType, OnnxProgram, TensorSpec};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::value::{Outlet, TensorElementType, ValueType};
 
 use crate::cuda::Gpu;
 use crate::device::Device;
-use crate::error::{Result, RuntimeError, nearest};
+use crate::error::{Result, RuntimeError};
 use crate::file::{sha256_bytes, sha256_file};
 use crate::kernels;
 use crate::library::Runtime;
 use crate::provider::{self, Provider};
+use loaded::{Loaded, LoadedFrom};
+pub use open::OpenSession;
 
 /// How far ONNX Runtime rewrites a graph before running it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -97,20 +100,13 @@ pub enum Recording {
     Refused(String),
 }
 
-/// A program that ONNX Runtime has loaded. Runs go through a [`Binding`](crate::Binding); one at a time.
+/// A program that ONNX Runtime has loaded. Runs go through a [`Binding`](crate::Binding); one at a time, also where several
+/// sessions are views of one [`OpenSession`].
 pub struct Session {
     name: String,
     inputs: Vec<TensorSpec>,
     outputs: Vec<TensorSpec>,
-    // Dropped before the weights, which it may point into.
-    inner: Mutex<ort::session::Session>,
-    _weights: Option<Arc<[u8]>>,
-    /// The GPU on whose stream it runs.
-    gpu: Option<Arc<Gpu>>,
-    recording: Recording,
-    /// Bindings made so far.
-    graphs: AtomicU32,
-    runtime: Arc<Runtime>,
+    loaded: Arc<Loaded>,
 }
 
 impl fmt::Debug for Session {
@@ -134,57 +130,22 @@ impl Session {
     ) -> Result<Arc<Self>> {
         let provider = options.provider.clone().identified(|| identity(program, weights));
         let options = &SessionOptions { provider, ..options.clone() };
-        if !options.provider.cuda_graph() {
-            return Self::load_as(runtime, program, weights, options, Recording::Off);
-        }
-        let reason = if program.unrepeatable.is_empty() {
-            match Self::load_as(runtime, program, weights, options, Recording::On) {
-                // ONNX Runtime's words for control flow, and for nodes that are not on the GPU.
-                Err(RuntimeError::Load { reason, .. }) if reason.contains("graph capture feature") => reason,
-                other => return other,
-            }
-        } else {
-            format!(
-                "it would read tables of the host where they no longer are: {}",
-                program.unrepeatable.join(", ")
-            )
+        let from = LoadedFrom {
+            name: &program.name,
+            bytes: &program.bytes,
+            weights_file: program.weights_file.as_deref(),
+            native_ops: &program.native_ops,
+            unrepeatable: &program.unrepeatable,
         };
-        let provider = options.provider.clone().without_cuda_graph();
-        let options = SessionOptions { provider, ..options.clone() };
-        Self::load_as(runtime, program, weights, &options, Recording::Refused(reason))
-    }
-
-    fn load_as(
-        runtime: &Arc<Runtime>,
-        program: &OnnxProgram,
-        weights: &Weights,
-        options: &SessionOptions,
-        recording: Recording,
-    ) -> Result<Arc<Self>> {
-        let (builder, gpu) = builder(runtime, options, &program.name)?;
-        let failed = |e: ort::Error| {
-            ran_out(gpu.as_ref(), &program.name, &e.to_string())
-                .unwrap_or_else(|| load_error(&program.name, &e))
+        let check = |native: &dyn Fn(&str, DType) -> bool| {
+            program.check_cuda(native).map_err(|e| load_error(&program.name, &e))
         };
-        let kernels = options.native_kernels && !program.native_ops.is_empty();
-        // Asked now: what is missing is told by name, not in the words of a failed load.
-        if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
-            let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
-            program.check_cuda(&native).map_err(|e| load_error(&program.name, &e))?;
-            if kernels {
-                gpu.loaded()?.require_kernels(gpu)?;
-            }
-        }
-        let mut builder = with_weights(builder, program, weights)?;
-        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
-        let inner = builder.commit_from_memory(&program.bytes).map_err(failed)?;
-        drop(turns);
-        let session = Self::new(runtime, program.name.clone(), inner, weights, gpu)?;
-        session.check("input", &program.inputs, &session.inputs)?;
-        session.check("output", &program.outputs, &session.outputs)?;
+        let loaded = Loaded::from_memory(runtime, &from, weights, options, &check)?;
+        loaded.check_static(&program.name)?;
+        loaded.check(&program.name, &program.inputs, &program.outputs)?;
         // Callers address inputs and outputs by the program's order and static shapes.
         let (inputs, outputs) = (program.inputs.clone(), program.outputs.clone());
-        Ok(Arc::new(Self { inputs, outputs, recording, ..session }))
+        Ok(Arc::new(Self { name: program.name.clone(), inputs, outputs, loaded: Arc::new(loaded) }))
     }
 
     /// Loads a model file; its external data must lie in the file's directory.
@@ -199,20 +160,12 @@ impl Session {
         signature: Option<(&[TensorSpec], &[TensorSpec])>,
         options: &SessionOptions,
     ) -> Result<Arc<Self>> {
-        let path = path.as_ref();
-        std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
-        let name = path.display().to_string();
-        let (mut builder, gpu) = builder(runtime, options, &name)?;
-        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
-        let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
-        drop(turns);
-        let recording = if options.provider.cuda_graph() { Recording::On } else { Recording::Off };
-        let session = Self { recording, ..Self::new(runtime, name, inner, &Weights::Inside, gpu)? };
+        let (name, loaded) = Loaded::from_file(runtime, path.as_ref(), options)?;
+        let (inputs, outputs) = loaded.check_static(&name)?;
         if let Some((inputs, outputs)) = signature {
-            session.check("input", inputs, &session.inputs)?;
-            session.check("output", outputs, &session.outputs)?;
+            loaded.check(&name, inputs, outputs)?;
         }
-        Ok(Arc::new(session))
+        Ok(Arc::new(Self { name, inputs, outputs, loaded: Arc::new(loaded) }))
     }
 
     /// The program's name, or the model file's path.
@@ -222,7 +175,7 @@ impl Session {
 
     /// The library that it is loaded in.
     pub fn runtime(&self) -> &Arc<Runtime> {
-        &self.runtime
+        &self.loaded.runtime
     }
 
     /// Inputs in order.
@@ -237,12 +190,12 @@ impl Session {
 
     /// The GPU that runs it.
     pub fn gpu(&self) -> Option<&Arc<Gpu>> {
-        self.gpu.as_ref()
+        self.loaded.gpu.as_ref()
     }
 
     /// Whether its runs are recorded as CUDA graphs.
     pub fn recording(&self) -> &Recording {
-        &self.recording
+        &self.loaded.recording
     }
 
     /// Stops profiling and returns the file that was written.
@@ -255,76 +208,19 @@ impl Session {
 
     /// The session for one run. Runs take turns: a kernel may keep state.
     pub(crate) fn lock(&self) -> MutexGuard<'_, ort::session::Session> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.loaded.lock()
     }
 
     /// A number for the CUDA graph of a binding; 0 would be ONNX Runtime's default for all.
     pub(crate) fn next_graph(&self) -> u32 {
-        self.graphs.fetch_add(1, Ordering::Relaxed) + 1
+        self.loaded.next_graph()
     }
 
     /// The error of a run.
     pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
         let reason = error.to_string();
-        ran_out(self.gpu.as_ref(), &self.name, &reason)
+        ran_out(self.gpu(), &self.name, &reason)
             .unwrap_or_else(|| RuntimeError::Run { program: self.name.clone(), reason })
-    }
-
-    fn new(
-        runtime: &Arc<Runtime>,
-        name: String,
-        inner: ort::session::Session,
-        weights: &Weights,
-        gpu: Option<Arc<Gpu>>,
-    ) -> Result<Self> {
-        let specs = |side, outlets: &[Outlet]| -> Result<Vec<TensorSpec>> {
-            outlets.iter().map(|o| spec(&name, side, o)).collect()
-        };
-        let (inputs, outputs) = (specs("input", inner.inputs())?, specs("output", inner.outputs())?);
-        let kept = match weights {
-            Weights::Memory(bytes) => Some(bytes.clone()),
-            Weights::Inside | Weights::Directory(_) => None,
-        };
-        let (inner, runtime) = (Mutex::new(inner), runtime.clone());
-        Ok(Self {
-            name,
-            inputs,
-            outputs,
-            inner,
-            _weights: kept,
-            gpu,
-            recording: Recording::Off,
-            graphs: AtomicU32::new(0),
-            runtime,
-        })
-    }
-
-    fn check(&self, side: &'static str, expected: &[TensorSpec], found: &[TensorSpec]) -> Result<()> {
-        let mismatch = |name: &str, expected: String, got: String| RuntimeError::Signature {
-            program: self.name.clone(),
-            side,
-            name: name.to_owned(),
-            expected,
-            got,
-        };
-        for want in expected {
-            let names = found.iter().map(|s| s.name.as_str());
-            let got =
-                found.iter().find(|s| s.name == want.name).ok_or_else(|| RuntimeError::UnknownName {
-                    kind: side,
-                    place: format!("program `{}`", self.name),
-                    name: want.name.clone(),
-                    nearest: nearest(&want.name, names),
-                })?;
-            if (got.dtype, &got.shape) != (want.dtype, &want.shape) {
-                let text = |s: &TensorSpec| format!("{}{}", s.dtype, s.shape);
-                return Err(mismatch(&want.name, text(want), text(got)));
-            }
-        }
-        match found.iter().find(|s| expected.iter().all(|e| e.name != s.name)) {
-            Some(extra) => Err(mismatch(&extra.name, "absent".to_owned(), "present".to_owned())),
-            None => Ok(()),
-        }
     }
 }
 
@@ -426,51 +322,6 @@ fn configure(
             builder.with_config_entry("session.optimized_model_external_initializers_file_name", data)?;
     }
     Ok(builder)
-}
-
-fn with_weights(builder: SessionBuilder, program: &OnnxProgram, weights: &Weights) -> Result<SessionBuilder> {
-    const FOLDER: &str = "session.model_external_initializers_file_folder_path";
-    let failed = |reason: String| RuntimeError::Load { program: program.name.clone(), reason };
-    let builder = match (&program.weights_file, weights) {
-        (None, _) => Ok(builder),
-        (Some(file), Weights::Inside) => {
-            return Err(failed(format!("its weights are in `{file}`, and no weights were given")));
-        }
-        (Some(file), Weights::Directory(directory)) => {
-            let path = directory.join(file);
-            std::fs::metadata(&path).map_err(|e| RuntimeError::io("read", &path, e))?;
-            builder.with_config_entry(FOLDER, directory.to_string_lossy())
-        }
-        (Some(file), Weights::Memory(bytes)) => {
-            builder.with_external_initializer_file_in_memory(file, bytes.clone())
-        }
-    };
-    builder.map_err(|e| failed(e.to_string()))
-}
-
-/// An input or output as the model declares it.
-fn spec(program: &str, side: &'static str, outlet: &Outlet) -> Result<TensorSpec> {
-    let unsupported = |got: String| RuntimeError::Signature {
-        program: program.to_owned(),
-        side,
-        name: outlet.name().to_owned(),
-        expected: "a tensor of f32, f16, bf16, i64 or bool with a static shape".to_owned(),
-        got,
-    };
-    let ValueType::Tensor { ty, shape, .. } = outlet.dtype() else {
-        return Err(unsupported(outlet.dtype().to_string()));
-    };
-    let dtype = match ty {
-        TensorElementType::Float32 => DType::F32,
-        TensorElementType::Float16 => DType::F16,
-        TensorElementType::Bfloat16 => DType::Bf16,
-        TensorElementType::Int64 => DType::I64,
-        TensorElementType::Bool => DType::Bool,
-        other => return Err(unsupported(other.to_string())),
-    };
-    let dims: Option<Vec<usize>> = shape.iter().map(|&d| usize::try_from(d).ok()).collect();
-    let dims = dims.ok_or_else(|| unsupported(format!("a tensor of shape {shape:?}")))?;
-    Ok(TensorSpec { name: outlet.name().to_owned(), dtype, shape: Shape(dims) })
 }
 
 #[cfg(test)]

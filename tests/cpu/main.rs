@@ -22,6 +22,7 @@ mod op_cost;
 mod op_gradient;
 mod op_parity;
 mod op_table;
+mod open_batch;
 mod parity;
 mod passes;
 mod precision;

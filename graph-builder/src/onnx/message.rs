@@ -11,6 +11,7 @@ use onnx_protobuf::{
 use protobuf::Enum;
 
 use super::ExternalTensor;
+use super::open::{BATCH_AXIS, OpenDim, OpenSpec};
 use crate::program::TensorSpec;
 use crate::shape::{DType, Type};
 
@@ -114,13 +115,23 @@ fn typed_tensor(name: &str, ty: &Type) -> TensorProto {
 
 /// Declaration of a graph input or output.
 pub(crate) fn value_info(spec: &TensorSpec) -> ValueInfoProto {
-    let dim = |&d: &usize| {
+    let dims = spec.shape.0.iter().map(|&d| OpenDim::Fixed(d)).collect();
+    open_value_info(&OpenSpec { name: spec.name.clone(), dtype: spec.dtype, dims })
+}
+
+/// Declaration of a graph input or output of a program with an open batch.
+pub(crate) fn open_value_info(spec: &OpenSpec) -> ValueInfoProto {
+    let dim = |dim: &OpenDim| {
         let mut dimension = Dimension::new();
-        dimension.set_dim_value(d as i64);
+        match dim {
+            OpenDim::Fixed(size) => dimension.set_dim_value(*size as i64),
+            OpenDim::PerSample(1) => dimension.set_dim_param(BATCH_AXIS.to_owned()),
+            // A name says that sizes are equal, and nothing more.
+            OpenDim::PerSample(_) => {}
+        }
         dimension
     };
-    let shape =
-        TensorShapeProto { dim: spec.shape.0.iter().map(dim).collect(), ..TensorShapeProto::default() };
+    let shape = TensorShapeProto { dim: spec.dims.iter().map(dim).collect(), ..TensorShapeProto::default() };
     let tensor = type_proto::Tensor {
         elem_type: tensor_type(spec.dtype) as i32,
         shape: Some(shape).into(),

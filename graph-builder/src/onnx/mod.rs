@@ -7,6 +7,7 @@
 mod function;
 pub mod legality;
 mod message;
+mod open;
 mod origin;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,6 +18,7 @@ use protobuf::Message;
 pub(crate) use self::function::FunctionBody;
 pub(crate) use self::message::{Attribute, tensor_type};
 use self::message::{external_tensor, raw_tensor, value_info};
+pub use self::open::{BATCH_AXIS, OpenDim, OpenProgram, OpenSpec};
 use crate::error::{GraphError, Result};
 use crate::graph::{Graph, ValueId};
 use crate::op::Op;

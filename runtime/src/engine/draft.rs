@@ -1,15 +1,15 @@
 //! Building an engine out of sight.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use graph_builder::OnnxProgram;
+use graph_builder::{OnnxProgram, OpenProgram};
 use tempfile::TempDir;
 
 use super::{
-    CompiledProgram, Engine, EngineKernels, EngineManifest, EngineNotes, EngineProgram, EngineWeights,
-    FORMAT, FileStamp, MANIFEST, model_file_name,
+    CompiledProgram, Engine, EngineKernels, EngineManifest, EngineNotes, EngineOpenProgram, EngineProgram,
+    EngineWeights, FORMAT, FileStamp, MANIFEST, model_file_name, open_model_file_name,
 };
 use crate::cuda::kernels::{Architecture, Source};
 use crate::error::{Result, RuntimeError};
@@ -52,6 +52,7 @@ impl EngineDraft {
             format: FORMAT,
             key,
             programs,
+            open_programs: Vec::new(),
             weights,
             kernels: Vec::new(),
             options,
@@ -82,12 +83,35 @@ impl EngineDraft {
         &mut self.manifest
     }
 
-    /// Takes up what a provider compiled of a program: `model` and whatever else has appeared in the directory
-    /// under a name that begins as the model's does.
+    /// Adds a program for every batch size, beside those of fixed ones.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`]; [`RuntimeError::Engine`] when it takes its weights from another file than the others.
+    pub fn add_open(&mut self, program: &OpenProgram) -> Result<()> {
+        let weights = self.manifest.weights.as_ref().map(|w| w.file.as_str());
+        if program.weights_file.is_some() && program.weights_file.as_deref() != weights {
+            let reason = format!("program {} needs other weights than are in it", program.name);
+            return Err(RuntimeError::Engine { path: self.target.clone(), reason });
+        }
+        let file = open_model_file_name(&program.name);
+        write_atomically(self.work.path().join(&file), |w| w.write_all(&program.bytes))?;
+        self.manifest.open_programs.push(EngineOpenProgram {
+            name: program.name.clone(),
+            file,
+            bytes: program.bytes.len() as u64,
+            sha256: sha256_bytes(&program.bytes),
+            inputs: program.inputs.clone(),
+            outputs: program.outputs.clone(),
+        });
+        Ok(())
+    }
+
+    /// Takes up what a provider compiled of a program for these batch sizes: `model` and whatever else has appeared in the
+    /// directory under a name that begins as the model's does.
     ///
     /// # Errors
     /// [`RuntimeError::Io`]; [`RuntimeError::Engine`] when `model` was not written.
-    pub fn add_compiled(&mut self, program: &str, batch: usize, model: &str) -> Result<()> {
+    pub fn add_compiled(&mut self, program: &str, batches: &[usize], model: &str) -> Result<()> {
         let refuse = |reason: String| RuntimeError::Engine { path: self.target.clone(), reason };
         let stem = model.trim_end_matches(".onnx").to_owned();
         let mut files = BTreeMap::new();
@@ -103,9 +127,12 @@ impl EngineDraft {
             return Err(refuse(format!("the provider wrote no `{model}`")));
         }
         let compiled = CompiledProgram { file: model.to_owned(), files };
-        let found = self.manifest.programs.iter_mut().find(|p| p.name == program && p.batch == batch);
-        found.ok_or_else(|| refuse(format!("it has no program {program} at batch {batch}")))?.compiled =
-            Some(compiled);
+        for batch in batches {
+            let mut programs = self.manifest.programs.iter_mut();
+            let found = programs.find(|p| p.name == program && p.batch == *batch);
+            found.ok_or_else(|| refuse(format!("it has no program {program} at batch {batch}")))?.compiled =
+                Some(compiled.clone());
+        }
         Ok(())
     }
 
@@ -124,11 +151,14 @@ impl EngineDraft {
         let Some(taken) = self.manifest.programs.iter().map(of_other).collect::<Option<Vec<_>>>() else {
             return Ok(false);
         };
+        // Programs may share them.
+        let mut files = BTreeSet::new();
         for (program, compiled) in self.manifest.programs.iter_mut().zip(taken) {
-            for file in compiled.files.keys() {
-                link_or_copy(other.directory.join(file), self.work.path().join(file))?;
-            }
+            files.extend(compiled.files.keys().cloned());
             program.compiled = Some(compiled);
+        }
+        for file in files {
+            link_or_copy(other.directory.join(&file), self.work.path().join(&file))?;
         }
         Ok(true)
     }

@@ -1,4 +1,4 @@
-use graph_builder::OnnxProgram;
+use graph_builder::{Builder, OnnxProgram, OpenProgram, Type};
 
 use super::*;
 use crate::binding::Binding;
@@ -122,11 +122,11 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
         let mut draft = draft(notes()).unwrap();
         assert!(!engine.exists());
         draft.engine().unwrap().session(&runtime(), "test", 1, &SessionOptions::default()).unwrap();
-        assert!(draft.add_compiled("test", 1, "test-b1-compiled.onnx").is_err(), "nothing was compiled");
+        assert!(draft.add_compiled("test", &[1], "test-b1-compiled.onnx").is_err(), "nothing was compiled");
         for (name, text) in [("test-b1-compiled.onnx", "model"), ("test-b1-compiled_1.engine", "engine")] {
             fs::write(draft.directory().join(name), text).unwrap();
         }
-        draft.add_compiled("test", 1, "test-b1-compiled.onnx").unwrap();
+        draft.add_compiled("test", &[1], "test-b1-compiled.onnx").unwrap();
         let manifest = draft.publish().unwrap();
         assert_eq!(files(dir.path()), ["any.bin", "engine"]);
         assert_eq!(manifest.programs[0].compiled.as_ref().unwrap().files.len(), 2);
@@ -150,6 +150,60 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
 
         fs::remove_file(engine.join("test-b1-compiled_1.engine")).unwrap();
         assert!(Engine::open(&engine).unwrap_err().to_string().contains("compiled_1.engine"));
+    });
+}
+
+#[test]
+fn batch_sizes_share_what_was_compiled_of_the_open_program() {
+    in_time(|| {
+        let emitted = |n| {
+            let b = Builder::new("double");
+            let x = b.input("x", Type::f32([n, 2]));
+            b.output("y", (x * 2.0).reshape([2 * n]));
+            b.finish().unwrap().emit(graph_builder::Weights::Inputs).unwrap()
+        };
+        let (one, four) = (emitted(1), emitted(4));
+        let open = OpenProgram::of((5, &emitted(5)), (7, &emitted(7))).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("engine");
+        let mut draft = EngineDraft::new(&place, &[(1, &one), (4, &four)], None, notes()).unwrap();
+        draft.add_open(&open).unwrap();
+        let engine = draft.engine().unwrap();
+        let loaded = engine.open_session(&runtime(), "double", &SessionOptions::default()).unwrap();
+        for p in &engine.manifest().programs {
+            let mut binding = Binding::owned(&loaded.at(&p.inputs, &p.outputs).unwrap()).unwrap();
+            binding.input_f32("x").unwrap().fill(p.batch as f32);
+            binding.run().unwrap();
+            assert_eq!(binding.output_f32("y").unwrap(), vec![2.0 * p.batch as f32; 2 * p.batch]);
+        }
+        let error = engine.open_session(&runtime(), "single", &SessionOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("no program single whose batch size is open"), "{error}");
+        for (name, text) in [("double.tensorrt.onnx", "model"), ("double.tensorrt_1.engine", "engine")] {
+            fs::write(draft.directory().join(name), text).unwrap();
+        }
+        draft.add_compiled("double", &[1, 4], "double.tensorrt.onnx").unwrap();
+        let manifest = draft.publish().unwrap();
+        assert_eq!(manifest.programs[0].compiled, manifest.programs[1].compiled);
+        let opened = Engine::open(&place).unwrap();
+        opened.verify().unwrap();
+        // Built once more in its place, with what was compiled taken over.
+        let mut next = EngineDraft::new(&place, &[(1, &one), (4, &four)], None, notes()).unwrap();
+        next.add_open(&open).unwrap();
+        assert!(next.take_compiled(&opened, |_| true).unwrap());
+        next.publish().unwrap();
+        let compiled = ["double.tensorrt.onnx", "double.tensorrt_1.engine"];
+        let programs = ["double-b1.onnx", "double-b4.onnx", "double.onnx"];
+        assert_eq!(files(&place), [&programs[..], &compiled, &["engine.json"]].concat());
+        // On the CPU the fixed programs run.
+        let opened = Engine::open(&place).unwrap();
+        let sessions = opened.sessions(&runtime(), "double", &[4, 1], &SessionOptions::default()).unwrap();
+        assert_eq!(sessions.iter().map(|s| s.inputs()[0].shape.dims()[0]).collect::<Vec<_>>(), [4, 1]);
+        fs::write(place.join("double.onnx"), "other").unwrap();
+        assert!(Engine::open(&place).unwrap_err().to_string().contains("double.onnx has 5 bytes"));
+        // Without them nothing is left of what was compiled.
+        fs::write(place.join("double.onnx"), &open.bytes).unwrap();
+        write_engine(&place, &[(1, &one)], None, notes()).unwrap();
+        assert_eq!(files(&place), ["double-b1.onnx", "engine.json"]);
     });
 }
 

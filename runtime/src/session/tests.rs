@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
 
+use graph_builder::{Builder, OpenProgram, Shape, Type};
+
 use super::*;
 use crate::arena::{Arena, ArenaLayout};
 use crate::binding::Binding;
@@ -87,6 +89,74 @@ fn a_model_that_is_not_its_program_is_refused() {
         assert!(error.contains("input `x` is present in the model, expected absent"), "{error}");
         let error = load(&|p| p.bytes.truncate(20)).unwrap_err();
         assert!(error.contains("cannot load program `test`"), "{error}");
+    });
+}
+
+/// `y = 2 x` and `both`, which is `y` and `x` one after the other, for rows `x` (N, 3).
+fn open_program() -> OpenProgram {
+    let emitted = |n| {
+        let b = Builder::new("test");
+        let x = b.input("x", Type::f32([n, 3]));
+        let y = x * 2.0;
+        b.output("y", y);
+        b.output("both", y.concat(&[x], 0));
+        b.finish().unwrap().emit(graph_builder::Weights::Inputs).unwrap()
+    };
+    OpenProgram::of((5, &emitted(5)), (7, &emitted(7))).unwrap()
+}
+
+#[test]
+fn views_of_one_open_session_run_at_their_own_batch_sizes() {
+    in_time(|| {
+        let open = open_program();
+        let session = OpenSession::load(&runtime(), &open, &Weights::Inside, &options()).unwrap();
+        let view = |n| session.at(&open.inputs_at(n), &open.outputs_at(n)).unwrap();
+        let mut bindings = [1, 4].map(|n| Binding::owned(&view(n)).unwrap());
+        drop(session);
+        for round in 0..3 {
+            for (binding, n) in bindings.iter_mut().zip([1, 4]) {
+                let value = (round * 10 + n) as f32;
+                binding.input_f32("x").unwrap().fill(value);
+                binding.run().unwrap();
+                assert_eq!(binding.output_f32("y").unwrap(), vec![2.0 * value; 3 * n]);
+                let both = [vec![2.0 * value; 3 * n], vec![value; 3 * n]].concat();
+                assert_eq!(binding.output_f32("both").unwrap(), both);
+            }
+        }
+    });
+}
+
+#[test]
+fn an_open_model_is_no_session_and_a_view_must_fit_it() {
+    in_time(|| {
+        let (open, runtime) = (open_program(), runtime());
+        let fixed = OnnxProgram {
+            name: open.name.clone(),
+            bytes: open.bytes.clone(),
+            inputs: open.inputs_at(2),
+            outputs: open.outputs_at(2),
+            weights_file: None,
+            native_ops: vec![],
+            unrepeatable: vec![],
+        };
+        let error = Session::load(&runtime, &fixed, &Weights::Inside, &options()).unwrap_err().to_string();
+        assert!(
+            error.contains("input `x` is f32(N, 3) in the model") && error.contains("OpenSession"),
+            "{error}"
+        );
+        let session = OpenSession::load(&runtime, &open, &Weights::Inside, &options()).unwrap();
+        let refused = |inputs: &[TensorSpec], outputs: &[TensorSpec]| {
+            session.at(inputs, outputs).map(|_| ()).unwrap_err().to_string()
+        };
+        let error = refused(&open.inputs_at(2), &open.outputs_at(3));
+        assert!(
+            error.contains("output `y` is f32(N, 3) where N is 2 in the model, expected f32(3, 3)"),
+            "{error}"
+        );
+        let error = refused(&[spec("x", &[2, 4])], &open.outputs_at(2));
+        assert!(error.contains("expected f32(2, 4)"), "{error}");
+        assert!(refused(&open.inputs_at(2), &[]).contains("output `y` is present"), "an output is missing");
+        assert!(refused(&[spec("z", &[2, 3])], &[]).contains("no input named `z`"));
     });
 }
 

@@ -4,12 +4,13 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
+use models::ProgramKind;
 use runtime::cuda::kernels::{Architecture, COMMON, Compiler, SOURCES};
 use runtime::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT, NVRTC, find_or_fetch_compiler};
 use runtime::cuda::{Gpu, GpuInfo};
-use runtime::engine::{EngineDraft, EngineKey, EngineProgram};
+use runtime::engine::{EngineDraft, EngineKey};
 use runtime::library::cache_directory;
-use runtime::provider::TensorRtOptions;
+use runtime::provider::{ShapeProfile, TensorRtOptions};
 use runtime::{Device, Engine, Provider, RuntimeError, RuntimeOptions};
 
 use crate::Usage;
@@ -107,6 +108,13 @@ impl Target {
         self.architecture.filter(|_| matches!(self.provider, Some(Provider::Cuda(_))))
     }
 
+    /// Whether a program is compiled once for all of several batch sizes: TensorRT would otherwise keep a copy of the
+    /// weights on the GPU for each.
+    pub(super) fn opens(&self, kind: ProgramKind, batches: &[usize]) -> bool {
+        let several = batches.iter().min() != batches.iter().max();
+        matches!(self.provider, Some(Provider::TensorRt(_))) && several && !kind.feeds_parameters()
+    }
+
     /// Device and libraries, as far as they decide what the engine is.
     pub(super) fn add_to(&self, key: &mut EngineKey) {
         let Some(architecture) = self.architecture else { return };
@@ -152,20 +160,22 @@ impl Target {
             .take_compiled(engine, |file| file.ends_with(".tensorrt.onnx") || file.ends_with(STRIPPED))?)
     }
 
-    /// The provider that loads a program for the first time, and the model that it writes of what it compiles.
+    /// The provider that loads a program for the first time, and the model that it writes of what it compiles. `file` is
+    /// the program's; `profiles` are the shapes that it is for, where its batch size is open.
     ///
     /// # Errors
     /// No folder for the caches.
     pub(super) fn building(
         &self,
-        program: &EngineProgram,
+        file: &str,
+        profiles: Vec<ShapeProfile>,
         directory: &Path,
         refitted: bool,
     ) -> anyhow::Result<(Provider, Option<String>)> {
         let Some(Provider::TensorRt(options)) = &self.provider else {
             return Ok((self.provider.clone().unwrap_or_default(), None));
         };
-        let stem = format!("{}.tensorrt", program.file.trim_end_matches(".onnx"));
+        let stem = format!("{}.tensorrt", file.trim_end_matches(".onnx"));
         let written = (!refitted).then(|| format!("{stem}.onnx"));
         let found = self.here.as_ref().map(architecture).transpose()?;
         let options = TensorRtOptions {
@@ -174,6 +184,7 @@ impl Target {
             engine_prefix: Some(stem),
             weights_from: self.refittable.then(|| directory.to_path_buf()),
             hardware_compatible: self.architecture < found,
+            profiles,
             ..options.clone()
         };
         if let Some(folder) = &options.timing_cache {
@@ -201,24 +212,12 @@ mod tests {
         Target { provider: Some(Provider::TensorRt(options)), architecture, here: Some(here), refittable }
     }
 
-    fn program() -> EngineProgram {
-        EngineProgram {
-            name: "step".into(),
-            batch: 4,
-            file: "step-b4.onnx".into(),
-            bytes: 0,
-            sha256: String::new(),
-            inputs: Vec::new(),
-            outputs: Vec::new(),
-            native_ops: Vec::new(),
-            compiled: None,
-        }
-    }
-
     #[test]
     fn tensorrt_writes_its_engine_beside_the_program_and_keeps_its_measurements() {
         let place = Path::new("/engine");
-        let options = |target: &Target, refitted| match target.building(&program(), place, refitted).unwrap()
+        let options = |target: &Target, refitted| match target
+            .building("step-b4.onnx", Vec::new(), place, refitted)
+            .unwrap()
         {
             (Provider::TensorRt(options), written) => (options, written),
             other => panic!("{other:?}"),
@@ -230,6 +229,21 @@ mod tests {
         assert!(built.timing_cache.is_some() && built.weights_from.is_none() && !built.hardware_compatible);
         let (older, _) = options(&target(TensorRtOptions::default(), (8, 0), false), false);
         assert!(older.hardware_compatible, "built on sm_90 for sm_80");
+        let profile = ShapeProfile { input: "x".into(), min: vec![1], opt: vec![4], max: vec![4] };
+        let all = target(TensorRtOptions::default(), (9, 0), false);
+        match all.building("step.onnx", vec![profile.clone()], place, false).unwrap() {
+            (Provider::TensorRt(options), Some(written)) => {
+                assert_eq!(
+                    (options.profiles.as_slice(), written.as_str()),
+                    (&[profile][..], "step.tensorrt.onnx")
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(all.opens(ProgramKind::Step, &[1, 4]) && !all.opens(ProgramKind::TrainStep, &[1, 4]));
+        assert!(!all.opens(ProgramKind::Step, &[4]));
+        let on_cpu = Target { provider: Some(Provider::default()), ..all };
+        assert!(!on_cpu.opens(ProgramKind::Step, &[1, 4]));
         let (refitted, written) = options(&target(TensorRtOptions::default(), (9, 0), true), true);
         assert!(written.is_none() && refitted.context_file.is_none());
         assert_eq!(refitted.weights_from.as_deref(), Some(place));

@@ -1,6 +1,7 @@
 //! `mudit build-engine`: programs of a model as ONNX files with their weights and a manifest, tried out before they are seen.
 
 mod built_for;
+mod open;
 mod parameters;
 mod stages;
 mod validation;
@@ -14,12 +15,15 @@ use clap::{Args, ValueEnum};
 use graph_builder::{Graph, OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::cuda::kernels::{self, Architecture};
-use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name};
+use runtime::engine::{
+    EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name, open_model_file_name,
+};
 use runtime::{Engine, Provider, SessionOptions};
 use serde_json::json;
 use train_engine::mup::MupTable;
 
 use self::built_for::{BuiltFor, Target};
+use self::open::{PlannedOpen, profiles};
 use self::parameters::{Parameters, Source};
 use self::stages::{Stage, Stages};
 use self::validation::{Case, Report};
@@ -112,13 +116,14 @@ impl BuildEngineArgs {
             None => None,
         };
         let planned = self.plan(&model)?;
+        let open = self.plan_open(&model, &target)?;
         let carried = weights.as_ref().filter(|_| planned.iter().any(|p| !p.kind.feeds_parameters()));
         if let Some(Export::Triton) = self.export {
             return self.export_triton(&planned, carried, &target);
         }
         let known = Engine::open(&self.out).ok();
         let stamp = carried.map(|w| w.stamp(known.as_ref())).transpose()?;
-        let key = self.key(&planned, stamp.as_ref(), &target)?;
+        let key = self.key(&planned, &open, stamp.as_ref(), &target)?;
         let differences = known.as_ref().map(|engine| engine.manifest().key.differences(&key));
         self.tell_why(differences.as_deref())?;
         if let (Some(engine), Some([])) = (&known, differences.as_deref()) {
@@ -131,6 +136,9 @@ impl BuildEngineArgs {
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = parameters.as_ref().map(|w| w.file.as_path());
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
+        for program in &open {
+            draft.add_open(&program.emit(initializers(parameters.as_ref()))?)?;
+        }
         if let Some(architecture) = target.kernels() {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
             Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
@@ -198,36 +206,53 @@ impl BuildEngineArgs {
         Target::find(&self.provider, self.architecture, self.refittable)
     }
 
-    /// The programs in every batch size, as graphs.
-    fn plan(&self, model: &DitConfig) -> anyhow::Result<Vec<Planned>> {
-        let batches = match (self.batch, self.buckets.as_slice()) {
+    fn batches(&self) -> Vec<usize> {
+        match (self.batch, self.buckets.as_slice()) {
             (Some(n), _) => vec![n],
             (None, []) => vec![1],
             (None, buckets) => buckets.to_vec(),
-        };
+        }
+    }
+
+    fn graph(&self, model: &DitConfig, kind: ProgramKind, batch: usize) -> anyhow::Result<Graph> {
+        let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
+        Ok(graph.in_precision(self.precision)?)
+    }
+
+    /// The programs in every batch size, as graphs.
+    fn plan(&self, model: &DitConfig) -> anyhow::Result<Vec<Planned>> {
         let mut planned: Vec<Planned> = Vec::new();
         for &kind in &self.programs {
-            for &batch in &batches {
+            for batch in self.batches() {
                 // Asked for twice, built once.
                 if planned.iter().any(|p| (p.kind, p.batch) == (kind, batch)) {
                     continue;
                 }
-                let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
-                planned.push(Planned { kind, batch, graph: graph.in_precision(self.precision)? });
+                planned.push(Planned { kind, batch, graph: self.graph(model, kind, batch)? });
             }
         }
         Ok(planned)
+    }
+
+    /// The programs that are compiled once for all batch sizes.
+    fn plan_open(&self, model: &DitConfig, target: &Target) -> anyhow::Result<Vec<PlannedOpen>> {
+        let kinds = self.programs.iter().filter(|kind| target.opens(**kind, &self.batches()));
+        kinds.map(|&kind| PlannedOpen::new(kind, |n| self.graph(model, kind, n))).collect()
     }
 
     /// What is ahead.
     fn stages(&self, planned: &[Planned], carried: Option<&Source<'_>>, target: &Target) -> Stages {
         let elsewhere = target.elsewhere().is_some();
         let tried = if self.provider.0.is_some() && !elsewhere { planned.len() } else { 0 };
+        let batches = self.batches();
+        let open = self.programs.iter().filter(|kind| target.opens(**kind, &batches)).count();
+        // One that is compiled for all batch sizes is loaded once.
+        let shared = open * (batches.len() - 1);
         Stages::new([
             (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
             (Stage::Emit, planned.len()),
             (Stage::Kernels, usize::from(target.kernels().is_some())),
-            (Stage::Load, tried),
+            (Stage::Load, tried.saturating_sub(shared)),
             (Stage::Validate, tried),
         ])
     }
@@ -237,6 +262,7 @@ impl BuildEngineArgs {
     fn key(
         &self,
         planned: &[Planned],
+        open: &[PlannedOpen],
         weights: Option<&FileStamp>,
         target: &Target,
     ) -> anyhow::Result<EngineKey> {
@@ -250,6 +276,9 @@ impl BuildEngineArgs {
         for p in planned {
             let bytes = p.graph.emit(Weights::Inputs)?.bytes;
             key.set(p.file(), runtime::file::sha256_bytes(&bytes));
+        }
+        for p in open {
+            key.set(p.file(), runtime::file::sha256_bytes(&p.emit(Weights::Inputs)?.bytes));
         }
         if let Some(stamp) = weights {
             key.set("weights", &stamp.sha256);
@@ -305,12 +334,7 @@ impl BuildEngineArgs {
         let mut built = Vec::new();
         for p in planned {
             stages.begin(Stage::Emit, &p.file());
-            let how = match weights {
-                Some(w) if !p.kind.feeds_parameters() => {
-                    Weights::External { file: &w.name, tensors: &w.tensors }
-                }
-                _ => Weights::Inputs,
-            };
+            let how = initializers(weights.filter(|_| !p.kind.feeds_parameters()));
             let emitted = p.graph.emit(how)?;
             if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
                 emitted.check_cuda(&kernels::has)?;
@@ -354,40 +378,59 @@ impl BuildEngineArgs {
             return Ok(Vec::new());
         };
         let runtime = self.machine.runtime_for(provider)?;
-        let programs = draft.engine()?.manifest().programs.clone();
+        let manifest = draft.engine()?.manifest().clone();
+        let open = |name: &str| manifest.open_programs.iter().any(|p| p.name == name);
         let mut reports = Vec::new();
-        for p in &programs {
-            stages.begin(Stage::Load, &p.file);
+        for group in manifest.programs.chunk_by(|a, b| a.name == b.name && open(&a.name)) {
+            let [first, ..] = group else { continue };
+            let shared = open(&first.name);
+            let (file, shapes) = if shared {
+                (open_model_file_name(&first.name), profiles(group))
+            } else {
+                (first.file.clone(), Vec::new())
+            };
+            stages.begin(Stage::Load, &file);
             let start = Instant::now();
-            let (provider, compiled) = target.building(p, draft.directory(), refitted)?;
+            let (provider, compiled) = target.building(&file, shapes, draft.directory(), refitted)?;
             let options = SessionOptions {
                 threads: self.machine.threads,
                 provider,
                 record_placement: self.explain,
                 ..SessionOptions::default()
             };
-            let session = draft.engine()?.session(&runtime, &p.name, p.batch, &options)?;
+            let (engine, batches) = (draft.engine()?, group.iter().map(|p| p.batch).collect::<Vec<_>>());
+            let sessions = if shared && !refitted {
+                let session = engine.open_session(&runtime, &first.name, &options)?;
+                group.iter().map(|p| session.at(&p.inputs, &p.outputs)).collect::<Result<Vec<_>, _>>()?
+            } else {
+                engine.sessions(&runtime, &first.name, &batches, &options)?
+            };
             let load_seconds = start.elapsed().as_secs_f64();
             if let Some(file) = compiled {
-                draft.add_compiled(&p.name, p.batch, &file)?;
+                draft.add_compiled(&first.name, &batches, &file)?;
             }
-            if self.explain && !self.json {
+            if self.explain
+                && !self.json
+                && let Some(session) = sessions.first()
+            {
                 let placement = session.placement()?;
                 let places =
                     placement.by_provider().into_iter().map(|(who, nodes)| format!("{nodes} nodes on {who}"));
-                console::out(&format!("{}: {}", p.file, places.collect::<Vec<_>>().join(", ")))?;
+                console::out(&format!("{file}: {}", places.collect::<Vec<_>>().join(", ")))?;
             }
-            let case = Case {
-                model,
-                kind: p.name.parse()?,
-                batch: p.batch,
-                guidance: self.cfg_channels,
-                precision: self.precision,
-                weights: self.weights.as_deref(),
-            };
-            stages.begin(Stage::Validate, &p.file);
-            let place = || format!("trying {}", p.file);
-            reports.push(case.run(&session, load_seconds, !self.no_validation).with_context(place)?);
+            for (p, session) in group.iter().zip(&sessions) {
+                let case = Case {
+                    model,
+                    kind: p.name.parse()?,
+                    batch: p.batch,
+                    guidance: self.cfg_channels,
+                    precision: self.precision,
+                    weights: self.weights.as_deref(),
+                };
+                stages.begin(Stage::Validate, &p.file);
+                let place = || format!("trying {}", p.file);
+                reports.push(case.run(session, load_seconds, !self.no_validation).with_context(place)?);
+            }
         }
         Ok(reports)
     }
@@ -399,6 +442,11 @@ fn onnx_runtime() -> String {
         Ok(path) if !path.is_empty() => path,
         _ => runtime::library::PINNED_VERSION.to_owned(),
     }
+}
+
+/// The parameters of a program: constants in a file, or inputs.
+fn initializers(weights: Option<&Parameters>) -> Weights<'_> {
+    weights.map_or(Weights::Inputs, |w| Weights::External { file: &w.name, tensors: &w.tensors })
 }
 
 fn place(source: &Source<'_>, stages: &mut Stages) -> anyhow::Result<Parameters> {

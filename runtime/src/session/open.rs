@@ -1,0 +1,77 @@
+//! A program for every batch size, loaded once.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use graph_builder::{OpenProgram, TensorSpec};
+
+use super::loaded::{Loaded, LoadedFrom};
+use super::{Session, SessionOptions, Weights};
+use crate::error::Result;
+use crate::library::Runtime;
+
+/// A model with an open batch that ONNX Runtime has loaded: one copy of its weights and, on TensorRT, one engine, used at
+/// several batch sizes. It runs through sessions that are views of it, see [`OpenSession::at`].
+pub struct OpenSession {
+    name: String,
+    loaded: Arc<Loaded>,
+}
+
+impl fmt::Debug for OpenSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenSession").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl OpenSession {
+    /// Loads a program from memory.
+    ///
+    /// # Errors
+    /// As [`Session::load`].
+    pub fn load(
+        runtime: &Arc<Runtime>,
+        program: &OpenProgram,
+        weights: &Weights,
+        options: &SessionOptions,
+    ) -> Result<Self> {
+        let from = LoadedFrom {
+            name: &program.name,
+            bytes: &program.bytes,
+            weights_file: program.weights_file.as_deref(),
+            native_ops: &program.native_ops,
+            unrepeatable: &program.unrepeatable,
+        };
+        let loaded = Loaded::from_memory(runtime, &from, weights, options, &|_| Ok(()))?;
+        Ok(Self { name: program.name.clone(), loaded: Arc::new(loaded) })
+    }
+
+    /// Loads a model file; its external data must lie in the file's directory.
+    ///
+    /// # Errors
+    /// As [`Session::load_file`].
+    pub fn load_file(
+        runtime: &Arc<Runtime>,
+        path: impl AsRef<Path>,
+        options: &SessionOptions,
+    ) -> Result<Self> {
+        let (name, loaded) = Loaded::from_file(runtime, path.as_ref(), options)?;
+        Ok(Self { name, loaded: Arc::new(loaded) })
+    }
+
+    /// The program at one batch size, which is that of its inputs and outputs. Views share the loaded model, which stays
+    /// as long as one of them does.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Signature`](crate::RuntimeError::Signature), [`RuntimeError::UnknownName`](crate::RuntimeError)
+    /// when the model is not one for these inputs and outputs.
+    pub fn at(&self, inputs: &[TensorSpec], outputs: &[TensorSpec]) -> Result<Arc<Session>> {
+        self.loaded.check(&self.name, inputs, outputs)?;
+        Ok(Arc::new(Session {
+            name: self.name.clone(),
+            inputs: inputs.to_vec(),
+            outputs: outputs.to_vec(),
+            loaded: self.loaded.clone(),
+        }))
+    }
+}

@@ -25,7 +25,7 @@ impl fmt::Debug for OpenSession {
 }
 
 impl OpenSession {
-    /// Loads a program from memory.
+    /// Loads a program from memory. CUDA graphs that are not safe are refused as [`Session::load`] does, for all views.
     ///
     /// # Errors
     /// As [`Session::load`].

@@ -81,6 +81,22 @@ fn copies_ask_an_input_for_the_batch() {
 }
 
 #[test]
+fn what_no_recorded_run_may_do_is_known_of_either_emission() {
+    let uneven = open(&|b, _, [x, _]| b.output("o", x.concat(&[x.slice(1, 0, 1)], 1))).unwrap();
+    assert_eq!(uneven.unrepeatable.len(), 1, "{:?}", uneven.unrepeatable);
+    let even = |n| emitted(n, &|b, _, [x, _]| b.output("o", x.concat(&[x], 0)));
+    let known = |names: [&[&str]; 2]| {
+        let named = |n, names: &[&str]| {
+            let unrepeatable = names.iter().map(ToString::to_string).collect();
+            OnnxProgram { unrepeatable, ..even(n) }
+        };
+        OpenProgram::of((7, &named(7, names[0])), (11, &named(11, names[1]))).unwrap().unrepeatable
+    };
+    assert!(known([&[], &[]]).is_empty());
+    assert_eq!(known([&["a"], &["a", "b"]]), ["a", "b"]);
+}
+
+#[test]
 fn what_an_open_program_cannot_say_is_refused_by_node() {
     let refusal =
         |build: &dyn for<'g> Fn(&'g Builder, usize, [Value<'g>; 2])| open(build).unwrap_err().to_string();

@@ -235,7 +235,8 @@ impl Engine {
         &self.manifest
     }
 
-    /// Checks the hashes of all files, weights included.
+    /// Checks the hashes of all files that the build wrote, weights included. What a provider compiled is known by its
+    /// size alone, which [`Engine::open`] checks.
     ///
     /// # Errors
     /// [`RuntimeError::Engine`] naming the file that was altered, [`RuntimeError::Io`].

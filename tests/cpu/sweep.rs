@@ -189,11 +189,11 @@ fn twenty_kills_lose_no_finished_trial_and_repeat_none() {
     let (mut killed, mut finished, mut torn) = (0, BTreeSet::new(), 0);
     while killed < KILLS {
         let before = counts(&folder).values().map(|(started, _)| started).sum::<usize>();
-        let worker = sweep(&tiny, "run", "s", &["--set", "train.steps=60"]).start();
-        // From its first trial on, at any moment of the next ones.
+        let worker = sweep(&tiny, "run", "s", &["--set", "train.steps=200"]).start();
+        // From its first trial on, at any moment of the next ones; all the delays together are a small part of the sweep.
         let begins = || counts(&folder).values().map(|(started, _)| started).sum::<usize>() > before;
         assert!(worker.until(WATCH, begins), "all trials were done after {killed} kills");
-        let delay = Duration::from_millis(draws.below(250) as u64);
+        let delay = Duration::from_millis(draws.below(150) as u64);
         let begin = Instant::now();
         worker.until(WATCH, || begin.elapsed() > delay);
         worker.signal(libc::SIGKILL);
@@ -211,13 +211,17 @@ fn twenty_kills_lose_no_finished_trial_and_repeat_none() {
             torn += 1;
         }
     }
-    let done = sweep(&tiny, "run", "s", &["--set", "train.steps=60"]).json();
+    let done = sweep(&tiny, "run", "s", &["--set", "train.steps=200"]).json();
     assert_eq!(done["done"], done["trials"], "{done}");
     let counts = counts(&folder);
     assert_eq!(counts.len(), done["trials"].as_u64().unwrap() as usize);
     assert!(counts.values().all(|(_, ended)| *ended == 1), "a trial was repeated: {counts:?}");
     let started: usize = counts.values().map(|(started, _)| started).sum();
-    println!("{KILLS} kills, {} trials, {started} starts, {torn} torn lines", counts.len());
+    println!(
+        "{KILLS} kills, {} of {} trials done by then, {started} starts, {torn} torn lines",
+        finished.len(),
+        counts.len()
+    );
     assert!(started <= counts.len() + KILLS, "only trials that were cut are begun again: {started}");
 }
 

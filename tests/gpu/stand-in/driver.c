@@ -1,5 +1,5 @@
 /* Stands in for NVIDIA's driver library on a machine without a GPU: one device that says it is of compute capability 8.0.
- * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host; those of NVIDIA's libraries and
+ * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host or as PTX; those of NVIDIA's libraries and
  * of ONNX Runtime compute nothing. What is queued on a stream is done at once, or, on the streams whose numbers (from 1, in
  * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits allow: a wait that is missing then
  * shows in the values. A stream can be recorded, and the recording played. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes; with
@@ -156,6 +156,43 @@ int cuCtxSynchronize(void) {
   return failed;
 }
 
+/* Blocks of memory by their addresses. */
+struct block { uint64_t begin, end; };
+static struct block *blocks;
+static size_t block_count;
+/* Where the block with an address belongs, or would. */
+static size_t place_of(uint64_t address) {
+  size_t low = 0, high = block_count;
+  while (low < high) {
+    const size_t middle = (low + high) / 2;
+    if (blocks[middle].end <= address) low = middle + 1; else high = middle;
+  }
+  return low;
+}
+static void remember(uint64_t begin, size_t bytes) {
+  pthread_mutex_lock(&lock);
+  const size_t place = place_of(begin);
+  blocks = realloc(blocks, (block_count + 1) * sizeof *blocks);
+  memmove(blocks + place + 1, blocks + place, (block_count++ - place) * sizeof *blocks);
+  blocks[place] = (struct block){begin, begin + bytes};
+  pthread_mutex_unlock(&lock);
+}
+static void forget(uint64_t begin) {
+  pthread_mutex_lock(&lock);
+  const size_t place = place_of(begin);
+  memmove(blocks + place, blocks + place + 1, (--block_count - place) * sizeof *blocks);
+  pthread_mutex_unlock(&lock);
+}
+/* The block that holds an address, for kernels that are watched; whether there is one. */
+bool stand_in_block(uint64_t address, struct block *found) {
+  pthread_mutex_lock(&lock);
+  const size_t place = place_of(address);
+  const bool held = place < block_count && blocks[place].begin <= address;
+  if (held) *found = blocks[place];
+  pthread_mutex_unlock(&lock);
+  return held;
+}
+
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (bytes == 0) return INVALID;
   if (spoils()) return RECORDING;
@@ -168,12 +205,14 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (bytes <= 64 << 20) memset(block + HEADER, getenv("MUDIT_STAND_IN_UPDATES_ONLY") ? 0 : 0xFF, bytes);
   __atomic_add_fetch(&used, bytes, __ATOMIC_SEQ_CST);
   *address = (uint64_t)(uintptr_t)(block + HEADER);
+  remember(*address, bytes);
   return OK;
 }
 int cuMemFree_v2(uint64_t address) {
   if (!address) return OK;
   if (spoils()) return RECORDING;
   drain_all();
+  forget(address);
   char *block = (char *)(uintptr_t)address - HEADER;
   __atomic_sub_fetch(&used, *(size_t *)block, __ATOMIC_SEQ_CST);
   free(block);
@@ -240,33 +279,58 @@ int cuEventSynchronize(void *event) {
   pthread_mutex_unlock(&lock);
   return failed;
 }
-/* A module is a source of kernels, compiled for the host beside this library. */
-typedef const char *launch(const char *, const uint32_t *, uint32_t, uint32_t, bool, void **);
-typedef void **keep(const char *, void **);
+/* A module is a source of kernels, compiled for the host beside this library and known by its name, or the PTX of one, which
+ * the library `ptx.so` beside this one runs. */
+typedef const char *launch(const void *, const uint32_t *, uint32_t, uint32_t, bool, void **);
+typedef void **keep(const void *, void **);
+struct module { void *library, *ptx; };
 struct function {
   launch *launch;
   keep *keep;
+  const void *what; /* for those two: its name, or its instructions */
   char name[64];
   int shared;
 };
-
-int cuModuleLoadData(void **module, const char *image) {
-  static const char begin[] = "stand-in ";
+static void *beside(const char *name) {
   Dl_info here;
   char path[4096];
-  if (strncmp(image, begin, sizeof begin - 1) || !dladdr(cuModuleLoadData, &here)) return NO_IMAGE;
-  snprintf(path, sizeof path, "%.*s%s.so", (int)(strrchr(here.dli_fname, '/') + 1 - here.dli_fname), here.dli_fname, image + sizeof begin - 1);
-  *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  return *module ? OK : NO_IMAGE;
+  if (!dladdr(beside, &here)) return 0;
+  snprintf(path, sizeof path, "%.*s%s.so", (int)(strrchr(here.dli_fname, '/') + 1 - here.dli_fname), here.dli_fname, name);
+  return dlopen(path, RTLD_NOW | RTLD_LOCAL);
 }
-int cuModuleGetFunction(struct function **function, void *module, const char *name) {
-  bool (*has)(const char *) = dlsym(module, "mudit_has");
-  if (!has || !has(name)) return NOT_FOUND;
-  *function = calloc(1, sizeof **function);
-  (*function)->launch = dlsym(module, "mudit_launch");
-  (*function)->keep = dlsym(module, "mudit_keep");
-  snprintf((*function)->name, sizeof (*function)->name, "%s", name);
-  (*function)->shared = 48 << 10;
+
+int cuModuleLoadData(struct module **module, const char *image) {
+  static const char begin[] = "stand-in ";
+  const bool compiled = !strncmp(image, begin, sizeof begin - 1);
+  struct module m = {beside(compiled ? image + sizeof begin - 1 : "ptx"), 0};
+  if (!m.library) return NO_IMAGE;
+  if (!compiled) {
+    void *(*load)(const char *, bool (*)(uint64_t, struct block *)) = dlsym(m.library, "ptx_load");
+    if (!(m.ptx = load(image, stand_in_block))) return NO_IMAGE;
+  }
+  *module = malloc(sizeof m);
+  **module = m;
+  return OK;
+}
+int cuModuleGetFunction(struct function **function, struct module *module, const char *name) {
+  struct function f = {.shared = 48 << 10};
+  snprintf(f.name, sizeof f.name, "%s", name);
+  if (module->ptx) {
+    const void *(*find)(void *, const char *) = dlsym(module->library, "ptx_function");
+    uint32_t (*shared)(const void *) = dlsym(module->library, "ptx_shared_bytes");
+    if (!(f.what = find(module->ptx, name))) return NOT_FOUND;
+    f.launch = dlsym(module->library, "ptx_launch");
+    f.keep = dlsym(module->library, "ptx_keep");
+    f.shared -= shared(f.what);
+  } else {
+    bool (*has)(const char *) = dlsym(module->library, "mudit_has");
+    if (!has || !has(name)) return NOT_FOUND;
+    f.launch = dlsym(module->library, "mudit_launch");
+    f.keep = dlsym(module->library, "mudit_keep");
+  }
+  *function = malloc(sizeof f);
+  **function = f;
+  if (!module->ptx) (*function)->what = (*function)->name;
   return OK;
 }
 int cuFuncSetAttribute(struct function *function, int attribute, int value) {
@@ -277,7 +341,7 @@ int cuFuncSetAttribute(struct function *function, int attribute, int value) {
 struct call { struct function *function; uint32_t grid[3], threads, shared; void **arguments; };
 static void run_call(void *data) {
   struct call *c = data;
-  const char *words = c->function->launch(c->function->name, c->grid, c->threads, c->shared, getenv("MUDIT_STAND_IN_BACKWARDS"), c->arguments);
+  const char *words = c->function->launch(c->function->what, c->grid, c->threads, c->shared, getenv("MUDIT_STAND_IN_BACKWARDS"), c->arguments);
   if (words) { complaint = words; failed = FAILED; }
 }
 int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
@@ -288,7 +352,7 @@ int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z
   const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11);
   if (getenv("MUDIT_STAND_IN_UPDATES_ONLY") && !update) return OK;
   /* What the arguments point to is gone when the kernel runs. */
-  struct call call = {function, {x, y, z}, threads, shared, function->keep(function->name, arguments)};
+  struct call call = {function, {x, y, z}, threads, shared, function->keep(function->what, arguments)};
   stand_in_queue(stream, run_call, &call, sizeof call);
   return failed;
 }
@@ -298,4 +362,6 @@ int cuGetErrorName(int error, const char **text) {
   return OK;
 }
 int cuGetErrorString(int error, const char **text) { return cuGetErrorName(error, text); }
+/* NVRTC looks for it. */
+int cuGetExportTable(const void **table, const void *which) { *table = 0; return NOT_FOUND; }
 int cuTensorMapEncodeTiled(void) { return NOT_SUPPORTED; }

@@ -23,6 +23,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use runtime::RuntimeOptions;
+use runtime::cuda::libraries::{NVRTC, find_or_fetch_compiler};
 use runtime::library::locate;
 
 /// For one proof: loading DiT-XL/2's training step takes some ten seconds here.
@@ -177,6 +178,42 @@ fn noise_has_the_hosts_bits() {
 #[test]
 fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
     proven("proofs::update", &[]);
+}
+
+/// Runs proofs whose kernels are what the real NVRTC makes of them, PTX for PTX. Where there is none, says so aloud; with `CI`
+/// set it is fetched.
+#[allow(clippy::print_stderr, reason = "nothing is fetched silently")]
+fn proven_as_ptx(name: &str) {
+    let offline = std::env::var_os("CI").is_none();
+    let options = RuntimeOptions { gpu: true, offline, progress: &|line| eprintln!("{line}") };
+    match find_or_fetch_compiler(&options).map(|()| NVRTC.opened()) {
+        Ok(Some(found)) => {
+            let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx-cache");
+            let path = found.path.canonicalize().unwrap();
+            let variables = [("MUDIT_STAND_IN_NVRTC", path.as_path()), ("MUDIT_CACHE", cache.as_path())];
+            proven(name, &variables.map(|(name, path)| (name, path.to_str().unwrap())));
+        }
+        Err(reason) if offline => {
+            std::io::stderr().write_all(format!("SKIPPED: {name} as PTX: {reason}\n").as_bytes()).unwrap();
+        }
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+#[test]
+fn fused_ops_compute_what_the_interpreter_computes_as_ptx() {
+    proven_as_ptx("proofs::fused_ops");
+}
+
+#[test]
+fn fused_ops_are_nodes_of_the_cuda_provider_as_ptx() {
+    proven_as_ptx("proofs::fused_nodes");
+}
+
+#[test]
+fn noise_and_update_have_the_hosts_bits_as_ptx() {
+    proven_as_ptx("proofs::noise");
+    proven_as_ptx("proofs::update");
 }
 
 /// For proofs of training: every gradient is zero.

@@ -31,7 +31,10 @@ pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
     std::thread::scope(|scope| {
         let machine = scope.spawn(|| ptx_machine(folder));
         let kernels = SOURCES.map(|source| scope.spawn(move || emulated(folder, source)));
-        kernels.into_iter().chain([machine]).try_for_each(|k| k.join().map_err(|_| "a compiler's thread panicked")?)
+        kernels
+            .into_iter()
+            .chain([machine])
+            .try_for_each(|k| k.join().map_err(|_| "a compiler's thread panicked")?)
     })?;
     for (name, symbols) in wanted(provider)? {
         let known = match name.split_once(".so") {

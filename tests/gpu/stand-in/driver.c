@@ -14,11 +14,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801, RECORDING = 900, SPOILT = 901 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801, RECORDING = 900, SPOILT = 901 };
 enum { HEADER = 256 };
 static size_t used;
-static void *current;
 static char context;
+/* Each thread must have made the context its own. */
+static __thread void *current;
+#define WANTS_CONTEXT if (!current) return NO_CONTEXT
 
 /* What went over the bus, and how often the host waited; for the proofs. */
 struct counts { uint64_t to_device, to_device_bytes, from_device, from_device_bytes, on_device, waits; };
@@ -27,7 +29,7 @@ void stand_in_counts(struct counts *out) { *out = counts; }
 
 /* Streams: work that was queued and is not done. */
 struct work { void (*run)(void *); struct work *next; _Alignas(16) char data[]; };
-struct stream { int late; uint64_t queued, done; struct work *first, *last; };
+struct stream { int late; bool gone; uint64_t queued, done; struct work *first, *last; };
 struct event { struct stream *stream; uint64_t after; };
 enum { STREAMS = 64 };
 static struct stream streams[STREAMS];
@@ -74,6 +76,7 @@ static struct work *copy_of(void (*run)(void *), const void *data, size_t bytes)
 /* Queues work with a copy of its data. */
 int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t bytes) {
   struct stream *s = stream;
+  if (s >= streams && s < streams + made && s->gone) return INVALID_HANDLE;
   pthread_mutex_lock(&lock);
   if (recording && stream == recorded) {
     struct work *work = copy_of(run, data, bytes);
@@ -150,6 +153,7 @@ int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
 int cuCtxGetCurrent(void **ctx) { *ctx = current; return OK; }
 int cuCtxSetCurrent(void *ctx) { current = ctx; return OK; }
 int cuCtxSynchronize(void) {
+  WANTS_CONTEXT;
   if (spoils()) return RECORDING;
   counts.waits++;
   drain_all();
@@ -194,6 +198,7 @@ bool stand_in_block(uint64_t address, struct block *found) {
 }
 
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+  WANTS_CONTEXT;
   if (bytes == 0) return INVALID;
   if (spoils()) return RECORDING;
   if (bytes > total() || __atomic_load_n(&used, __ATOMIC_SEQ_CST) > total() - bytes) return OUT_OF_MEMORY;
@@ -209,6 +214,7 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   return OK;
 }
 int cuMemFree_v2(uint64_t address) {
+  WANTS_CONTEXT;
   if (!address) return OK;
   if (spoils()) return RECORDING;
   drain_all();
@@ -218,28 +224,42 @@ int cuMemFree_v2(uint64_t address) {
   free(block);
   return OK;
 }
-int cuMemGetInfo_v2(size_t *available, size_t *whole) { *whole = total(); *available = total() - used; return OK; }
-int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { *address = aligned_alloc(HEADER, bytes / HEADER * HEADER + HEADER); return *address ? OK : OUT_OF_MEMORY; }
-int cuMemFreeHost(void *address) { drain_all(); free(address); return OK; }
+int cuMemGetInfo_v2(size_t *available, size_t *whole) { WANTS_CONTEXT; *whole = total(); *available = total() - used; return OK; }
+/* Whether bytes of the device lie in one block. */
+static bool held(uint64_t address, size_t bytes) {
+  struct block block;
+  return stand_in_block(address, &block) && bytes <= block.end - address;
+}
+int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { WANTS_CONTEXT; *address = aligned_alloc(HEADER, bytes / HEADER * HEADER + HEADER); return *address ? OK : OUT_OF_MEMORY; }
+int cuMemFreeHost(void *address) { WANTS_CONTEXT; drain_all(); free(address); return OK; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(to, n)) return INVALID;
   __atomic_add_fetch(&counts.to_device, 1, __ATOMIC_SEQ_CST);
   __atomic_add_fetch(&counts.to_device_bytes, n, __ATOMIC_SEQ_CST);
   return stand_in_queue(stream, run_copy, &(struct copy){(void *)(uintptr_t)to, from, n}, sizeof(struct copy));
 }
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(from, n)) return INVALID;
   __atomic_add_fetch(&counts.from_device, 1, __ATOMIC_SEQ_CST);
   __atomic_add_fetch(&counts.from_device_bytes, n, __ATOMIC_SEQ_CST);
   return stand_in_queue(stream, run_copy, &(struct copy){to, (void *)(uintptr_t)from, n}, sizeof(struct copy));
 }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(to, n) || !held(from, n)) return INVALID;
   __atomic_add_fetch(&counts.on_device, 1, __ATOMIC_SEQ_CST);
   return stand_in_queue(stream, run_copy, &(struct copy){(void *)(uintptr_t)to, (void *)(uintptr_t)from, n}, sizeof(struct copy));
 }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(to, n)) return INVALID;
   return stand_in_queue(stream, run_fill, &(struct copy){(void *)(uintptr_t)to, 0, n, value}, sizeof(struct copy));
 }
 
 int cuStreamCreate(void **stream, unsigned flags) {
+  WANTS_CONTEXT;
   const char *late = getenv("MUDIT_STAND_IN_LATE");
   pthread_mutex_lock(&lock);
   int number = made < STREAMS ? made++ : STREAMS - 1;
@@ -248,8 +268,15 @@ int cuStreamCreate(void **stream, unsigned flags) {
   pthread_mutex_unlock(&lock);
   return OK;
 }
-int cuStreamDestroy_v2(void *stream) { return OK; }
+int cuStreamDestroy_v2(void *stream) {
+  struct stream *s = stream;
+  if (s < streams || s >= streams + made || s->gone) return INVALID_HANDLE;
+  drain(s, s->queued);
+  s->gone = true;
+  return OK;
+}
 int cuStreamSynchronize(void *stream) {
+  WANTS_CONTEXT;
   struct stream *s = stream;
   if (recording && (stream == recorded || !stream) && spoils()) return RECORDING;
   counts.waits++;
@@ -259,10 +286,11 @@ int cuStreamSynchronize(void *stream) {
   pthread_mutex_unlock(&lock);
   return failed;
 }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return stand_in_queue(stream, run_wait, event, sizeof(struct event)); }
-int cuEventCreate(void **event, unsigned flags) { *event = calloc(1, sizeof(struct event)); return OK; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { WANTS_CONTEXT; return stand_in_queue(stream, run_wait, event, sizeof(struct event)); }
+int cuEventCreate(void **event, unsigned flags) { WANTS_CONTEXT; *event = calloc(1, sizeof(struct event)); return OK; }
 int cuEventDestroy_v2(void *event) { free(event); return OK; }
 int cuEventRecord(void *event, void *stream) {
+  WANTS_CONTEXT;
   struct stream *s = stream;
   struct event *e = event;
   pthread_mutex_lock(&lock);
@@ -272,6 +300,7 @@ int cuEventRecord(void *event, void *stream) {
 }
 int cuEventQuery(void *event) { struct event *e = event; return !e->stream || e->stream->done >= e->after ? OK : NOT_READY; }
 int cuEventSynchronize(void *event) {
+  WANTS_CONTEXT;
   if (spoils()) return RECORDING;
   pthread_mutex_lock(&lock);
   counts.waits++;
@@ -300,6 +329,7 @@ static void *beside(const char *name) {
 }
 
 int cuModuleLoadData(struct module **module, const char *image) {
+  WANTS_CONTEXT;
   static const char begin[] = "stand-in ";
   const bool compiled = !strncmp(image, begin, sizeof begin - 1);
   struct module m = {beside(compiled ? image + sizeof begin - 1 : "ptx"), 0};
@@ -313,6 +343,7 @@ int cuModuleLoadData(struct module **module, const char *image) {
   return OK;
 }
 int cuModuleGetFunction(struct function **function, struct module *module, const char *name) {
+  WANTS_CONTEXT;
   struct function f = {.shared = 48 << 10};
   snprintf(f.name, sizeof f.name, "%s", name);
   if (module->ptx) {
@@ -334,6 +365,7 @@ int cuModuleGetFunction(struct function **function, struct module *module, const
   return OK;
 }
 int cuFuncSetAttribute(struct function *function, int attribute, int value) {
+  WANTS_CONTEXT;
   if (attribute != 8 || value > 166912) return INVALID;
   if (value > function->shared) function->shared = value;
   return OK;
@@ -346,6 +378,7 @@ static void run_call(void *data) {
 }
 int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared, void *stream, void **arguments, void **extra) {
+  WANTS_CONTEXT;
   if (!x || !y || !z || x > 2147483647 || y > 65535 || z > 65535 || threads > 1024 || threads_y != 1 || threads_z != 1 ||
       shared > (unsigned)function->shared)
     return INVALID;

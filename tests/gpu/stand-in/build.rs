@@ -13,9 +13,11 @@ const RUNTIME: &str = include_str!("runtime.c");
 const PRODUCTS: &str = include_str!("products.c");
 const COMPILER: &str = include_str!("compiler.c");
 /// Sources of the machine that runs PTX.
-const PTX: [(&str, &str); 5] = [
+const PTX: [(&str, &str); 7] = [
     ("machine.h", include_str!("ptx/machine.h")),
     ("collective.h", include_str!("ptx/collective.h")),
+    ("traffic.h", include_str!("ptx/traffic.h")),
+    ("memory.cpp", include_str!("ptx/memory.cpp")),
     ("module.cpp", include_str!("ptx/module.cpp")),
     ("instructions.cpp", include_str!("ptx/instructions.cpp")),
     ("launch.cpp", include_str!("ptx/launch.cpp")),

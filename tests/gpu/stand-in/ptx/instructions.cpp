@@ -154,10 +154,10 @@ template <Space space> u8 *reach(Thread &t, const Instruction &i) {
     const u64 address = t.address(i, 0);
     const u32 bytes = i.size * i.count;
     if (space == Space::Shared) {
-        return t.shared(address, bytes);
+        return t.shared(i, address, bytes);
     }
     if (space == Space::Global) {
-        return t.global(address, bytes);
+        return t.global(i, address, bytes);
     }
     std::vector<u8> &memory = space == Space::Local ? t.frame().local : t.frame().params;
     if (address + bytes > memory.size()) {
@@ -215,9 +215,9 @@ void copy_begin(Thread &t, const Instruction &i) {
     if (from % 16 != 0 || present > 16 || t.get<u32>(i, 0) != 16) {
         throw Refusal("a copy that is not of 16 bytes from a multiple of 16");
     }
-    memset(t.shared(to, 16), 0xFF, 16);
+    memset(t.shared(i, to, 16), 0xFF, 16);
     // Of what is not present nothing is read.
-    t.copies.push_back({to, present ? t.global(from, present) : nullptr, present, t.group});
+    t.copies.push_back({to, present ? t.global(i, from, present) : nullptr, present, t.group});
 }
 void copy_close(Thread &t, const Instruction &) { t.group++; }
 void copy_wait(Thread &t, const Instruction &i) {
@@ -228,7 +228,7 @@ void copy_wait(Thread &t, const Instruction &i) {
             kept.push_back(copy);
             continue;
         }
-        u8 *to = t.shared(copy.to, 16);
+        u8 *to = &t.block->shared[copy.to];
         memset(to, 0, 16);
         if (copy.present) {
             memcpy(to, copy.from, copy.present);

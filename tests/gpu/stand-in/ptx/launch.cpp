@@ -1,16 +1,20 @@
 // Launches: threads of a block take turns at barriers and at what a warp does together.
 
-#include "machine.h"
+#include "traffic.h"
 
 #include <cstdlib>
 
 namespace ptx {
 namespace {
+// Blocks of a launch whose accesses are counted, at most.
+const u64 WATCHED = 4;
+
 // Runs a thread until it waits for others or is done.
 void turn(Thread &t) {
     while (t.state == State::Ready) {
         Frame &frame = t.frame();
         const Instruction &i = frame.function->code[frame.pc++];
+        t.block->instructions++;
         if (i.guard >= 0 && (frame.registers[i.guard] & 1) == i.unless) {
             continue;
         }
@@ -115,6 +119,9 @@ void run_blocks(const Function &f, const u32 *grid, u32 threads, u32 shared_byte
     }
     const auto own = f.slots.find("%tid.x");
     Block block;
+    static thread_local Watch watch;
+    Traffic traffic;
+    const char *report = getenv("MUDIT_STAND_IN_TRAFFIC");
     block.module = f.module;
     block.threads.resize(threads);
     const u64 blocks = (u64)grid[0] * grid[1] * grid[2];
@@ -140,7 +147,18 @@ void run_blocks(const Function &f, const u32 *grid, u32 threads, u32 shared_byte
                 frame.registers[own->second] = n;
             }
         }
+        // Blocks are alike: a few tell for all.
+        block.watch = report && b % (blocks / WATCHED + 1) == 0 ? &watch : nullptr;
         run(block, backwards);
+        if (block.watch) {
+            watch.add_to(traffic);
+        }
+    }
+    if (report) {
+        FILE *file = fopen(report, "a");
+        fprintf(file, "%s %llu %llu %llu %llu %llu\n", f.name.c_str(), (unsigned long long)block.instructions / WARP, (unsigned long long)traffic.turns,
+                (unsigned long long)traffic.least_turns, (unsigned long long)traffic.sectors, (unsigned long long)traffic.least_sectors);
+        fclose(file);
     }
 }
 } // namespace

@@ -120,6 +120,7 @@ struct Copy {
 };
 
 struct Block;
+class Watch;
 struct Thread {
     Block *block;
     u32 number;
@@ -146,8 +147,11 @@ struct Thread {
         slot(i.slots[operand]) = bits;
     }
     u64 address(const Instruction &i, u32 place) { return slot(i.places[place].slot) + i.places[place].offset; }
-    u8 *shared(u64 address, u32 bytes);
-    u8 *global(u64 address, u32 bytes);
+    u8 *shared(const Instruction &i, u64 address, u32 bytes);
+    u8 *global(const Instruction &i, u64 address, u32 bytes);
+
+  private:
+    u8 *held(u64 address, u32 bytes);
 };
 
 struct Block {
@@ -156,47 +160,11 @@ struct Block {
     std::vector<Piece> pieces;
     std::vector<Thread> threads;
     std::vector<u8> shared;
+    // Who looks on, if anybody.
+    Watch *watch = nullptr;
+    u64 instructions = 0;
 
     // A thread of the warp of `of`.
     Thread &lane(const Thread &of, u32 lane) { return threads[of.number / WARP * WARP + lane]; }
 };
-
-inline u8 *Thread::shared(u64 address, u32 bytes) {
-    // Instructions take the low half of what was computed.
-    const u32 at = (u32)address;
-    if (at % bytes != 0) {
-        throw Refusal("an access to shared memory at " + std::to_string(at) + " that is no multiple of its " + std::to_string(bytes) + " bytes");
-    }
-    if ((u64)at + bytes > block->shared.size()) {
-        throw Refusal("an access beyond the block's " + std::to_string(block->shared.size()) + " bytes of shared memory");
-    }
-    return &block->shared[at];
-}
-
-inline u8 *Thread::global(u64 address, u32 bytes) {
-    if (address % bytes != 0) {
-        throw Refusal("an access of " + std::to_string(bytes) + " bytes to memory at an address that is no multiple of them");
-    }
-    for (const Piece &piece : block->pieces) {
-        if (address >= piece.begin && address < piece.end) {
-            if (address + bytes > piece.end) {
-                throw Refusal("an access of " + std::to_string(bytes) + " bytes that ends beyond its piece of memory of " + std::to_string(piece.end - piece.begin));
-            }
-            return (u8 *)address;
-        }
-    }
-    Piece found;
-    for (const auto &[name, memory] : block->module->globals) {
-        found = {(u64)memory->data(), (u64)memory->data() + memory->size()};
-        if (address >= found.begin && address < found.end) {
-            block->pieces.push_back(found);
-            return global(address, bytes);
-        }
-    }
-    if (!block->module->find(address, &found)) {
-        throw Refusal("an access to memory that nobody asked for");
-    }
-    block->pieces.push_back(found);
-    return global(address, bytes);
-}
 } // namespace ptx

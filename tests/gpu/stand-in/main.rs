@@ -112,6 +112,16 @@ fn every_node_of_guided_denoising_is_placed_on_cuda() {
 }
 
 #[test]
+fn every_node_of_guided_steps_is_placed_on_cuda() {
+    proven("proofs::guided_steps_are_placed", &[]);
+}
+
+#[test]
+fn every_node_of_large_batches_is_placed_on_cuda() {
+    proven("proofs::large_batches_are_placed", &[]);
+}
+
+#[test]
 fn every_node_of_the_training_step_is_placed_on_cuda() {
     proven("proofs::train_step_is_placed", &[]);
 }

@@ -7,7 +7,9 @@ use graph_builder::{DType, Precision, Shape};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
-use runtime::{Arena, ArenaLayout, Runtime, RuntimeError, RuntimeOptions, Session, Weights};
+use runtime::{
+    Arena, ArenaLayout, Recording, Runtime, RuntimeError, RuntimeOptions, Session, SessionOptions, Weights,
+};
 
 use crate::kernels;
 use crate::kernels::sessions::on_cuda;
@@ -25,25 +27,34 @@ fn runtime() -> Arc<Runtime> {
     Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Loads a program of DiT-XL/2 in every precision with CPU fall-back disabled, by function bodies and by our kernels, and
-/// asserts where its nodes are.
-fn is_placed(kind: ProgramKind, guidance: Guidance) {
+/// Loads programs of DiT-XL/2 with CPU fall-back disabled, by function bodies and by our kernels, and asserts where their
+/// nodes are, and that runs by our kernels are recorded as CUDA graphs when asked for.
+fn is_placed(kind: ProgramKind, guidance: Guidance, batch: usize, precisions: &[Precision]) {
     let runtime = runtime();
-    for precision in Precision::ALL {
-        is_placed_in(&runtime, precision, kind, guidance);
+    for precision in precisions {
+        is_placed_in(&runtime, *precision, kind, guidance, batch);
     }
 }
 
 #[allow(clippy::print_stdout, reason = "a proof tells its figures")]
-fn is_placed_in(runtime: &Arc<Runtime>, precision: Precision, kind: ProgramKind, guidance: Guidance) {
+fn is_placed_in(
+    runtime: &Arc<Runtime>,
+    precision: Precision,
+    kind: ProgramKind,
+    guidance: Guidance,
+    batch: usize,
+) {
     let model = DitConfig::resolve("DiT-XL/2").unwrap();
-    let graph = program(&model, kind, 2, guidance).unwrap().optimised().unwrap();
+    let graph = program(&model, kind, batch, guidance).unwrap().optimised().unwrap();
     let emitted = graph.in_precision(precision).unwrap().emit(graph_builder::Weights::Inputs).unwrap();
     emitted.check_cuda(&|_, _| false).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
     for native_kernels in [false, true] {
-        let options = on_cuda(native_kernels);
+        let provider = if native_kernels { "cuda+graph" } else { "cuda" };
+        let options = SessionOptions { provider: provider.parse().unwrap(), ..on_cuda(native_kernels) };
         let session = Session::load(runtime, &emitted, &Weights::Inside, &options)
             .unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
+        let recording = if native_kernels { Recording::On } else { Recording::Off };
+        assert_eq!(session.recording(), &recording, "{kind} {precision}");
         let placement = session.placement().unwrap_or_else(|e| panic!("{e}"));
         let elsewhere: Vec<_> =
             placement.elsewhere("CUDAExecutionProvider").map(ToString::to_string).collect();
@@ -55,26 +66,45 @@ fn is_placed_in(runtime: &Arc<Runtime>, precision: Precision, kind: ProgramKind,
         assert_eq!(ours.iter().copied().collect::<BTreeSet<_>>(), expected, "{kind} {precision}");
         let (all, most) = (placement.nodes.len(), if native_kernels { 2000 } else { 20_000 });
         assert!((200..most).contains(&all), "{kind} {precision}: {all} nodes");
-        println!("{kind} {precision}: {all} nodes, {} of them ours", ours.len());
+        println!("{kind} {precision}, {guidance:?}, batch {batch}: {all} nodes, {} of them ours", ours.len());
+    }
+}
+
+const LOW: [Precision; 2] = [Precision::Bf16, Precision::F16];
+/// As the published samples are guided.
+const GUIDED: Guidance = Guidance::First(3);
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn step_is_placed() {
+    is_placed(ProgramKind::Step, Guidance::Off, 2, &Precision::ALL);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn guided_steps_are_placed() {
+    is_placed(ProgramKind::Step, GUIDED, 2, &LOW);
+    is_placed(ProgramKind::StepRows, GUIDED, 2, &LOW);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn large_batches_are_placed() {
+    for kind in [ProgramKind::Step, ProgramKind::DenoiseCfg] {
+        is_placed(kind, GUIDED, 64, &LOW);
     }
 }
 
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
-fn step_is_placed() {
-    is_placed(ProgramKind::Step, Guidance::Off);
-}
-
-#[test]
-#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn denoise_cfg_is_placed() {
-    is_placed(ProgramKind::DenoiseCfg, Guidance::First(3));
+    is_placed(ProgramKind::DenoiseCfg, GUIDED, 2, &Precision::ALL);
 }
 
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn train_step_is_placed() {
-    is_placed(ProgramKind::TrainStep, Guidance::Off);
+    is_placed(ProgramKind::TrainStep, Guidance::Off, 2, &Precision::ALL);
 }
 
 fn layout() -> Arc<ArenaLayout> {

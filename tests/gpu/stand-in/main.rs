@@ -189,7 +189,7 @@ fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
     proven("proofs::update", &[]);
 }
 
-/// For proofs of training: every gradient is zero.
+/// For proofs of training: no kernels but those of noise and update; every gradient is zero.
 const UPDATES_ONLY: (&str, &str) = ("MUDIT_STAND_IN_UPDATES_ONLY", "1");
 
 #[test]
@@ -238,6 +238,11 @@ fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
     proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
     proven("engines::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+}
+
+#[test]
+fn heads_that_no_kernel_takes_are_refused_when_they_are_loaded() {
+    proven("proofs::large_heads", &[]);
 }
 
 #[test]

@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use graph_builder::{DType, Precision, Shape};
+use graph_builder::{DType, NativeKernel, OpenProgram, Precision, Shape};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::{
-    Arena, ArenaLayout, Recording, Runtime, RuntimeError, RuntimeOptions, Session, SessionOptions, Weights,
+    Arena, ArenaLayout, OpenSession, Recording, Runtime, RuntimeError, RuntimeOptions, Session,
+    SessionOptions, Weights,
 };
 
 use crate::kernels;
@@ -47,7 +48,7 @@ fn is_placed_in(
     let model = DitConfig::resolve("DiT-XL/2").unwrap();
     let graph = program(&model, kind, batch, guidance).unwrap().optimised().unwrap();
     let emitted = graph.in_precision(precision).unwrap().emit(graph_builder::Weights::Inputs).unwrap();
-    emitted.check_cuda(&|_, _| false).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
+    emitted.check_cuda(&|_| NativeKernel::Body).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
     for native_kernels in [false, true] {
         let provider = if native_kernels { "cuda+graph" } else { "cuda" };
         let options = SessionOptions { provider: provider.parse().unwrap(), ..on_cuda(native_kernels) };
@@ -212,4 +213,31 @@ fn recorded_runs() {
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn scratch() {
     kernels::memory::scratch_stays_where_it_is(&Gpu::open(0).unwrap());
+}
+
+/// A model whose heads are too large for the kernels is refused before ONNX Runtime sees it, with op and layer; by function
+/// bodies it runs.
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn large_heads() {
+    let resolved = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let model = |hidden_size| DitConfig { hidden_size, num_heads: 2, depth: 1, ..resolved.clone() };
+    let emitted = |hidden_size, batch| {
+        let graph = program(&model(hidden_size), ProgramKind::Step, batch, Guidance::Off).unwrap();
+        graph.optimised().unwrap().emit(graph_builder::Weights::Inputs).unwrap()
+    };
+    let open = |hidden_size| {
+        OpenProgram::of((97, &emitted(hidden_size, 97)), (101, &emitted(hidden_size, 101))).unwrap()
+    };
+    let (runtime, inside) = (runtime(), Weights::Inside);
+    let load = |native| Session::load(&runtime, &emitted(272, 3), &inside, &on_cuda(native)).map(drop);
+    let load_open = |size| OpenSession::load(&runtime, &open(size), &inside, &on_cuda(true)).map(drop);
+    for (way, refused) in [("a program", load(true)), ("an open one", load_open(272))] {
+        let text = refused.unwrap_err().to_string();
+        for part in ["Attention of `blocks.0.attn", "136 features a head; at most 128 are taken"] {
+            assert!(text.contains(part), "{way}: {text}");
+        }
+    }
+    load(false).unwrap();
+    load_open(256).unwrap();
 }

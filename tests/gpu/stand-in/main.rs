@@ -213,6 +213,26 @@ fn a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else() {
 }
 
 #[test]
+fn the_noise_of_a_step_is_drawn_on_the_device() {
+    for late in ["", "1", "2", "12"] {
+        proven(
+            "training::the_noise_of_a_step_is_drawn_on_the_device",
+            &[UPDATES_ONLY, ("MUDIT_STAND_IN_LATE", late)],
+        );
+    }
+}
+
+#[test]
+fn inputs_are_drawn_on_the_device_or_given_by_the_host() {
+    for late in ["", "1", "2", "12"] {
+        proven(
+            "bindings::inputs_are_drawn_on_the_device_or_given_by_the_host",
+            &[("MUDIT_STAND_IN_LATE", late)],
+        );
+    }
+}
+
+#[test]
 fn gradients_of_two_types_are_one_update() {
     proven("training::gradients_of_two_types_are_one_update", &[UPDATES_ONLY]);
 }

@@ -7,6 +7,7 @@ mod compile;
 mod gpu_queue;
 mod loaded;
 mod native;
+mod noise;
 pub(crate) mod operator;
 mod products;
 mod queue;
@@ -25,6 +26,7 @@ pub use compile::{Compiled, Compiler, KernelInfo};
 pub use gpu_queue::GpuQueue;
 pub(crate) use loaded::Loaded;
 pub use native::{NativeOp, Place};
+pub use noise::{NormalStream, draw_normal};
 pub use queue::{Address, Arguments, Launch, Product, Queue};
 pub use update::{Control, Piece, Segment, UpdatePlaces, UpdatePlan};
 

@@ -1,8 +1,14 @@
 //! Uses of the `mudit` ops in an emitted model, as kernels see them.
 
-use onnx_protobuf::{AttributeProto, NodeProto};
+use std::collections::BTreeMap;
 
-use crate::shape::{DType, Shape};
+use onnx_protobuf::{AttributeProto, ModelProto, NodeProto};
+use protobuf::Message;
+
+use super::DOMAIN;
+use crate::error::{GraphError, Result};
+use crate::program::OnnxProgram;
+use crate::shape::{DType, Shape, Type};
 
 /// One use of a `mudit` op, as a kernel of our own would get it.
 #[derive(Debug)]
@@ -56,5 +62,29 @@ impl NativeCall<'_> {
     /// An attribute that is text.
     pub fn text(&self, name: &str) -> Option<String> {
         self.attribute(name).map(|a| String::from_utf8_lossy(&a.s).into_owned())
+    }
+}
+
+/// Shapes of a node's operands, up to the first that is not known.
+pub(super) fn shapes<'a>(node: &NodeProto, operands: &'a BTreeMap<String, Type>) -> Vec<&'a Shape> {
+    node.input.iter().map_while(|name| operands.get(name)).map(|ty| &ty.shape).collect()
+}
+
+impl OnnxProgram {
+    /// Shows every use of a `mudit` op, in the order in which they stand in the model.
+    ///
+    /// # Errors
+    /// [`GraphError::Emit`] for bytes that are no model.
+    pub fn each_native_call(&self, see: &mut dyn FnMut(&NativeCall<'_>)) -> Result<()> {
+        let broken =
+            |e: protobuf::Error| GraphError::Emit { graph: self.name.clone(), reason: e.to_string() };
+        let model = ModelProto::parse_from_bytes(&self.bytes).map_err(broken)?;
+        for node in model.graph.node.iter().filter(|node| node.domain == DOMAIN) {
+            let first = node.input.first().and_then(|name| self.native_operands.get(name));
+            if let Some(ty) = first {
+                see(&NativeCall { node, dtype: ty.dtype, shapes: shapes(node, &self.native_operands) });
+            }
+        }
+        Ok(())
     }
 }

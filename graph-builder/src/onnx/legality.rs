@@ -10,12 +10,12 @@ use onnx_protobuf::{AttributeProto, FunctionProto, ModelProto, NodeProto};
 use protobuf::Message;
 
 use super::DOMAIN;
-use super::call::{NativeCall, NativeKernel};
+use super::call::{NativeCall, NativeKernel, shapes};
 use super::message::tensor_type;
 use crate::error::{GraphError, Result};
 use crate::onnx::OpenProgram;
 use crate::program::OnnxProgram;
-use crate::shape::{DType, Shape};
+use crate::shape::{DType, Type};
 
 /// What an op's answer is made of, as far as types go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +148,7 @@ fn check(program: &Program<'_>, bytes: &[u8], inputs: &[(&str, DType)], native: 
 /// A program's name, and what its model does not hold.
 struct Program<'a> {
     name: &'a str,
-    operands: &'a BTreeMap<String, Shape>,
+    operands: &'a BTreeMap<String, Type>,
 }
 
 impl Program<'_> {
@@ -202,7 +202,7 @@ impl<'a> Check<'a> {
         let Some(body) = self.functions.get(&(node.op_type.as_str(), node.overload.as_str())) else {
             return Err(self.program.broken(format!("`{}` has no function body", layer.node)));
         };
-        let shapes = node.input.iter().map_while(|name| self.program.operands.get(name)).collect();
+        let shapes = shapes(node, self.program.operands);
         let kernel = operands
             .first()
             .map_or(NativeKernel::Body, |&dtype| (self.native)(&NativeCall { node, dtype, shapes }));
@@ -287,7 +287,7 @@ fn typed(attribute: &AttributeProto) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, Builder, Precision, Type, Value, Weights};
+    use crate::{Activation, Builder, Precision, Shape, Value, Weights};
 
     fn checked(build: impl for<'g> FnOnce(&'g Builder, Value<'g>) -> Value<'g>) -> Result<()> {
         let b = Builder::new("checked");

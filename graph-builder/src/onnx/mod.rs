@@ -26,7 +26,7 @@ use crate::graph::{Graph, ValueId};
 use crate::op::Op;
 use crate::ops::leaf::Constant;
 use crate::program::{OnnxProgram, TensorSpec};
-use crate::shape::{DType, Shape, Type};
+use crate::shape::{DType, Type};
 
 /// Version of the standard operator set that f32 programs are written in.
 pub const OPSET: i64 = 21;
@@ -74,8 +74,8 @@ pub(crate) struct Emitter<'a> {
     initializers: Vec<TensorProto>,
     shared: BTreeSet<String>,
     functions: BTreeMap<(&'static str, String), FunctionProto>,
-    /// Shapes of the operands of fused ops, by name.
-    operands: BTreeMap<String, Shape>,
+    /// Types of the operands of fused ops, by name.
+    operands: BTreeMap<String, Type>,
 }
 
 impl Emitter<'_> {
@@ -114,7 +114,7 @@ impl Emitter<'_> {
         let (name, overload) = body.key();
         self.functions.entry((name, overload.clone())).or_insert_with(|| body.into_message());
         for i in 0..self.arity() {
-            self.operands.insert(self.arg(i).to_owned(), self.arg_type(i).shape.clone());
+            self.operands.insert(self.arg(i).to_owned(), self.arg_type(i).clone());
         }
         self.push((name, DOMAIN, &overload), self.args(), attributes);
     }

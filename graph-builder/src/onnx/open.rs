@@ -85,7 +85,7 @@ pub struct OpenProgram {
     /// As of [`OnnxProgram`].
     pub native_ops: Vec<String>,
     /// As of [`OnnxProgram`], at the first emission's batch size.
-    pub native_operands: BTreeMap<String, Shape>,
+    pub native_operands: BTreeMap<String, Type>,
     /// As of [`OnnxProgram`]: those of either emission.
     pub unrepeatable: Vec<String>,
 }

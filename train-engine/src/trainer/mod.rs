@@ -58,7 +58,7 @@ impl Trainer {
     /// # Errors
     /// [`TrainError::Model`], [`TrainError::Runtime`], [`TrainError::BadValue`].
     pub fn new(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
-        Self::compile(runtime, config, model, model, &mut |_| {})
+        Self::compile(runtime, config, model, model, None, &mut |_| {})
     }
 
     /// A trainer whose step other runs of its [`StepShape`] can use after it; see [`restart`](Self::restart).
@@ -66,17 +66,29 @@ impl Trainer {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn shared(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
-        Self::compile(runtime, config, model, &neutral(model), &mut |_| {})
+        Self::shared_planned(runtime, config, model, &mut |_| {})
     }
 
-    /// [`new`](Self::new); on a GPU, `planned` sees the plan of its memory before any is allocated.
-    fn planned(
+    /// [`shared`](Self::shared); on a GPU, `planned` sees the plan of its memory before any is allocated.
+    pub(crate) fn shared_planned(
         runtime: &Arc<Runtime>,
         config: &TrainConfig,
         model: &DitConfig,
         planned: &mut dyn FnMut(&MemoryPlan),
     ) -> Result<Self> {
-        Self::compile(runtime, config, model, model, planned)
+        Self::compile(runtime, config, model, &neutral(model), None, planned)
+    }
+
+    /// [`new`](Self::new) beside the program that draws sample pictures; on a GPU, `planned` sees the plan of its memory
+    /// before any is allocated.
+    fn planned(
+        runtime: &Arc<Runtime>,
+        config: &TrainConfig,
+        model: &DitConfig,
+        pictures: Option<&Graph>,
+        planned: &mut dyn FnMut(&MemoryPlan),
+    ) -> Result<Self> {
+        Self::compile(runtime, config, model, model, pictures, planned)
     }
 
     fn compile(
@@ -84,6 +96,7 @@ impl Trainer {
         config: &TrainConfig,
         model: &DitConfig,
         compiled: &DitConfig,
+        pictures: Option<&Graph>,
         planned: &mut dyn FnMut(&MemoryPlan),
     ) -> Result<Self> {
         refuse_precision(config)?;
@@ -99,7 +112,9 @@ impl Trainer {
                 train.precision,
                 &options,
                 &mut |prepared| {
-                    plan = MemoryPlan::before(config, &prepared.graph)?;
+                    let on_gpu = pictures.filter(|_| train.provider.is_gpu());
+                    let more = on_gpu.map_or(Ok(Vec::new()), memory::pictures)?;
+                    plan = MemoryPlan::before(config, &prepared.graph, &more)?;
                     plan.iter().for_each(&mut *planned);
                     plan.as_ref().map_or(Ok(()), MemoryPlan::check)
                 },

@@ -28,6 +28,7 @@ pub(crate) use loaded::Loaded;
 pub use native::{NativeOp, Place};
 pub use noise::{NormalStream, draw_normal};
 pub use queue::{Address, Arguments, Launch, Product, Queue};
+pub use scratch::scratch_bytes;
 pub use update::{Control, Piece, Segment, UpdatePlaces, UpdatePlan};
 
 pub use crate::kernels::AttributeSource;

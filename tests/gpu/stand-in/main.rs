@@ -14,6 +14,7 @@ mod engines;
 mod kernels;
 mod networks;
 mod proofs;
+mod sampling;
 mod training;
 
 use std::io::Write as _;
@@ -230,6 +231,12 @@ fn inputs_are_drawn_on_the_device_or_given_by_the_host() {
             &[("MUDIT_STAND_IN_LATE", late)],
         );
     }
+}
+
+#[test]
+fn noise_of_samples_is_drawn_on_the_device() {
+    proven("sampling::a_samplers_noise_is_drawn_on_the_device", &[]);
+    proven("sampling::a_servers_noise_is_drawn_on_the_device", &[]);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use graph_builder::{Builder, DType, Dim, Graph, Init, Precision, Type, Weights};
+use mudit_tests::draws::Draws;
 use runtime::cuda::kernels::NormalStream;
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::{
@@ -310,4 +311,29 @@ fn what_cannot_be_recorded_goes_without_and_says_why() {
         assert_eq!(binding.output_f32("x.flat").unwrap(), [value; 6]);
     }
     assert_eq!(load(&moves(Precision::F32), cuda()).recording(), &Recording::Off);
+}
+
+/// Asked of cuBLASLt in so many words; what ONNX Runtime's own products do is told to it by the same option.
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn products_of_f32_are_rounded_only_when_asked_for() {
+    let b = Builder::new("layer");
+    let (x, w) = (b.input("x", Type::f32([3, 40])), b.input("w", Type::f32([5, 40])));
+    b.output("y", x.linear(w, b.input("b", Type::f32([5]))));
+    let graph = b.finish().unwrap();
+    let mut draws = Draws::new(5);
+    let [x, w] = [120, 200].map(|n| (0..n).map(|_| draws.between(0.5, 1.0) as f32).collect::<Vec<_>>());
+    for (provider, range) in [("cuda", 0.0..1e-6), ("cuda+tf32", 1e-5..1e-3)] {
+        let mut binding = Binding::owned(&load(&graph, provider.parse().unwrap())).unwrap();
+        binding.set_input("x", &x).unwrap();
+        binding.set_input("w", &w).unwrap();
+        binding.run().unwrap();
+        let worst = binding.output_f32("y").unwrap().iter().enumerate().map(|(i, got)| {
+            let (x, w) = (&x[i / 5 * 40..][..40], &w[i % 5 * 40..][..40]);
+            let want: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+            (f64::from(*got) / want - 1.0).abs()
+        });
+        let worst = worst.fold(0.0, f64::max);
+        assert!(range.contains(&worst), "{provider}: off by {worst:e}");
+    }
 }

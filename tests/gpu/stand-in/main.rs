@@ -240,6 +240,11 @@ fn noise_of_samples_is_drawn_on_the_device() {
 }
 
 #[test]
+fn products_of_f32_are_rounded_only_when_asked_for() {
+    proven("bindings::products_of_f32_are_rounded_only_when_asked_for", &[]);
+}
+
+#[test]
 fn gradients_of_two_types_are_one_update() {
     proven("training::gradients_of_two_types_are_one_update", &[UPDATES_ONLY]);
 }

@@ -15,6 +15,7 @@ mod kernels;
 mod networks;
 mod proofs;
 mod sampling;
+mod traffic;
 mod training;
 
 use std::io::Write as _;
@@ -24,6 +25,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use runtime::RuntimeOptions;
+use runtime::cuda::libraries::{NVRTC, find_or_fetch_compiler};
 use runtime::library::locate;
 
 /// For one proof: loading DiT-XL/2's training step takes some ten seconds here.
@@ -188,6 +190,49 @@ fn noise_has_the_hosts_bits() {
 #[test]
 fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
     proven("proofs::update", &[]);
+}
+
+/// Runs proofs whose kernels are what the real NVRTC makes of them, PTX for PTX. Where there is none, says so aloud; with `CI`
+/// set it is fetched.
+#[allow(clippy::print_stderr, reason = "nothing is fetched silently")]
+fn proven_as_ptx(name: &str, variables: &[(&str, &str)]) {
+    let offline = std::env::var_os("CI").is_none();
+    let options = RuntimeOptions { gpu: true, offline, progress: &|line| eprintln!("{line}") };
+    match find_or_fetch_compiler(&options).map(|()| NVRTC.opened()) {
+        Ok(Some(found)) => {
+            let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx-cache");
+            let path = found.path.canonicalize().unwrap();
+            let ptx = [("MUDIT_STAND_IN_NVRTC", path.as_path()), ("MUDIT_CACHE", cache.as_path())];
+            let ptx = ptx.map(|(name, path)| (name, path.to_str().unwrap()));
+            proven(name, &[&ptx, variables].concat());
+        }
+        Err(reason) if offline => {
+            std::io::stderr().write_all(format!("SKIPPED: {name} as PTX: {reason}\n").as_bytes()).unwrap();
+        }
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+#[test]
+fn fused_ops_compute_what_the_interpreter_computes_as_ptx() {
+    proven_as_ptx("proofs::fused_ops", &[]);
+}
+
+#[test]
+fn fused_ops_are_nodes_of_the_cuda_provider_as_ptx() {
+    proven_as_ptx("proofs::fused_nodes", &[]);
+}
+
+#[test]
+fn noise_and_update_have_the_hosts_bits_as_ptx() {
+    proven_as_ptx("proofs::noise", &[]);
+    proven_as_ptx("proofs::update", &[]);
+}
+
+#[test]
+fn kernels_ask_of_memory_what_they_need_as_ptx() {
+    let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join("traffic");
+    proven_as_ptx("traffic::no_more_than_needed", &[(traffic::REPORT, report.to_str().unwrap())]);
 }
 
 /// For proofs of training: no kernels but those of noise and update; every gradient is zero.

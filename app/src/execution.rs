@@ -98,6 +98,9 @@ impl Execution {
     }
 }
 
+/// Inputs of a sampling step that may be normal draws.
+const DRAWN: [&str; 2] = ["x", "noise"];
+
 /// A model's parameters where its programs read them. Copies are the same memory.
 #[derive(Clone, Debug)]
 pub struct Placed(Place);
@@ -227,6 +230,10 @@ impl Placed {
             }
             Place::Constants { .. } => graph.parameters().len(),
         };
+        // Noise of seeds need not cross the bus.
+        for (name, _) in graph.inputs().filter(|(name, _)| DRAWN.contains(name)) {
+            builder.draw_input(name)?;
+        }
         // An input that nothing feeds would be zeros.
         ensure!(
             bound == graph.parameters().len(),

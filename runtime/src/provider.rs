@@ -34,8 +34,6 @@ pub struct CudaOptions {
     /// Record the kernels of a run once and start them all at once from then on, where that is safe; see
     /// [`Session::recording`](crate::Session::recording).
     pub cuda_graph: bool,
-    /// Largest size of the provider's memory for intermediate values, in bytes.
-    pub memory_limit: Option<usize>,
     /// Let f32 products round their operands to 10 bits of fraction: some eight times faster, no longer exact to 1e-4.
     pub tf32: bool,
 }
@@ -58,15 +56,11 @@ pub struct TensorRtOptions {
     pub context_file: Option<PathBuf>,
     /// Shapes that an engine is built for, where the model leaves an axis open.
     pub profiles: Vec<ShapeProfile>,
-    /// Effort of the builder, 0 to 5; `None` leaves it to TensorRT (3).
-    pub builder_level: Option<u8>,
     /// Build an engine without weights, which takes them from the model in this folder when it is loaded: new weights
     /// need no new build.
     pub weights_from: Option<PathBuf>,
     /// Build an engine that runs on later GPUs too (Ampere and newer), at some loss of speed.
     pub hardware_compatible: bool,
-    /// Largest size of the memory that one kernel may use while it runs, in bytes.
-    pub workspace_limit: Option<usize>,
 }
 
 /// The shapes of one input that an engine serves.
@@ -102,6 +96,8 @@ impl Default for Provider {
 
 /// What stands behind a provider's name if runs are recorded.
 const GRAPH: &str = "+graph";
+/// What stands behind `cuda` if f32 products may be rounded.
+const ROUNDED: &str = "+tf32";
 
 impl fmt::Display for Provider {
     /// The name that [`FromStr`] takes; a GPU's number only where it is not 0.
@@ -111,7 +107,8 @@ impl fmt::Display for Provider {
             Device::Cuda { ordinal } if ordinal > 0 => write!(f, ":{ordinal}")?,
             _ => {}
         }
-        if self.cuda_graph() { f.write_str(GRAPH) } else { Ok(()) }
+        f.write_str(if self.cuda_graph() { GRAPH } else { "" })?;
+        f.write_str(if matches!(self, Self::Cuda(options) if options.tf32) { ROUNDED } else { "" })
     }
 }
 
@@ -119,7 +116,8 @@ impl FromStr for Provider {
     type Err = RuntimeError;
 
     fn from_str(text: &str) -> Result<Self> {
-        let (device, cuda_graph) = text.strip_suffix(GRAPH).map_or((text, false), |device| (device, true));
+        let (rest, tf32) = text.strip_suffix(ROUNDED).map_or((text, false), |rest| (rest, true));
+        let (device, cuda_graph) = rest.strip_suffix(GRAPH).map_or((rest, false), |device| (device, true));
         let (name, ordinal) = match device.split_once(':') {
             Some((name, number)) => (name, number.parse().ok()),
             None => (device, Some(0)),
@@ -127,9 +125,9 @@ impl FromStr for Provider {
         match (name, ordinal) {
             ("cpu", _) if text == name => Some(Self::default()),
             ("cuda", Some(ordinal)) => {
-                Some(Self::Cuda(CudaOptions { ordinal, cuda_graph, ..CudaOptions::default() }))
+                Some(Self::Cuda(CudaOptions { ordinal, cuda_graph, tf32 }))
             }
-            ("tensorrt", Some(ordinal)) => {
+            ("tensorrt", Some(ordinal)) if !tf32 => {
                 Some(Self::TensorRt(TensorRtOptions { ordinal, cuda_graph, ..TensorRtOptions::default() }))
             }
             _ => None,
@@ -138,7 +136,7 @@ impl FromStr for Provider {
             what: "provider".to_owned(),
             expected:
                 "cpu, cuda, tensorrt, or cuda:<number> or tensorrt:<number> for another GPU than number 0; with +graph \
-                 behind it, runs are recorded as CUDA graphs"
+                 behind it, runs are recorded as CUDA graphs; with +tf32 behind cuda, products of f32 are rounded to 10 bits"
                     .to_owned(),
             got: format!("`{text}`"),
         })
@@ -283,15 +281,41 @@ mod tests {
             "cuda+graph",
             "cuda:1+graph",
             "tensorrt+graph",
+            "cuda+tf32",
+            "cuda:1+graph+tf32",
         ] {
             assert_eq!(name.parse::<Provider>().unwrap().to_string(), name);
         }
-        for name in ["gpu", "cpu:0", "cpu+graph", "cuda:x", "cuda:", "cuda+", "", "CUDA"] {
+        for name in [
+            "gpu",
+            "cpu:0",
+            "cpu+graph",
+            "cuda:x",
+            "cuda:",
+            "cuda+",
+            "cpu+tf32",
+            "tensorrt+tf32",
+            "cuda+tf32+graph",
+            "",
+            "CUDA",
+        ] {
             assert!(
                 name.parse::<Provider>().unwrap_err().to_string().contains("expected cpu, cuda"),
                 "{name}"
             );
         }
+    }
+
+    #[test]
+    fn f32_is_f32_unless_asked_otherwise() {
+        let tf32 = |name: &str| match name.parse::<Provider>().unwrap() {
+            Provider::Cuda(options) => options.tf32,
+            other => panic!("{other}"),
+        };
+        assert_eq!(
+            ["cuda", "cuda:1+graph", "cuda+tf32", "cuda+graph+tf32"].map(tf32),
+            [false, false, true, true]
+        );
     }
 
     #[test]

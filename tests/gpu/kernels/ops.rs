@@ -178,5 +178,5 @@ pub(crate) fn large_heads_are_refused(gpu: &Arc<Gpu>) {
     let (qkv, out) = (Buffer::new(gpu, 3 * 136 * 8), Buffer::new(gpu, 136 * 8));
     let place = Place { shape: vec![1, 2, 3 * 136], at: qkv.at() };
     let error = op.enqueue(&GpuQueue::new(gpu).unwrap(), &[place], &[out.at()]).unwrap_err().to_string();
-    assert!(error.contains("a head of 136 features"), "{error}");
+    assert!(error.contains("136 features a head; at most 128 are taken"), "{error}");
 }

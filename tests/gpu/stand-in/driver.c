@@ -4,7 +4,8 @@
  * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits allow: a wait that is missing then
  * shows in the values. A stream can be recorded, and the recording played. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes; with
  * MUDIT_STAND_IN_BACKWARDS the threads and blocks of a kernel take turns in the opposite order; with
- * MUDIT_STAND_IN_UPDATES_ONLY no kernels run but those of the parameters' update, so that every gradient is zero. */
+ * MUDIT_STAND_IN_UPDATES_ONLY no kernels run but those of the noise and of the parameters' update, so that every gradient
+ * is zero. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -382,7 +383,8 @@ int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z
   if (!x || !y || !z || x > 2147483647 || y > 65535 || z > 65535 || threads > 1024 || threads_y != 1 || threads_z != 1 ||
       shared > (unsigned)function->shared)
     return INVALID;
-  const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11);
+  const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11) ||
+                      !strncmp(function->name, "random_", 7);
   if (getenv("MUDIT_STAND_IN_UPDATES_ONLY") && !update) return OK;
   /* What the arguments point to is gone when the kernel runs. */
   struct call call = {function, {x, y, z}, threads, shared, function->keep(function->what, arguments)};

@@ -14,6 +14,7 @@ mod engines;
 mod kernels;
 mod networks;
 mod proofs;
+mod sampling;
 mod traffic;
 mod training;
 
@@ -111,6 +112,16 @@ fn every_node_of_step_is_placed_on_cuda() {
 #[test]
 fn every_node_of_guided_denoising_is_placed_on_cuda() {
     proven("proofs::denoise_cfg_is_placed", &[]);
+}
+
+#[test]
+fn every_node_of_guided_steps_is_placed_on_cuda() {
+    proven("proofs::guided_steps_are_placed", &[]);
+}
+
+#[test]
+fn every_node_of_large_batches_is_placed_on_cuda() {
+    proven("proofs::large_batches_are_placed", &[]);
 }
 
 #[test]
@@ -224,7 +235,7 @@ fn kernels_ask_of_memory_what_they_need_as_ptx() {
     proven_as_ptx("traffic::no_more_than_needed", &[(traffic::REPORT, report.to_str().unwrap())]);
 }
 
-/// For proofs of training: every gradient is zero.
+/// For proofs of training: no kernels but those of noise and update; every gradient is zero.
 const UPDATES_ONLY: (&str, &str) = ("MUDIT_STAND_IN_UPDATES_ONLY", "1");
 
 #[test]
@@ -245,6 +256,37 @@ fn steps_on_the_device_have_the_hosts_bits() {
 #[test]
 fn a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else() {
     proven("training::a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else", &[UPDATES_ONLY]);
+}
+
+#[test]
+fn the_noise_of_a_step_is_drawn_on_the_device() {
+    for late in ["", "1", "2", "12"] {
+        proven(
+            "training::the_noise_of_a_step_is_drawn_on_the_device",
+            &[UPDATES_ONLY, ("MUDIT_STAND_IN_LATE", late)],
+        );
+    }
+}
+
+#[test]
+fn inputs_are_drawn_on_the_device_or_given_by_the_host() {
+    for late in ["", "1", "2", "12"] {
+        proven(
+            "bindings::inputs_are_drawn_on_the_device_or_given_by_the_host",
+            &[("MUDIT_STAND_IN_LATE", late)],
+        );
+    }
+}
+
+#[test]
+fn noise_of_samples_is_drawn_on_the_device() {
+    proven("sampling::a_samplers_noise_is_drawn_on_the_device", &[]);
+    proven("sampling::a_servers_noise_is_drawn_on_the_device", &[]);
+}
+
+#[test]
+fn products_of_f32_are_rounded_only_when_asked_for() {
+    proven("bindings::products_of_f32_are_rounded_only_when_asked_for", &[]);
 }
 
 #[test]
@@ -273,6 +315,11 @@ fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
     proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
     proven("engines::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+}
+
+#[test]
+fn heads_that_no_kernel_takes_are_refused_when_they_are_loaded() {
+    proven("proofs::large_heads", &[]);
 }
 
 #[test]

@@ -21,6 +21,8 @@ const ATTENTION_ROWS: (usize, u32) = (64, 128);
 const PLAIN_ROWS: usize = 8;
 /// Largest head of `attention_plain.cu`.
 const PLAIN_SIZE: usize = 128;
+/// Most blocks of a launch along its second and third axis.
+const GRID: usize = 65_535;
 /// More blocks than a GPU runs at once, of kernels that walk on by themselves.
 const MANY_BLOCKS: usize = 1 << 16;
 
@@ -118,14 +120,39 @@ impl NativeOp {
         self.op.shapes(&self.attributes, inputs)
     }
 
+    /// Why the kernels cannot take operands of these shapes; `None` when they can.
+    pub fn refusal(&self, inputs: &[&[i64]]) -> Option<String> {
+        if self.shapes(inputs).is_none() {
+            return Some(format!("operands of shapes {inputs:?} are not as the op's contract says"));
+        }
+        let most = |what: &str, got: i64, most: usize| {
+            (got > most as i64).then(|| format!("{got} {what}; at most {most} are taken"))
+        };
+        let heads = self.attributes.heads;
+        match self.op {
+            Op::Attention | Op::AttentionGrad => {
+                let size = inputs[0][2] / 3 / heads as i64;
+                most("features a head", size, PLAIN_SIZE)
+                    .or_else(|| most("heads", heads as i64, GRID))
+                    .or_else(|| most("samples", inputs[0][0], GRID))
+            }
+            Op::LayerNormModulateGrad => most("samples", inputs[0][0], GRID),
+            Op::GateResidualGrad => most("samples", inputs[1][0], GRID),
+            _ => None,
+        }
+    }
+
     /// Enqueues the op's kernels.
     ///
     /// # Errors
     /// [`RuntimeError::InvalidValue`] for operands that do not fit; the queue's.
     pub fn enqueue(&self, queue: &dyn Queue, inputs: &[Place], outputs: &[Address]) -> Result<()> {
         let shapes: Vec<&[i64]> = inputs.iter().map(|p| &*p.shape).collect();
+        if let Some(reason) = self.refusal(&shapes) {
+            return Err(self.unfit(&reason));
+        }
         let answers = self.shapes(&shapes).filter(|a| a.len() == outputs.len());
-        let answers = answers.ok_or_else(|| self.unfit(&format!("operands of shapes {shapes:?}")))?;
+        let answers = answers.ok_or_else(|| self.unfit(&format!("{} answers", outputs.len())))?;
         if answers.iter().flatten().any(|&d| d == 0) {
             return Ok(());
         }
@@ -369,9 +396,6 @@ impl Call<'_> {
         // The padded head, where the matrix units are used: their copies are of 8 elements.
         let padded = [64, 80].into_iter().find(|&p| size <= p);
         let padded = padded.filter(|_| self.op.dtype != DType::F32 && size.is_multiple_of(8));
-        if padded.is_none() && size > PLAIN_SIZE {
-            return Err(self.op.unfit(&format!("a head of {size} features; at most {PLAIN_SIZE} are taken")));
-        }
         let (source, rows, threads) = match padded {
             Some(_) => (&ATTENTION, ATTENTION_ROWS.0, ATTENTION_ROWS.1),
             None => (&ATTENTION_PLAIN, PLAIN_ROWS, THREADS as u32),

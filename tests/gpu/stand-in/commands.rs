@@ -89,8 +89,12 @@ fn a_replay_on_the_gpu_takes_its_steps_there() {
                 runtime::read_safetensors_file(file).unwrap()
             });
         for (name, values) in &start {
-            assert!(parameters[name].to_f32() == values.to_f32(), "{precision}: {name}");
-            assert!(average[name].to_f32() == values.to_f32(), "{precision}: average of {name}");
+            let values = values.to_f32();
+            assert!(parameters[name].to_f32() == values, "{precision}: {name}");
+            // decay·x + (1 − decay)·x is x but for its rounding.
+            let average = average[name].to_f32();
+            let near = average.iter().zip(&values).all(|(a, v)| (a - v).abs() <= 1e-6 * v.abs());
+            assert!(near, "{precision}: average of {name}");
         }
         assert!(!gradients.is_empty() && gradients.values().all(|g| g.to_f32().iter().all(|v| *v == 0.0)));
     }

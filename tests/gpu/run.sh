@@ -55,15 +55,16 @@ fi
 python=${PYTHON:-$PWD/target/gpu-peers/bin/python}
 
 # --- programs ------------------------------------------------------------------------------------------------------------
-# The executable of a test, built.
-executable() { cargo test --locked --release --no-run "$@" 2>&1 | tee /dev/stderr | sed -n 's/.*Executable.*(\(.*\))$/\1/p' | tail -1; }
 build() {
+  local chosen=(--locked -p mudit -p mudit-tests -p runtime --features mudit-tests/peers) folder=${CARGO_TARGET_DIR:-target}/debug log
+  if [ -z "$try" ]; then chosen+=(--release) folder=${folder%debug}release; fi
   mkdir -p "$bin"
-  local target=${CARGO_TARGET_DIR:-target}/release tests
-  cargo build --locked --release -p mudit -p mudit-tests --features mudit-tests/peers || return 1
-  for program in mudit mudit-speed-worker mudit-under-test; do ln -f "$target/$program" "$bin/" || cp "$target/$program" "$bin/"; done
-  tests=$(executable -p mudit-tests --features mudit-tests/peers --test gpu) && cp "$tests" "$bin/device-tests" || return 1
-  tests=$(executable -p runtime --lib) && cp "$tests" "$bin/kernel-tests"
+  cargo build "${chosen[@]}" --bins || return 1
+  log=$(cargo test "${chosen[@]}" --lib --test gpu --no-run 2>&1) || { echo "$log"; return 1; }
+  for program in mudit mudit-speed-worker mudit-under-test; do cp -f "$folder/$program" "$bin/" || return 1; done
+  # Cargo says where it put the tests.
+  executable() { sed -n "s/.*Executable.*(\(.*\/$1-[0-9a-f]*\))\$/\1/p" <<< "$log"; }
+  cp -f "$(executable gpu)" "$bin/device-tests" && cp -f "$(executable runtime)" "$bin/kernel-tests"
 }
 if [ -z "${MUDIT_PROOF_BIN:-}" ]; then
   build || { echo "the build failed" >&2; exit 1; }

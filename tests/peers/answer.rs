@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use graph_builder::{Graph, Precision, Shape};
+use graph_builder::{Precision, Shape};
 use indexmap::IndexMap;
 use models::{DitConfig, Guidance, HYPERPARAMETERS, LOSS_SCALE, ProgramKind, program, program_for};
 use mudit::execution::{Execution, Placed};

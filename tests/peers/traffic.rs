@@ -153,6 +153,6 @@ fn finite(finite: bool) -> Result<()> {
 fn ordinal(execution: &Execution) -> usize {
     match execution.provider.device() {
         Device::Cuda { ordinal } => ordinal,
-        Device::Cpu => 0,
+        _ => 0,
     }
 }

@@ -71,7 +71,7 @@ fn main() -> Result<()> {
         "forward" if gpu => forward_on_gpu(&runtime, model, size.parse()?, &execution)?,
         "forward" => forward(&runtime, model, size.parse()?, threads)?,
         "sample" => {
-            let solver = Solver::new(SolverKind::Ddim, size.parse()?);
+            let solver = Solver::new(SolverKind::Ddim, size.parse::<usize>()?);
             sampling(&runtime, model, 1, solver, (GUIDANCE, Guidance::All), execution)?
         }
         "guided" | "unguided" => {

@@ -56,6 +56,7 @@ fn losses(run: &Path) -> Vec<f64> {
     rows.iter().filter_map(|(_, row)| row.get("loss")?.as_f64()).collect()
 }
 
+#[allow(clippy::print_stdout, reason = "what is measured is told")]
 fn near(got: &[f64], want: &[f64], limit: f64, what: &str) {
     assert!(!want.is_empty() && got.len() == want.len(), "{what}: {got:?} for {want:?}");
     let apart = got.iter().zip(want).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max);

@@ -99,6 +99,7 @@ fn a_gpu_that_is_not_there_is_refused_by_every_command_that_takes_one() {
         "fid calc --offline --preset fashion --few --checkpoint checkpoint -n 4 --ref r.npz --out x.json",
         "sweep run --offline --config sweep.toml --out x",
         "build-engine --model checkpoint --program loss --out x",
+        "replay --offline --model checkpoint --weights checkpoint/model.safetensors --batches batches.safetensors --out x",
     ];
     for command in commands {
         // On a machine that has GPUs they are hidden.
@@ -118,7 +119,7 @@ fn a_gpu_that_is_not_there_is_refused_by_every_command_that_takes_one() {
         }
     }
     // A command for the CPU alone does not pretend.
-    let alone = scene.mudit("replay --offline --model checkpoint --weights checkpoint/model.safetensors --batches batches.safetensors --out x");
+    let alone = scene.mudit("coord-check --offline --model checkpoint --widths 16,32 --out x");
     alone.env("MUDIT_PROVIDER", "cuda").run().refuses(2, &["CPU only", "MUDIT_PROVIDER"]);
     assert!(!scene.path("x").join("engine.json").exists() && !scene.path("x.png").exists());
 }

@@ -20,12 +20,14 @@ fn checkpoint(folder: &Path) {
 }
 
 fn mudit(folder: &Path, line: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mudit-under-test"));
+    // An executable that was built elsewhere is told where the program lies.
+    let program = std::env::var_os("MUDIT_UNDER_TEST");
+    let mut command = Command::new(program.unwrap_or_else(|| env!("CARGO_BIN_EXE_mudit-under-test").into()));
     command.current_dir(folder).args(line.split_whitespace());
     command
 }
 
-fn succeeds(folder: &Path, line: &str) -> String {
+pub(super) fn succeeds(folder: &Path, line: &str) -> String {
     let done = mudit(folder, line).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     assert!(done.status.success(), "mudit {line}\n{out}\n{err}");

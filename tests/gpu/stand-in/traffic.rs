@@ -8,13 +8,13 @@ use runtime::cuda::Gpu;
 
 use crate::kernels;
 
-/// Where the machine writes what it counted in a few blocks of each launch, a line a launch.
+/// Where the machine writes what it counted, a line a launch.
 pub(super) const REPORT: &str = "MUDIT_STAND_IN_TRAFFIC";
 
 /// Sums over the launches of a kernel.
 #[derive(Default)]
 struct Traffic {
-    /// Instructions of all threads, by 32.
+    /// Instructions of warps.
     instructions: u64,
     /// Turns that shared memory takes, and those that it would without conflicts of banks.
     turns: (u64, u64),
@@ -51,7 +51,7 @@ fn no_more_than_needed() {
         kernels::ops::of_published_shapes(&gpu, dtype);
     }
     kernels::update::update_is_the_hosts(&gpu, &|_| ());
-    println!("| kernel | instructions of a warp | shared memory: turns / least | global: sectors / least |");
+    println!("| kernel | instructions of warps | shared memory: turns / least | global: sectors / least |");
     println!("|---|---|---|---|");
     for (kernel, sum) in counted(report) {
         let ratio = |(taken, least): (u64, u64)| if least == 0 { 1.0 } else { taken as f64 / least as f64 };

@@ -3,6 +3,7 @@
 //! Every draw is a pure function of (seed, purpose, step, row), so a run that is cut at any moment and started again
 //! ends with the same bytes as one that was not.
 
+mod given;
 mod memory;
 mod state;
 mod whole_run;

@@ -150,8 +150,6 @@ pub static UPDATE: Source = source!(
         "update_f32_f16",
         "update_bf16_f16",
         "update_f16_f16",
-        "round_bf16",
-        "round_f16",
         "accumulate_f32",
         "accumulate_bf16",
         "accumulate_f16",

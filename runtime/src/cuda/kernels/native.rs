@@ -167,6 +167,11 @@ impl NativeOp {
         }
     }
 
+    /// Elements of an access of 16 bytes.
+    fn lanes(&self) -> usize {
+        16 / self.dtype.bytes()
+    }
+
     fn suffix(&self) -> &'static str {
         match self.dtype {
             DType::Bf16 => "bf16",
@@ -227,9 +232,9 @@ impl Call<'_> {
         self.launch(&ROWS, kernel, grid, THREADS as u32, 0, arguments)
     }
 
-    /// A kernel of `elements.cu` over `count` elements.
-    fn elements(&self, kernel: &str, count: usize, arguments: Arguments) -> Result<()> {
-        let blocks = count.div_ceil(THREADS).min(MANY_BLOCKS);
+    /// A kernel of `elements.cu` over `count` elements; a thread takes `each` at a time.
+    fn elements(&self, kernel: &str, count: usize, each: usize, arguments: Arguments) -> Result<()> {
+        let blocks = count.div_ceil(THREADS * each).min(MANY_BLOCKS);
         self.launch(&ELEMENTS, kernel, [blocks, 1, 1], THREADS as u32, 0, arguments)
     }
 
@@ -302,7 +307,7 @@ impl Call<'_> {
                 let count = numel(&self.answers[0]);
                 let arguments = Arguments::default().address(self.x(0)).address(self.outputs[0]);
                 let kernel = if self.op.op == Op::Patchify { "patchify_{}" } else { "unpatchify_{}" };
-                self.elements(kernel, count, arguments.with(patches).with(count as u64))
+                self.elements(kernel, count, 1, arguments.with(patches).with(count as u64))
             }
             Op::GeluGrad => self.gelu_grad([self.x(0), self.x(1), self.outputs[0]], numel(&self.answers[0])),
             Op::SoftmaxGrad | Op::LayerNormGrad => {
@@ -330,7 +335,8 @@ impl Call<'_> {
             return Ok(x);
         }
         let to = self.queue.scratch(count * self.op.dtype.bytes())?;
-        self.elements("gelu_{}", count, Arguments::default().address(x).address(to).with(count as u64))?;
+        let arguments = Arguments::default().address(x).address(to).with(count as u64);
+        self.elements("gelu_{}", count, self.op.lanes(), arguments)?;
         Ok(to)
     }
 
@@ -375,13 +381,12 @@ impl Call<'_> {
         let rows = (samples * tokens) as usize;
         let arguments = Arguments::default().address(x).address(gate).address(y).address(self.outputs[0]);
         let arguments = arguments.with(word(rows)).with(tokens as u32).with(width as u32);
-        let blocks = (rows * width as usize).div_ceil(THREADS).min(MANY_BLOCKS);
-        self.rows("gate_residual_{}", [blocks, 1, 1], arguments)
+        self.rows("gate_residual_{}", [rows.div_ceil(WARPS), 1, 1], arguments)
     }
 
     fn gelu_grad(&self, [x, ct, out]: [Address; 3], count: usize) -> Result<()> {
         let arguments = Arguments::default().address(x).address(ct).address(out).with(count as u64);
-        self.elements("gelu_grad_{}", count, arguments)
+        self.elements("gelu_grad_{}", count, self.op.lanes(), arguments)
     }
 
     fn attention(&self) -> Result<()> {

@@ -28,14 +28,20 @@ typedef unsigned long long u64;
 struct uint3 {
     u32 x, y, z;
 };
+struct alignas(8) uint2 {
+    u32 x, y;
+};
 struct alignas(16) uint4 {
     u32 x, y, z, w;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <class T> inline void __stcg(T *to, T value) { *to = value; }
 
 inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
 inline u64 min(u64 a, u64 b) { return a < b ? a : b; }
@@ -117,8 +123,13 @@ DEVICE float exp2_fast(float x) {
     return y < 1.17549435e-38f ? 0.0f : y;
 }
 
-inline void load_eight(u32 (&to)[4], const void *row, bool transposed) {
-    if ((uintptr_t)row % 16 != 0) {
+DEVICE float divide_fast(float x, float y) { return y > 0x1p126f ? 0.0f : x / y; }
+
+inline u32 shared_address(const void *at) { return (u32)((const unsigned char *)at - emulator::shared); }
+
+inline void load_eight(u32 (&to)[4], u32 at, bool transposed) {
+    const void *const row = emulator::shared + at;
+    if (at % 16 != 0) {
         emulator::fail("a row of a matrix that does not begin at a multiple of 16 bytes");
     }
     const void *const *rows = emulator::offer(row);
@@ -134,8 +145,8 @@ inline void load_eight(u32 (&to)[4], const void *row, bool transposed) {
     emulator::release();
 }
 
-DEVICE void load_matrices(u32 (&to)[4], const void *row) { load_eight(to, row, false); }
-DEVICE void load_matrices_transposed(u32 (&to)[4], const void *row) { load_eight(to, row, true); }
+DEVICE void load_matrices(u32 (&to)[4], u32 row) { load_eight(to, row, false); }
+DEVICE void load_matrices_transposed(u32 (&to)[4], u32 row) { load_eight(to, row, true); }
 
 inline float widen_bf16(u16 bits) { return emulator::from_bits((u32)bits << 16); }
 
@@ -180,8 +191,9 @@ struct Copies {
 Copies &copies();
 } // namespace emulator
 
-DEVICE void copy_begin(void *to, const void *from, bool present) {
-    if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) {
+DEVICE void copy_begin(u32 at, const void *from, bool present) {
+    void *const to = emulator::shared + at;
+    if (at % 16 != 0 || (uintptr_t)from % 16 != 0) {
         emulator::fail("a copy between addresses that are no multiples of 16 bytes");
     }
     emulator::Copies &copies = emulator::copies();

@@ -46,7 +46,7 @@ template <bool transposed> void load_matrices(Thread &any, const Instruction &i)
     u16 matrix[4][8][8];
     for (u32 lane = 0; lane < WARP; lane++) {
         Thread &own = any.block->lane(any, lane);
-        memcpy(matrix[lane / 8][lane % 8], own.shared(i, own.address(i, 0), 16), 16);
+        memcpy(matrix[lane / 8][lane % 8], own.shared(own.address(i, 0), 16), 16);
     }
     for (u32 lane = 0; lane < WARP; lane++) {
         for (u32 m = 0; m < 4; m++) {

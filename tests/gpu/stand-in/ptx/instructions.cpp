@@ -89,6 +89,17 @@ f64 reciprocal_approximate(f64 x) {
     return fabs(value) < 2.2250738585072014e-308 ? copysign(0.0, value) : value;
 }
 
+// By the reciprocal; what is below the smallest normal number is 0, and so is the quotient of a number by one above 2^126.
+f32 divide_approximate(f32 a, f32 b) {
+    const auto flushed = [](f32 x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; };
+    a = flushed(a);
+    b = flushed(b);
+    if (fabsf(b) > 0x1p126f) {
+        return std::isinf(a) ? NAN : copysignf(0.0f, a) * copysignf(1.0f, b);
+    }
+    return flushed(a * (1.0f / b));
+}
+
 void insert_bits(Thread &t, const Instruction &i) {
     const u32 a = t.get<u32>(i, 1), b = t.get<u32>(i, 2), at = t.get<u32>(i, 3) & 255, length = t.get<u32>(i, 4) & 255;
     const u64 mask = at > 31 ? 0 : ((1ull << (length > 32 ? 32 : length)) - 1) << at;
@@ -112,6 +123,7 @@ const std::map<std::string, Run> &table() {
         THREE("mad.lo.s32", u32, a * b + c), THREE("fma.rn.f32", f32, fmaf(a, b, c)), THREE("fma.rn.f64", f64, fma(a, b, c)),
         THREE("fma.rm.f32", f32, fused_downward(a, b, c)),
         TWO("div.u32", u32, b ? a / b : ~0u), TWO("div.u64", u64, b ? a / b : ~0ull), TWO("div.rn.f32", f32, a / b), TWO("div.rn.f64", f64, a / b),
+        TWO("div.approx.ftz.f32", f32, divide_approximate(a, b)),
         TWO("min.u32", u32, least(a, b)), TWO("min.u64", u64, least(a, b)), TWO("min.f64", f64, least(a, b)), TWO("max.u32", u32, greatest(a, b)),
         TWO("max.f32", f32, greatest(a, b)), TWO("min.f32", f32, least(a, b)), ONE("neg.f32", f32, -a), ONE("neg.f64", f64, -a),
         ONE("neg.s32", u32, 0 - a), ONE("neg.s64", u64, 0 - a), ONE("abs.f64", f64, fabs(a)), ONE("abs.f32", f32, fabsf(a)),
@@ -129,7 +141,7 @@ const std::map<std::string, Run> &table() {
         CONVERT("cvt.u64.u16", u16, u64, a), CONVERT("cvt.u64.u32", u32, u64, a), CONVERT("cvt.f32.f16", u16, f32, widen_f16(a)),
         CONVERT("cvt.f64.f32", f32, f64, a), CONVERT("cvt.rn.f32.f64", f64, f32, a), CONVERT("cvt.rn.f32.s32", s32, f32, a),
         CONVERT("cvt.rn.f32.u32", u32, f32, a), CONVERT("cvt.rn.f64.s32", s32, f64, a), CONVERT("cvt.rn.f64.u32", u32, f64, a),
-        CONVERT("cvt.rni.s32.f64", f64, s32, nearbyint(a)), CONVERT("cvt.sat.f32.f32", f32, f32, a > 0 ? fminf(a, 1) : 0),
+        CONVERT("cvt.rni.s32.f64", f64, s32, nearbyint(a)), CONVERT("cvt.rzi.u64.f64", f64, u64, a > 0 ? trunc(a) : 0), CONVERT("cvt.sat.f32.f32", f32, f32, a > 0 ? fminf(a, 1) : 0),
         {"cvt.rn.bf16x2.f32", [](Thread &t, const Instruction &i) { t.set<u32>(i, 0, pack_bf16(t.get<f32>(i, 1), t.get<f32>(i, 2))); }},
         {"cvt.rn.f16x2.f32", [](Thread &t, const Instruction &i) { t.set<u32>(i, 0, pack_f16(t.get<f32>(i, 1), t.get<f32>(i, 2))); }},
         {"shfl.sync.bfly.b32", shuffle_butterfly}, {"bar.warp.sync", nothing_else}, {"bar.sync", nothing_else},
@@ -154,10 +166,10 @@ template <Space space> u8 *reach(Thread &t, const Instruction &i) {
     const u64 address = t.address(i, 0);
     const u32 bytes = i.size * i.count;
     if (space == Space::Shared) {
-        return t.shared(i, address, bytes);
+        return t.shared(address, bytes);
     }
     if (space == Space::Global) {
-        return t.global(i, address, bytes);
+        return t.global(address, bytes);
     }
     std::vector<u8> &memory = space == Space::Local ? t.frame().local : t.frame().params;
     if (address + bytes > memory.size()) {
@@ -215,9 +227,9 @@ void copy_begin(Thread &t, const Instruction &i) {
     if (from % 16 != 0 || present > 16 || t.get<u32>(i, 0) != 16) {
         throw Refusal("a copy that is not of 16 bytes from a multiple of 16");
     }
-    memset(t.shared(i, to, 16), 0xFF, 16);
+    memset(t.shared(to, 16), 0xFF, 16);
     // Of what is not present nothing is read.
-    t.copies.push_back({to, present ? t.global(i, from, present) : nullptr, present, t.group});
+    t.copies.push_back({to, present ? t.global(from, present) : nullptr, present, t.group});
 }
 void copy_close(Thread &t, const Instruction &) { t.group++; }
 void copy_wait(Thread &t, const Instruction &i) {

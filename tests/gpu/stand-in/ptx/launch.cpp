@@ -9,21 +9,46 @@ namespace {
 // Blocks of a launch whose accesses are counted, at most.
 const u64 WATCHED = 4;
 
+// One instruction of a thread, unless it is one that it waits for others with.
+void step(Thread &t) {
+    Frame &frame = t.frame();
+    const Instruction &i = frame.function->code[frame.pc++];
+    if (i.guard >= 0 && (frame.registers[i.guard] & 1) == i.unless) {
+        return;
+    }
+    if (i.meets == Meets::Nobody) {
+        i.run(t, i);
+        return;
+    }
+    t.state = i.meets == Meets::Warp ? State::AtWarp : State::AtBlock;
+    t.collective = &i;
+}
+
 // Runs a thread until it waits for others or is done.
 void turn(Thread &t) {
     while (t.state == State::Ready) {
-        Frame &frame = t.frame();
-        const Instruction &i = frame.function->code[frame.pc++];
-        t.block->instructions++;
-        if (i.guard >= 0 && (frame.registers[i.guard] & 1) == i.unless) {
-            continue;
+        step(t);
+    }
+}
+
+// Runs the lanes of a warp in step until all wait or are done.
+void march(Block &block, u32 warp) {
+    const u32 begin = warp * WARP, end = std::min<u32>(begin + WARP, (u32)block.threads.size());
+    const auto behind = [&](const Thread &t) { return t.frames.back().pc - ((u64)t.frames.size() << 32); };
+    for (;;) {
+        u64 last = ~0ull;
+        for (u32 n = begin; n < end; n++) {
+            last = block.threads[n].state == State::Ready ? std::min(last, behind(block.threads[n])) : last;
         }
-        if (i.meets != Meets::Nobody) {
-            t.state = i.meets == Meets::Warp ? State::AtWarp : State::AtBlock;
-            t.collective = &i;
+        if (last == ~0ull) {
             return;
         }
-        i.run(t, i);
+        for (u32 n = begin; n < end; n++) {
+            if (block.threads[n].state == State::Ready && behind(block.threads[n]) == last) {
+                step(block.threads[n]);
+            }
+        }
+        block.watch->add_up();
     }
 }
 
@@ -40,6 +65,9 @@ bool meet(Block &block, u32 warp) {
     }
     const Instruction &i = *block.threads[begin].collective;
     i.run(block.threads[begin], i);
+    if (block.watch) {
+        block.watch->add_up();
+    }
     for (u32 n = begin; n < end; n++) {
         block.threads[n].state = State::Ready;
     }
@@ -64,13 +92,15 @@ bool open_barrier(Block &block) {
 void run(Block &block, bool backwards) {
     const u32 threads = (u32)block.threads.size();
     for (;;) {
+        const u32 warps = (threads + WARP - 1) / WARP;
         bool moved = false;
         for (u32 n = 0; n < threads; n++) {
             Thread &t = block.threads[backwards ? threads - 1 - n : n];
-            moved |= t.state == State::Ready;
-            turn(t);
+            if (t.state == State::Ready) {
+                moved = true;
+                block.watch ? march(block, t.number / WARP) : turn(t);
+            }
         }
-        const u32 warps = (threads + WARP - 1) / WARP;
         for (u32 n = 0; n < warps; n++) {
             moved |= meet(block, backwards ? warps - 1 - n : n);
         }
@@ -119,8 +149,8 @@ void run_blocks(const Function &f, const u32 *grid, u32 threads, u32 shared_byte
     }
     const auto own = f.slots.find("%tid.x");
     Block block;
-    static thread_local Watch watch;
-    Traffic traffic;
+    Watch watch;
+    u64 watched = 0;
     const char *report = getenv("MUDIT_STAND_IN_TRAFFIC");
     block.module = f.module;
     block.threads.resize(threads);
@@ -149,15 +179,17 @@ void run_blocks(const Function &f, const u32 *grid, u32 threads, u32 shared_byte
         }
         // Blocks are alike: a few tell for all.
         block.watch = report && b % (blocks / WATCHED + 1) == 0 ? &watch : nullptr;
+        watched += block.watch != nullptr;
         run(block, backwards);
-        if (block.watch) {
-            watch.add_to(traffic);
-        }
     }
     if (report) {
+        const Traffic &t = watch.traffic;
         FILE *file = fopen(report, "a");
-        fprintf(file, "%s %llu %llu %llu %llu %llu\n", f.name.c_str(), (unsigned long long)block.instructions / WARP, (unsigned long long)traffic.turns,
-                (unsigned long long)traffic.least_turns, (unsigned long long)traffic.sectors, (unsigned long long)traffic.least_sectors);
+        fprintf(file, "%s", f.name.c_str());
+        for (const u64 count : {t.instructions, t.turns, t.least_turns, t.sectors, t.least_sectors}) {
+            fprintf(file, " %llu", (unsigned long long)(count * blocks / watched));
+        }
+        fprintf(file, "\n");
         fclose(file);
     }
 }

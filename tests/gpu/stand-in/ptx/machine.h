@@ -147,8 +147,8 @@ struct Thread {
         slot(i.slots[operand]) = bits;
     }
     u64 address(const Instruction &i, u32 place) { return slot(i.places[place].slot) + i.places[place].offset; }
-    u8 *shared(const Instruction &i, u64 address, u32 bytes);
-    u8 *global(const Instruction &i, u64 address, u32 bytes);
+    u8 *shared(u64 address, u32 bytes);
+    u8 *global(u64 address, u32 bytes);
 
   private:
     u8 *held(u64 address, u32 bytes);
@@ -162,7 +162,6 @@ struct Block {
     std::vector<u8> shared;
     // Who looks on, if anybody.
     Watch *watch = nullptr;
-    u64 instructions = 0;
 
     // A thread of the warp of `of`.
     Thread &lane(const Thread &of, u32 lane) { return threads[of.number / WARP * WARP + lane]; }

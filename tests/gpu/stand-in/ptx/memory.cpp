@@ -3,7 +3,7 @@
 #include "traffic.h"
 
 namespace ptx {
-u8 *Thread::shared(const Instruction &i, u64 address, u32 bytes) {
+u8 *Thread::shared(u64 address, u32 bytes) {
     // Instructions take the low half of what was computed.
     const u32 at = (u32)address;
     if (at % bytes != 0) {
@@ -13,17 +13,17 @@ u8 *Thread::shared(const Instruction &i, u64 address, u32 bytes) {
         throw Refusal("an access beyond the block's " + std::to_string(block->shared.size()) + " bytes of shared memory");
     }
     if (block->watch) {
-        block->watch->note(number, i, true, at, bytes);
+        block->watch->note(true, at, bytes);
     }
     return &block->shared[at];
 }
 
-u8 *Thread::global(const Instruction &i, u64 address, u32 bytes) {
+u8 *Thread::global(u64 address, u32 bytes) {
     if (address % bytes != 0) {
         throw Refusal("an access of " + std::to_string(bytes) + " bytes to memory at an address that is no multiple of them");
     }
     if (block->watch) {
-        block->watch->note(number, i, false, address, bytes);
+        block->watch->note(false, address, bytes);
     }
     return held(address, bytes);
 }

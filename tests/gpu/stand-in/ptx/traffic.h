@@ -1,6 +1,6 @@
 // What a launch asks of shared memory and of the second-level cache, access by access of a warp: figures that need no GPU.
 //
-// A warp's access is what its lanes do at the same instruction for the same time. Shared memory has 32 banks of 4 bytes:
+// The lanes of a warp go in step here: of those that can go on, the ones that are furthest behind in the text do. Shared memory has 32 banks of 4 bytes:
 // lanes that want different words of one bank are served one after the other, 8 lanes at once where each wants 16 bytes.
 // The cache gives sectors of 32 bytes.
 
@@ -13,7 +13,7 @@
 
 namespace ptx {
 struct Traffic {
-    u64 turns = 0, least_turns = 0, sectors = 0, least_sectors = 0;
+    u64 instructions = 0, turns = 0, least_turns = 0, sectors = 0, least_sectors = 0;
 
     // Bytes that the lanes of a warp want, each from an address, of shared memory.
     void shared(const std::vector<u64> &addresses, u32 bytes) {
@@ -47,43 +47,29 @@ struct Traffic {
     }
 };
 
-// Accesses of a block's threads, to be put together warp by warp when the block is done.
+// The accesses of one instruction of a warp.
 class Watch {
   public:
-    void note(u32 thread, const Instruction &i, bool shared, u64 address, u32 bytes) {
-        logs[thread].push_back({{&i, shared}, address, bytes});
+    Traffic traffic;
+
+    void note(bool shared, u64 address, u32 bytes) {
+        auto &access = accesses[shared];
+        access.first = bytes;
+        access.second.push_back(address);
     }
-    void add_to(Traffic &traffic) {
-        for (u32 warp = 0; warp < MOST_THREADS / WARP; warp++) {
-            // By instruction and by how often the lane has come to it; a copy is at both kinds of memory.
-            std::map<Where, std::vector<std::vector<u64>>> accesses;
-            std::map<Where, u32> widths;
-            for (u32 lane = 0; lane < WARP; lane++) {
-                std::map<Where, size_t> times;
-                for (const Access &access : logs[warp * WARP + lane]) {
-                    auto &all = accesses[access.where];
-                    const size_t time = times[access.where]++;
-                    all.resize(std::max(all.size(), time + 1));
-                    all[time].push_back(access.address);
-                    widths[access.where] = access.bytes;
-                }
-                logs[warp * WARP + lane].clear();
-            }
-            for (const auto &[where, times] : accesses) {
-                for (const std::vector<u64> &addresses : times) {
-                    where.second ? traffic.shared(addresses, widths[where]) : traffic.global(addresses, widths[where]);
-                }
-            }
+    void add_up() {
+        traffic.instructions++;
+        if (!accesses[true].second.empty()) {
+            traffic.shared(accesses[true].second, accesses[true].first);
         }
+        if (!accesses[false].second.empty()) {
+            traffic.global(accesses[false].second, accesses[false].first);
+        }
+        accesses[0].second.clear();
+        accesses[1].second.clear();
     }
 
   private:
-    typedef std::pair<const Instruction *, bool> Where;
-    struct Access {
-        Where where;
-        u64 address;
-        u32 bytes;
-    };
-    std::vector<Access> logs[MOST_THREADS];
+    std::pair<u32, std::vector<u64>> accesses[2];
 };
 } // namespace ptx

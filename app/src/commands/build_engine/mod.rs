@@ -3,30 +3,30 @@
 mod built_for;
 mod open;
 mod parameters;
+mod programs;
 mod stages;
+mod trial;
 mod validation;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
-use graph_builder::{Graph, OnnxProgram, Precision, Weights};
+use graph_builder::{OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
-use runtime::cuda::kernels::{self, Architecture};
-use runtime::engine::{
-    EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name, open_model_file_name,
-};
-use runtime::{Engine, Provider, SessionOptions};
+use runtime::cuda::kernels::Architecture;
+use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference};
+use runtime::{Engine, Provider};
 use serde_json::json;
 use train_engine::mup::MupTable;
 
 use self::built_for::{BuiltFor, Target};
-use self::open::{PlannedOpen, profiles};
-use self::parameters::{Parameters, Source};
-use self::stages::{Stage, Stages};
-use self::validation::{Case, Report};
+use self::open::PlannedOpen;
+use self::parameters::Source;
+use self::programs::{Planned, initializers, place};
+use self::stages::Stage;
+use self::validation::Report;
 use super::{Machine, guided_channels, triton};
 use crate::Usage;
 use crate::console;
@@ -90,20 +90,6 @@ pub struct BuildEngineArgs {
     json: bool,
     #[command(flatten)]
     machine: Machine,
-}
-
-/// A program to be built.
-struct Planned {
-    kind: ProgramKind,
-    batch: usize,
-    /// In the precision asked for.
-    graph: Graph,
-}
-
-impl Planned {
-    fn file(&self) -> String {
-        model_file_name(&self.kind.to_string(), self.batch)
-    }
 }
 
 impl BuildEngineArgs {
@@ -206,57 +192,6 @@ impl BuildEngineArgs {
         Target::find(&self.provider, self.architecture, self.refittable)
     }
 
-    fn batches(&self) -> Vec<usize> {
-        match (self.batch, self.buckets.as_slice()) {
-            (Some(n), _) => vec![n],
-            (None, []) => vec![1],
-            (None, buckets) => buckets.to_vec(),
-        }
-    }
-
-    fn graph(&self, model: &DitConfig, kind: ProgramKind, batch: usize) -> anyhow::Result<Graph> {
-        let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
-        Ok(graph.in_precision(self.precision)?)
-    }
-
-    /// The programs in every batch size, as graphs.
-    fn plan(&self, model: &DitConfig) -> anyhow::Result<Vec<Planned>> {
-        let mut planned: Vec<Planned> = Vec::new();
-        for &kind in &self.programs {
-            for batch in self.batches() {
-                // Asked for twice, built once.
-                if planned.iter().any(|p| (p.kind, p.batch) == (kind, batch)) {
-                    continue;
-                }
-                planned.push(Planned { kind, batch, graph: self.graph(model, kind, batch)? });
-            }
-        }
-        Ok(planned)
-    }
-
-    /// The programs that are compiled once for all batch sizes.
-    fn plan_open(&self, model: &DitConfig, target: &Target) -> anyhow::Result<Vec<PlannedOpen>> {
-        let kinds = self.programs.iter().filter(|kind| target.opens(**kind, &self.batches()));
-        kinds.map(|&kind| PlannedOpen::new(kind, |n| self.graph(model, kind, n))).collect()
-    }
-
-    /// What is ahead.
-    fn stages(&self, planned: &[Planned], carried: Option<&Source<'_>>, target: &Target) -> Stages {
-        let elsewhere = target.elsewhere().is_some();
-        let tried = if self.provider.0.is_some() && !elsewhere { planned.len() } else { 0 };
-        let batches = self.batches();
-        let open = self.programs.iter().filter(|kind| target.opens(**kind, &batches)).count();
-        // One that is compiled for all batch sizes is loaded once.
-        let shared = open * (batches.len() - 1);
-        Stages::new([
-            (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
-            (Stage::Emit, planned.len()),
-            (Stage::Kernels, usize::from(target.kernels().is_some())),
-            (Stage::Load, tried.saturating_sub(shared)),
-            (Stage::Validate, tried),
-        ])
-    }
-
     /// Everything that decides what the engine is. Programs count without their weights, which count by themselves: so
     /// nothing has to be converted before it is known that there is something to do.
     fn key(
@@ -325,25 +260,6 @@ impl BuildEngineArgs {
         models.iter().try_for_each(|m| console::out(&m.display().to_string()))
     }
 
-    fn emit(
-        &self,
-        planned: &[Planned],
-        weights: Option<&Parameters>,
-        stages: &mut Stages,
-    ) -> anyhow::Result<Vec<(usize, OnnxProgram)>> {
-        let mut built = Vec::new();
-        for p in planned {
-            stages.begin(Stage::Emit, &p.file());
-            let how = initializers(weights.filter(|_| !p.kind.feeds_parameters()));
-            let emitted = p.graph.emit(how)?;
-            if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
-                emitted.check_cuda(&kernels::has)?;
-            }
-            built.push((p.batch, emitted));
-        }
-        Ok(built)
-    }
-
     fn notes(&self, model: &DitConfig, key: EngineKey) -> anyhow::Result<EngineNotes> {
         let graph = program(model, ProgramKind::Loss, 1, Guidance::Off)?;
         let hyperparameters: BTreeMap<_, _> = HYPERPARAMETERS.into_iter().collect();
@@ -363,77 +279,6 @@ impl BuildEngineArgs {
             }),
         })
     }
-
-    /// Loads each program, compares its answers with the reference's and times a run. Nothing, where nobody here can
-    /// run them.
-    fn try_out(
-        &self,
-        target: &Target,
-        model: &DitConfig,
-        draft: &mut EngineDraft,
-        refitted: bool,
-        stages: &mut Stages,
-    ) -> anyhow::Result<Vec<Report>> {
-        let Some(provider) = self.provider.0.as_ref().filter(|_| target.elsewhere().is_none()) else {
-            return Ok(Vec::new());
-        };
-        let runtime = self.machine.runtime_for(provider)?;
-        let manifest = draft.engine()?.manifest().clone();
-        let open = |name: &str| manifest.open_programs.iter().any(|p| p.name == name);
-        let mut reports = Vec::new();
-        for group in manifest.programs.chunk_by(|a, b| a.name == b.name && open(&a.name)) {
-            let [first, ..] = group else { continue };
-            let shared = open(&first.name);
-            let (file, shapes) = if shared {
-                (open_model_file_name(&first.name), profiles(group))
-            } else {
-                (first.file.clone(), Vec::new())
-            };
-            stages.begin(Stage::Load, &file);
-            let start = Instant::now();
-            let (provider, compiled) = target.building(&file, shapes, draft.directory(), refitted)?;
-            let options = SessionOptions {
-                threads: self.machine.threads,
-                provider,
-                record_placement: self.explain,
-                ..SessionOptions::default()
-            };
-            let (engine, batches) = (draft.engine()?, group.iter().map(|p| p.batch).collect::<Vec<_>>());
-            let sessions = if shared && !refitted {
-                let session = engine.open_session(&runtime, &first.name, &options)?;
-                group.iter().map(|p| session.at(&p.inputs, &p.outputs)).collect::<Result<Vec<_>, _>>()?
-            } else {
-                engine.sessions(&runtime, &first.name, &batches, &options)?
-            };
-            let load_seconds = start.elapsed().as_secs_f64();
-            if let Some(file) = compiled {
-                draft.add_compiled(&first.name, &batches, &file)?;
-            }
-            if self.explain
-                && !self.json
-                && let Some(session) = sessions.first()
-            {
-                let placement = session.placement()?;
-                let places =
-                    placement.by_provider().into_iter().map(|(who, nodes)| format!("{nodes} nodes on {who}"));
-                console::out(&format!("{file}: {}", places.collect::<Vec<_>>().join(", ")))?;
-            }
-            for (p, session) in group.iter().zip(&sessions) {
-                let case = Case {
-                    model,
-                    kind: p.name.parse()?,
-                    batch: p.batch,
-                    guidance: self.cfg_channels,
-                    precision: self.precision,
-                    weights: self.weights.as_deref(),
-                };
-                stages.begin(Stage::Validate, &p.file);
-                let place = || format!("trying {}", p.file);
-                reports.push(case.run(session, load_seconds, !self.no_validation).with_context(place)?);
-            }
-        }
-        Ok(reports)
-    }
 }
 
 /// The ONNX Runtime that loads the programs: the pinned version, or a library that the user names.
@@ -442,16 +287,4 @@ fn onnx_runtime() -> String {
         Ok(path) if !path.is_empty() => path,
         _ => runtime::library::PINNED_VERSION.to_owned(),
     }
-}
-
-/// The parameters of a program: constants in a file, or inputs.
-fn initializers(weights: Option<&Parameters>) -> Weights<'_> {
-    weights.map_or(Weights::Inputs, |w| Weights::External { file: &w.name, tensors: &w.tensors })
-}
-
-fn place(source: &Source<'_>, stages: &mut Stages) -> anyhow::Result<Parameters> {
-    if !source.fits() {
-        stages.begin(Stage::Convert, "");
-    }
-    source.place()
 }

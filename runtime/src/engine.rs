@@ -23,11 +23,12 @@ use crate::cuda::kernels::SOURCES;
 use crate::error::{Result, RuntimeError};
 use crate::file::sha256_file;
 use crate::library::Runtime;
+use crate::placement::PlacementSummary;
 use crate::provider::{CudaOptions, Provider};
 use crate::session::{OpenSession, Session, SessionOptions};
 
 /// Version of the directory's layout and of `engine.json`.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Name of the manifest.
 pub const MANIFEST: &str = "engine.json";
 
@@ -41,9 +42,12 @@ pub struct EngineManifest {
     pub key: EngineKey,
     /// The programs, one for each batch size.
     pub programs: Vec<EngineProgram>,
-    /// The same programs for every batch size, where a provider compiles one form of a program for all of them.
+    /// The same programs in one form for every batch size.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub open_programs: Vec<EngineOpenProgram>,
+    /// Who runs the nodes, by model file, as far as somebody has loaded it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub placements: BTreeMap<String, PlacementSummary>,
     /// The weights beside them.
     pub weights: Option<EngineWeights>,
     /// Machine code of the CUDA kernels, where they were compiled for another machine's GPU.
@@ -76,6 +80,9 @@ pub struct EngineProgram {
     pub outputs: Vec<TensorSpec>,
     /// The `mudit` ops inside.
     pub native_ops: Vec<String>,
+    /// Nodes that no recorded run may have, see [`OnnxProgram::unrepeatable`](graph_builder::OnnxProgram).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unrepeatable: Vec<String>,
     /// What the provider compiled of it, in the engine's directory; loaded in place of `file`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compiled: Option<CompiledProgram>,
@@ -96,6 +103,9 @@ pub struct EngineOpenProgram {
     pub inputs: Vec<OpenSpec>,
     /// Outputs in order.
     pub outputs: Vec<OpenSpec>,
+    /// As of [`EngineProgram`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unrepeatable: Vec<String>,
 }
 
 /// A provider's own form of a program: a model whose node stands for a compiled engine. Programs of several batch sizes
@@ -104,8 +114,17 @@ pub struct EngineOpenProgram {
 pub struct CompiledProgram {
     /// The model to load.
     pub file: String,
-    /// Every file it consists of, with its size in bytes; the model's own first.
-    pub files: BTreeMap<String, u64>,
+    /// Every file it consists of, the model's own among them.
+    pub files: BTreeMap<String, CompiledFile>,
+}
+
+/// A file that a provider wrote.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompiledFile {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Its SHA-256, taken when the engine is published: until then a provider may write it again.
+    pub sha256: String,
 }
 
 /// The kernels of one source, compiled for one architecture.
@@ -235,8 +254,7 @@ impl Engine {
         &self.manifest
     }
 
-    /// Checks the hashes of all files that the build wrote, weights included. What a provider compiled is known by its
-    /// size alone, which [`Engine::open`] checks.
+    /// Checks the hashes of all files, weights and what a provider compiled included.
     ///
     /// # Errors
     /// [`RuntimeError::Engine`] naming the file that was altered, [`RuntimeError::Io`].
@@ -246,7 +264,13 @@ impl Engine {
         let programs = programs.chain(open);
         let weights = self.manifest.weights.iter().map(|w| (&w.file, &w.sha256));
         let kernels = self.manifest.kernels.iter().map(|k| (&k.file, &k.sha256));
-        programs.chain(weights).chain(kernels).try_for_each(|(file, sha256)| self.verify_file(file, sha256))
+        let compiled: BTreeMap<&String, &String> =
+            self.manifest.compiled().map(|(file, found)| (file, &found.sha256)).collect();
+        programs
+            .chain(weights)
+            .chain(kernels)
+            .chain(compiled)
+            .try_for_each(|(file, sha256)| self.verify_file(file, sha256))
     }
 
     /// The directory.
@@ -294,12 +318,16 @@ impl Engine {
             else {
                 let path = self.directory.join(&found.file);
                 let signature = Some((&*found.inputs, &*found.outputs));
-                sessions.push(Session::load_file(runtime, path, signature, options)?);
+                let unrepeatable = Some(&*found.unrepeatable);
+                sessions.push(Session::load_known(runtime, &path, signature, options, unrepeatable)?);
                 continue;
             };
             let session = match loaded.remove(compiled.file.as_str()) {
                 Some(session) => session,
-                None => OpenSession::load_file(runtime, self.directory.join(&compiled.file), options)?,
+                None => {
+                    let path = self.directory.join(&compiled.file);
+                    OpenSession::load_known(runtime, &path, options, Some(&found.unrepeatable))?
+                }
             };
             sessions.push(session.at(&found.inputs, &found.outputs)?);
             loaded.insert(&compiled.file, session);
@@ -323,7 +351,37 @@ impl Engine {
         self.verify_file(&found.file, &found.sha256)?;
         let mut fixed = self.manifest.programs.iter().filter(|p| p.name == program);
         self.prepare(options, fixed.any(|p| !p.native_ops.is_empty()))?;
-        OpenSession::load_file(runtime, self.directory.join(&found.file), options)
+        OpenSession::load_known(
+            runtime,
+            &self.directory.join(&found.file),
+            options,
+            Some(&found.unrepeatable),
+        )
+    }
+
+    /// [`Engine::session`], through the program for every batch size where there is one; `beside` is a session of it that
+    /// is loaded already, whose model and weights are then used once more.
+    ///
+    /// # Errors
+    /// As [`Engine::session`].
+    pub fn shared_session(
+        &self,
+        runtime: &Arc<Runtime>,
+        program: &str,
+        batch: usize,
+        options: &SessionOptions,
+        beside: Option<&Arc<Session>>,
+    ) -> Result<Arc<Session>> {
+        let found = self.program(program, batch)?;
+        let compiled = found.compiled.is_some() && matches!(options.provider, Provider::TensorRt(_));
+        let open = self.manifest.open_programs.iter().any(|p| p.name == program);
+        match beside {
+            Some(session) if open => session.at(&found.inputs, &found.outputs),
+            _ if open && !compiled => {
+                self.open_session(runtime, program, options)?.at(&found.inputs, &found.outputs)
+            }
+            _ => self.session(runtime, program, batch, options),
+        }
     }
 
     fn program(&self, program: &str, batch: usize) -> Result<&EngineProgram> {
@@ -380,12 +438,17 @@ impl EngineManifest {
     fn files(&self) -> impl Iterator<Item = (&str, u64)> {
         let weights = self.weights.iter().map(|w| (w.file.as_str(), w.bytes));
         // One for all batch sizes where the provider compiled them in one.
-        let compiled = self.programs.iter().filter_map(|p| p.compiled.as_ref()).flat_map(|c| &c.files);
-        let compiled: BTreeMap<&str, u64> = compiled.map(|(file, bytes)| (file.as_str(), *bytes)).collect();
+        let compiled: BTreeMap<&str, u64> =
+            self.compiled().map(|(file, found)| (file.as_str(), found.bytes)).collect();
         let programs = self.programs.iter().map(|p| (p.file.as_str(), p.bytes));
         let open = self.open_programs.iter().map(|p| (p.file.as_str(), p.bytes));
         let kernels = self.kernels.iter().map(|k| (k.file.as_str(), k.bytes));
         weights.chain(programs).chain(open).chain(compiled).chain(kernels)
+    }
+
+    /// The files that a provider wrote, once for each program that has them.
+    fn compiled(&self) -> impl Iterator<Item = (&String, &CompiledFile)> {
+        self.programs.iter().filter_map(|p| p.compiled.as_ref()).flat_map(|c| &c.files)
     }
 }
 

@@ -8,12 +8,12 @@ use graph_builder::{OnnxProgram, OpenProgram};
 use tempfile::TempDir;
 
 use super::{
-    CompiledProgram, Engine, EngineKernels, EngineManifest, EngineNotes, EngineOpenProgram, EngineProgram,
-    EngineWeights, FORMAT, FileStamp, MANIFEST, model_file_name, open_model_file_name,
+    CompiledFile, CompiledProgram, Engine, EngineKernels, EngineManifest, EngineNotes, EngineOpenProgram,
+    EngineProgram, EngineWeights, FORMAT, FileStamp, MANIFEST, model_file_name, open_model_file_name,
 };
 use crate::cuda::kernels::{Architecture, Source};
 use crate::error::{Result, RuntimeError};
-use crate::file::{link_or_copy, sha256_bytes, sync_directory, write_atomically};
+use crate::file::{link_or_copy, sha256_bytes, sha256_file, sync_directory, write_atomically};
 
 /// An engine in a temporary directory beside its place: it can be opened and run, and is gone when it is dropped.
 #[derive(Debug)]
@@ -53,6 +53,7 @@ impl EngineDraft {
             key,
             programs,
             open_programs: Vec::new(),
+            placements: BTreeMap::new(),
             weights,
             kernels: Vec::new(),
             options,
@@ -102,6 +103,7 @@ impl EngineDraft {
             sha256: sha256_bytes(&program.bytes),
             inputs: program.inputs.clone(),
             outputs: program.outputs.clone(),
+            unrepeatable: program.unrepeatable.clone(),
         });
         Ok(())
     }
@@ -120,7 +122,8 @@ impl EngineDraft {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(&stem) {
-                files.insert(name, entry.metadata().map_err(failed)?.len());
+                let bytes = entry.metadata().map_err(failed)?.len();
+                files.insert(name, CompiledFile { bytes, ..CompiledFile::default() });
             }
         }
         if !files.contains_key(model) {
@@ -190,7 +193,8 @@ impl EngineDraft {
     ///
     /// # Errors
     /// [`RuntimeError::Io`].
-    pub fn publish(self) -> Result<EngineManifest> {
+    pub fn publish(mut self) -> Result<EngineManifest> {
+        self.stamp_compiled()?;
         self.write_manifest()?;
         let Self { target, work, manifest } = self;
         let create = |e| RuntimeError::io("create", &target, e);
@@ -202,6 +206,22 @@ impl EngineDraft {
         }
         sync_directory(parent(&target))?;
         Ok(manifest)
+    }
+
+    /// Takes sizes and hashes of what a provider wrote as it is now.
+    fn stamp_compiled(&mut self) -> Result<()> {
+        let mut known: BTreeMap<String, CompiledFile> = BTreeMap::new();
+        let compiled = self.manifest.programs.iter_mut().filter_map(|p| p.compiled.as_mut());
+        for (name, file) in compiled.flat_map(|c| &mut c.files) {
+            // Programs may share it: it is read once.
+            if !known.contains_key(name) {
+                let path = self.work.path().join(name);
+                let bytes = fs::metadata(&path).map_err(|e| RuntimeError::io("read", &path, e))?.len();
+                known.insert(name.clone(), CompiledFile { bytes, sha256: sha256_file(&path)? });
+            }
+            file.clone_from(&known[name]);
+        }
+        Ok(())
     }
 
     fn write_manifest(&self) -> Result<()> {
@@ -257,6 +277,7 @@ fn write_program(work: &Path, batch: usize, program: &OnnxProgram) -> Result<Eng
         inputs: program.inputs.clone(),
         outputs: program.outputs.clone(),
         native_ops: program.native_ops.clone(),
+        unrepeatable: program.unrepeatable.clone(),
         compiled: None,
     })
 }

@@ -72,13 +72,17 @@ impl BuildEngineArgs {
         let tried = if self.provider.0.is_some() && !elsewhere { planned.len() } else { 0 };
         let batches = self.batches();
         let open = self.programs.iter().filter(|kind| target.opens(**kind, &batches)).count();
-        // One that is compiled for all batch sizes is loaded once.
-        let shared = open * (batches.len() - 1);
+        let loads = match &self.provider.0 {
+            // It compiles one form of a program for all of its batch sizes.
+            Some(Provider::TensorRt(_)) => tried.saturating_sub(open * (batches.len() - 1)),
+            _ if tried > 0 => tried + open,
+            _ => 0,
+        };
         Stages::new([
             (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
             (Stage::Emit, planned.len()),
             (Stage::Kernels, usize::from(target.kernels().is_some())),
-            (Stage::Load, tried.saturating_sub(shared)),
+            (Stage::Load, loads),
             (Stage::Validate, tried),
         ])
     }

@@ -2,6 +2,7 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`built`] | engine directories, as commands run them |
 //! | [`commands`] | one module a command: resolve, call, report |
 //! | [`execution`] | who computes a program, in which type, and where its parameters are |
 //! | [`fid`] | feature networks and the distances between image sets |
@@ -17,6 +18,7 @@
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
 //! 2 bad usage.
 
+pub mod built;
 pub mod commands;
 pub mod console;
 pub mod execution;
@@ -50,6 +52,8 @@ struct Cli {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Usage(pub String);
+
+pub use runtime::provider::TF32;
 
 /// Exit code of wrong usage.
 const BAD_USAGE: u8 = 2;

@@ -48,8 +48,19 @@ pub fn report() -> Vec<Check> {
     checks.extend(gpus());
     checks.extend(libraries::ALL.iter().map(|l| cuda_library(l)));
     checks.push(kernel_compiler());
+    checks.push(f32_products());
     checks.extend(gpu_providers());
     checks
+}
+
+/// Whether TensorRT computes f32 in f32.
+fn f32_products() -> Check {
+    let name = "f32 products";
+    if provider::tf32_forbidden() {
+        return check(name, Status::Ok, format!("f32 on every provider ({}=0)", provider::TF32), None, false);
+    }
+    let remedy = format!("unset {}, or set it to 0", provider::TF32);
+    check(name, Status::Error, "rounded to 10 bits by TensorRT, which is refused", Some(&remedy), false)
 }
 
 fn check(

@@ -34,13 +34,11 @@ pub struct CudaOptions {
     /// Record the kernels of a run once and start them all at once from then on, where that is safe; see
     /// [`Session::recording`](crate::Session::recording).
     pub cuda_graph: bool,
-    /// Largest size of the provider's memory for intermediate values, in bytes.
-    pub memory_limit: Option<usize>,
     /// Let f32 products round their operands to 10 bits of fraction: some eight times faster, no longer exact to 1e-4.
     pub tf32: bool,
 }
 
-/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it.
+/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it, and [`TF32`] must be 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TensorRtOptions {
     /// The CUDA driver's number of the GPU.
@@ -98,6 +96,16 @@ impl Default for Provider {
     fn default() -> Self {
         Self::Cpu(CpuOptions::default())
     }
+}
+
+/// NVIDIA's variable that forbids rounding the operands of f32 products (TF32) at 0. ONNX Runtime 1.31 has no option for
+/// that in TensorRT, whose default is to round; there the variable is the only way. Libraries read it once, when they are
+/// loaded, so that it must be set when the process starts.
+pub const TF32: &str = "NVIDIA_TF32_OVERRIDE";
+
+/// Whether [`TF32`] keeps f32 products f32.
+pub fn tf32_forbidden() -> bool {
+    std::env::var_os(TF32).is_some_and(|value| value == "0")
 }
 
 /// What stands behind a provider's name if runs are recorded.
@@ -238,10 +246,23 @@ impl Provider {
         if !missing.is_empty() {
             return Err(self.unavailable(&missing));
         }
+        self.check_rounding(tf32_forbidden())?;
         match self.device() {
             Device::Cuda { ordinal } => Gpu::open(ordinal).map(|_| ()),
             Device::Cpu => Ok(()),
         }
+    }
+
+    /// Refuses TensorRT where its f32 products would not be f32.
+    fn check_rounding(&self, forbidden: bool) -> Result<()> {
+        if forbidden || !matches!(self, Self::TensorRt(_)) {
+            return Ok(());
+        }
+        Err(RuntimeError::ProviderUnavailable {
+            provider: self.to_string(),
+            reason: format!("it would round the operands of f32 products to 10 bits, as {TF32} is not 0"),
+            remedy: format!("start the process with {TF32}=0"),
+        })
     }
 
     fn unavailable(&self, missing: &[&CudaLibrary]) -> RuntimeError {
@@ -270,6 +291,15 @@ mod tests {
         for part in ["driver", "nvidia-cudnn-cu13==", "tensorrt-cu13==10.16.1.11", "use provider `cpu`"] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn tensorrt_is_refused_where_it_would_round_f32() {
+        let [cuda, tensorrt] = ["cuda", "tensorrt"].map(|name| name.parse::<Provider>().unwrap());
+        cuda.check_rounding(false).unwrap();
+        tensorrt.check_rounding(true).unwrap();
+        let refused = tensorrt.check_rounding(false).unwrap_err().to_string();
+        assert!(refused.contains("f32 products") && refused.contains("NVIDIA_TF32_OVERRIDE=0"), "{refused}");
     }
 
     #[test]

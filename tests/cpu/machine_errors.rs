@@ -73,6 +73,9 @@ fn nothing_is_fetched_offline() {
     bare("build-engine --model checkpoint --program loss --provider none --out e").succeeds();
 
     let doctor = bare("doctor").run();
+    let products = |text: &str| text.lines().any(|l| l.contains("f32 products") && l.contains("  ok  "));
+    assert!(products(&doctor.stdout), "the command itself sees to it: {doctor}");
+    assert!(!products(&bare("doctor").env("NVIDIA_TF32_OVERRIDE", "1").run().stdout));
     doctor.refuses(1, &["training and sampling on the CPU lack"]);
     assert!(doctor.stdout.contains("missing") && doctor.stdout.contains("→"), "{doctor}");
     if Path::new("/usr/share/datasets/fashion-mnist").exists() {

@@ -56,16 +56,13 @@ pub(crate) fn try_out(runtime: &Runtime, provider: &Provider) -> Result<()> {
 }
 
 fn cuda_provider(options: &CudaOptions, stream: *mut ()) -> CUDA {
-    let mut provider = CUDA::default()
+    let provider = CUDA::default()
         .with_device_id(options.ordinal as i32)
         .with_cuda_graph(options.cuda_graph)
         .with_tf32(options.tf32)
         // The arena holds what a run needs, not the next power of two.
         .with_arena_extend_strategy(ort::ep::ArenaExtendStrategy::SameAsRequested)
         .with_conv_algorithm_search(cuda::ConvAlgorithmSearch::Heuristic);
-    if let Some(limit) = options.memory_limit {
-        provider = provider.with_memory_limit(limit);
-    }
     // SAFETY: the session keeps the GPU, whose stream this is.
     unsafe { provider.with_compute_stream(stream) }
 }

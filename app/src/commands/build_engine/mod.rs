@@ -1,6 +1,7 @@
 //! `mudit build-engine`: programs of a model as ONNX files with their weights and a manifest, tried out before they are seen.
 
 mod built_for;
+mod difference;
 mod open;
 mod parameters;
 mod programs;
@@ -9,7 +10,7 @@ mod trial;
 mod validation;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -17,19 +18,21 @@ use graph_builder::{OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::cuda::kernels::Architecture;
 use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference};
-use runtime::{Engine, Provider};
+use runtime::{Engine, EngineManifest, Provider};
 use serde_json::json;
 use train_engine::mup::MupTable;
 
-use self::built_for::{BuiltFor, Target};
+use self::built_for::{BuiltFor, ForTensorRt, Target};
 use self::open::PlannedOpen;
 use self::parameters::Source;
 use self::programs::{Planned, initializers, place};
 use self::stages::Stage;
 use self::validation::Report;
-use super::{Machine, guided_channels, triton};
+use super::{Machine, triton};
 use crate::Usage;
+use crate::built::BuiltEngine;
 use crate::console;
+use crate::sampler::{channels, channels_text};
 
 /// Another program's layout of the directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -42,7 +45,7 @@ enum Export {
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 pub struct BuildEngineArgs {
-    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, or a checkpoint directory.
+    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint directory, or an engine of the model.
     #[arg(long)]
     model: String,
     /// Programs to build: denoise, denoise-cfg, step, step-rows, loss, train-step.
@@ -58,7 +61,7 @@ pub struct BuildEngineArgs {
     #[arg(long, value_delimiter = ',')]
     buckets: Vec<usize>,
     /// Channels that guidance changes: a number, `all`, or `off` for a `step` without guidance.
-    #[arg(long, default_value = "3", value_parser = guided_channels, alias = "guided-channels")]
+    #[arg(long, default_value = "3", value_parser = channels, alias = "guided-channels")]
     cfg_channels: Guidance,
     /// Element type of the computation: f32, bf16 or f16; other than f32 for GPUs only.
     #[arg(long, default_value = "f32")]
@@ -70,9 +73,8 @@ pub struct BuildEngineArgs {
     /// this machine's is not tried out here; TensorRT builds on the GPU itself.
     #[arg(long = "for", value_name = "SM")]
     architecture: Option<Architecture>,
-    /// TensorRT: keep the weights out of what is built, so that new weights need no new build.
-    #[arg(long)]
-    refittable: bool,
+    #[command(flatten)]
+    tensorrt: ForTensorRt,
     /// Write a model repository for another server instead of an engine: a model for each program and batch size.
     #[arg(long, value_enum)]
     export: Option<Export>,
@@ -96,7 +98,7 @@ impl BuildEngineArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let start = Instant::now();
         let target = self.check()?;
-        let model = DitConfig::resolve(&self.model)?;
+        let model = model(&self.model)?;
         let weights = match &self.weights {
             Some(file) => Some(Source::open(&model, file, self.precision)?),
             None => None,
@@ -156,6 +158,7 @@ impl BuildEngineArgs {
         for report in reports {
             console::out(&format!("  {report}"))?;
         }
+        self.tell_who_runs(&manifest)?;
         if let Some(architecture) = target.elsewhere() {
             console::out(&format!("  not tried out: this machine has no GPU of {architecture}"))?;
         }
@@ -189,7 +192,7 @@ impl BuildEngineArgs {
             );
             return Err(Usage(text).into());
         }
-        Target::find(&self.provider, self.architecture, self.refittable)
+        Target::find(&self.provider, self.architecture, self.tensorrt)
     }
 
     /// Everything that decides what the engine is. Programs count without their weights, which count by themselves: so
@@ -239,7 +242,19 @@ impl BuildEngineArgs {
                 "engine": self.out, "manifest": engine.manifest(), "up_to_date": true, "differences": none,
             }));
         }
+        self.tell_who_runs(engine.manifest())?;
         console::out(&format!("`{}` is up to date ({seconds:.2} s)", self.out.display()))
+    }
+
+    /// The build has noted it, so an engine that is there tells it, too.
+    fn tell_who_runs(&self, manifest: &EngineManifest) -> anyhow::Result<()> {
+        if !self.explain {
+            return Ok(());
+        }
+        if manifest.placements.is_empty() {
+            return console::out("who runs which nodes is not known: nobody has loaded the programs");
+        }
+        manifest.placements.iter().try_for_each(|(file, who)| console::out(&format!("{file}: {who}")))
     }
 
     fn export_triton(
@@ -268,7 +283,7 @@ impl BuildEngineArgs {
             options: json!({
                 "provider": self.provider.to_string(),
                 "precision": self.precision.to_string(),
-                "guided_channels": format!("{:?}", self.cfg_channels),
+                "guided_channels": channels_text(self.cfg_channels),
             }),
             versions: BTreeMap::from([
                 ("mudit".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
@@ -279,6 +294,16 @@ impl BuildEngineArgs {
             }),
         })
     }
+}
+
+/// The model that is meant; an engine knows its own.
+fn model(text: &str) -> anyhow::Result<DitConfig> {
+    let place = Path::new(text);
+    Ok(if BuiltEngine::is_at(place) {
+        BuiltEngine::open(place)?.model().clone()
+    } else {
+        DitConfig::resolve(text)?
+    })
 }
 
 /// The ONNX Runtime that loads the programs: the pinned version, or a library that the user names.

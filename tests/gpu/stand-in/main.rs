@@ -231,6 +231,11 @@ fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
 }
 
 #[test]
+fn engines_are_recorded_unless_their_build_found_what_forbids_it() {
+    proven("engines::recorded", &[]);
+}
+
+#[test]
 fn runs_recorded_as_cuda_graphs_give_the_bits_of_plain_ones() {
     proven("proofs::recorded_runs", &[]);
 }

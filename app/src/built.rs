@@ -247,26 +247,21 @@ impl BuiltEngine {
             Some(_) => self.weights_file().display().to_string(),
             None => "WEIGHTS.safetensors".to_owned(),
         };
-        let mut command = format!(
-            "mudit build-engine --model {place} --weights {weights} --program {} --buckets {} --cfg-channels {} \
-             --precision {} --provider {}",
-            programs.join(","),
-            buckets.join(","),
-            channels_text(self.guided),
-            self.precision,
-            self.provider
-        );
-        if let Some(architecture) = manifest.key.get("architecture") {
-            command.push_str(&format!(" --for {architecture}"));
+        let mut words = vec![
+            format!("mudit build-engine --model {place} --weights {weights}"),
+            format!("--program {} --buckets {}", programs.join(","), buckets.join(",")),
+            format!("--cfg-channels {} --precision {}", channels_text(self.guided), self.precision),
+            format!("--provider {}", self.provider),
+        ];
+        for (part, option) in
+            [("architecture", "for"), ("builder-level", "builder-level"), ("workspace", "workspace")]
+        {
+            words.extend(manifest.key.get(part).map(|value| format!("--{option} {value}")));
         }
         if manifest.key.get("refittable").is_some() {
-            command.push_str(" --refittable");
+            words.push("--refittable".to_owned());
         }
-        for option in ["builder-level", "workspace"] {
-            if let Some(value) = manifest.key.get(option) {
-                command.push_str(&format!(" --{option} {value}"));
-            }
-        }
-        command + &format!(" --out {place}")
+        words.push(format!("--out {place}"));
+        words.join(" ")
     }
 }

@@ -246,7 +246,6 @@ impl Provider {
         if !missing.is_empty() {
             return Err(self.unavailable(&missing));
         }
-        self.check_rounding(tf32_forbidden())?;
         match self.device() {
             Device::Cuda { ordinal } => Gpu::open(ordinal).map(|_| ()),
             Device::Cpu => Ok(()),
@@ -254,7 +253,7 @@ impl Provider {
     }
 
     /// Refuses TensorRT where its f32 products would not be f32.
-    fn check_rounding(&self, forbidden: bool) -> Result<()> {
+    pub(crate) fn check_rounding(&self, forbidden: bool) -> Result<()> {
         if forbidden || !matches!(self, Self::TensorRt(_)) {
             return Ok(());
         }

@@ -272,6 +272,7 @@ pub(crate) fn builder(
     program: &str,
 ) -> Result<(SessionBuilder, Option<Arc<Gpu>>)> {
     options.provider.check()?;
+    options.provider.check_rounding(provider::tf32_forbidden())?;
     let gpu = match options.provider.device() {
         Device::Cpu => None,
         Device::Cuda { ordinal } => {

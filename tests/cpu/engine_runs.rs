@@ -194,6 +194,12 @@ fn a_killed_build_leaves_no_half_engine() {
         seen[0], seen[1], seen[2]
     );
     assert!(seen[0] > 0, "no build was killed before it was done");
+    let drafts = || {
+        let names = std::fs::read_dir(scene.path(".")).unwrap().map(|e| e.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with(".engine-")).count()
+    };
+    println!("{} drafts are left", drafts());
     scene.mudit(&line("1,4")).succeeds();
+    assert_eq!(drafts(), 0, "a build clears away what killed ones have left");
     Engine::open(scene.path("e")).unwrap().verify().unwrap();
 }

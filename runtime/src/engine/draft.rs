@@ -1,7 +1,7 @@
 //! Building an engine out of sight.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use graph_builder::{OnnxProgram, OpenProgram};
@@ -15,11 +15,18 @@ use crate::cuda::kernels::{Architecture, Source};
 use crate::error::{Result, RuntimeError};
 use crate::file::{link_or_copy, sha256_bytes, sha256_file, sync_directory, write_atomically};
 
+/// Begins the names of drafts' directories.
+const DRAFT: &str = ".engine-";
+/// The file in a draft that tells that somebody is at work.
+const LOCK: &str = ".lock";
+
 /// An engine in a temporary directory beside its place: it can be opened and run, and is gone when it is dropped.
 #[derive(Debug)]
 pub struct EngineDraft {
     target: PathBuf,
     work: TempDir,
+    /// Locked as long as the draft is at work.
+    lock: File,
     manifest: EngineManifest,
 }
 
@@ -40,7 +47,10 @@ impl EngineDraft {
         let create = |e| RuntimeError::io("create", &target, e);
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(create)?;
-        let work = tempfile::Builder::new().prefix(".engine-").tempdir_in(parent).map_err(create)?;
+        remove_abandoned(parent);
+        let work = tempfile::Builder::new().prefix(DRAFT).tempdir_in(parent).map_err(create)?;
+        let lock = File::create(work.path().join(LOCK)).map_err(create)?;
+        lock.lock().map_err(create)?;
         let weights = match (weights, weights_name) {
             (Some((file, source)), Some(name)) => Some(place_weights(file, source, work.path(), name)?),
             _ => None,
@@ -60,7 +70,7 @@ impl EngineDraft {
             versions,
             extra,
         };
-        let draft = Self { target, work, manifest };
+        let draft = Self { target, work, lock, manifest };
         draft.write_manifest()?;
         Ok(draft)
     }
@@ -196,8 +206,10 @@ impl EngineDraft {
     pub fn publish(mut self) -> Result<EngineManifest> {
         self.stamp_compiled()?;
         self.write_manifest()?;
-        let Self { target, work, manifest } = self;
+        let Self { target, work, lock, manifest } = self;
         let create = |e| RuntimeError::io("create", &target, e);
+        fs::remove_file(work.path().join(LOCK)).map_err(create)?;
+        drop(lock);
         if target.exists() {
             replace_files(work.path(), &target, &manifest)?;
         } else {
@@ -228,6 +240,19 @@ impl EngineDraft {
         let text = serde_json::to_string_pretty(&self.manifest)
             .map_err(|e| RuntimeError::Engine { path: self.target.clone(), reason: e.to_string() })?;
         write_atomically(self.work.path().join(MANIFEST), |w| writeln!(w, "{text}"))
+    }
+}
+
+/// Removes the drafts that killed builds have left: those that nobody has locked. What cannot be removed stays: it is no
+/// reason not to build.
+fn remove_abandoned(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(DRAFT)) {
+        // Without the file it is another build's that has only just begun.
+        let Ok(lock) = File::open(entry.path().join(LOCK)) else { continue };
+        if lock.try_lock().is_ok() {
+            drop(fs::remove_dir_all(entry.path()));
+        }
     }
 }
 

@@ -160,6 +160,29 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
 }
 
 #[test]
+fn drafts_of_killed_builds_are_removed_and_no_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let (weights, engine) = (dir.path().join("any.bin"), dir.path().join("engine"));
+    let program = program_with_weights(&weights);
+    let stamp = FileStamp::of(&weights, None).unwrap();
+    let alive =
+        EngineDraft::new(&engine, &[(1, &program)], Some((&weights, stamp.clone())), notes()).unwrap();
+    // A process that is killed holds no lock any more.
+    let killed = dir.path().join(".engine-killed");
+    fs::create_dir(&killed).unwrap();
+    fs::write(killed.join(".lock"), "").unwrap();
+    fs::write(killed.join("step-b1.onnx"), "half").unwrap();
+    let begun = dir.path().join(".engine-begun");
+    fs::create_dir(&begun).unwrap();
+    let second = dir.path().join("second");
+    EngineDraft::new(&second, &[(1, &program)], Some((&weights, stamp)), notes()).unwrap().publish().unwrap();
+    assert!(!killed.exists() && begun.exists());
+    assert_eq!(files(&second), ["engine.json", "test-b1.onnx", "w.bin"]);
+    alive.publish().unwrap();
+    assert_eq!(files(&engine), files(&second));
+}
+
+#[test]
 fn batch_sizes_share_what_was_compiled_of_the_open_program() {
     in_time(|| {
         let emitted = |n| {

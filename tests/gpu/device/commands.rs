@@ -11,7 +11,7 @@ use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
 use super::{fixture, on_gpu};
 
 /// A checkpoint of the smallest fixture.
-fn checkpoint(folder: &Path) {
+pub(super) fn checkpoint(folder: &Path) {
     let place = folder.join("checkpoint");
     std::fs::create_dir(&place).unwrap();
     for (from, to) in [("config.json", "config.json"), ("weights.safetensors", "model.safetensors")] {
@@ -25,7 +25,7 @@ fn mudit(folder: &Path, line: &str) -> Command {
     command
 }
 
-fn succeeds(folder: &Path, line: &str) -> String {
+pub(super) fn succeeds(folder: &Path, line: &str) -> String {
     let done = mudit(folder, line).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     assert!(done.status.success(), "mudit {line}\n{out}\n{err}");

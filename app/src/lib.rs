@@ -53,8 +53,6 @@ struct Cli {
 #[error("{0}")]
 pub struct Usage(pub String);
 
-pub use runtime::provider::TF32;
-
 /// Exit code of wrong usage.
 const BAD_USAGE: u8 = 2;
 

@@ -5,9 +5,12 @@
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
+use graph_builder::Graph;
 use models::{
-    COEFFICIENTS, DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, SolverPlan, program,
+    COEFFICIENTS, DitConfig, Guidance, ModelError, Objective, ProgramKind, Solver, SolverKind, SolverPlan,
+    program,
 };
+use runtime::cuda::kernels::NormalStream;
 use runtime::{Binding, Runtime};
 use train_engine::random::{Purpose, Stream};
 
@@ -78,6 +81,21 @@ pub struct Settings {
     pub execution: Execution,
 }
 
+impl Settings {
+    /// The channels that the program guides.
+    fn channels(&self) -> Guidance {
+        if self.guidance == 1.0 { Guidance::Off } else { self.guided }
+    }
+
+    /// The program of one step, before the passes.
+    ///
+    /// # Errors
+    /// Guidance that the model cannot give.
+    pub fn program(&self, model: &DitConfig) -> Result<Graph, ModelError> {
+        program(model, ProgramKind::Step, self.batch, self.channels())
+    }
+}
+
 /// Where the starting points and the solver's noise come from.
 #[derive(Clone, Copy, Debug)]
 pub enum NoiseSource<'a> {
@@ -95,6 +113,16 @@ pub enum NoiseSource<'a> {
         /// Noise of each executed step.
         noise: Option<&'a [f32]>,
     },
+}
+
+/// Where an image starts.
+fn starting_point(seed: u64, image: u64) -> Stream {
+    Stream::new(seed, Purpose::SampleInit, 0, image)
+}
+
+/// What a stochastic solver adds to an image at a step.
+fn step_noise(seed: u64, step: usize, image: u64) -> Stream {
+    Stream::new(seed, Purpose::SampleNoise, step as u64, image)
 }
 
 /// A compiled sampling step bound to a model's parameters.
@@ -127,8 +155,7 @@ impl Sampler {
         parameters: &Placed,
         settings: &Settings,
     ) -> anyhow::Result<Self> {
-        let guided = if settings.guidance == 1.0 { Guidance::Off } else { settings.guided };
-        let graph = program(model, ProgramKind::Step, settings.batch, guided)?;
+        let graph = settings.program(model)?;
         let execution = &settings.execution;
         let binding = parameters.load(runtime, &graph, execution, &execution.session_options())?;
         Self::over(binding, settings.batch, model, settings)
@@ -179,6 +206,14 @@ impl Sampler {
     /// Images of one run of the program.
     pub fn batch(&self) -> usize {
         self.rows / self.rows_each
+    }
+
+    /// Values of an input of the program that the last step has read.
+    ///
+    /// # Errors
+    /// The program has no such input in f32.
+    pub fn read_input(&self, name: &str) -> anyhow::Result<Vec<f32>> {
+        Ok(self.binding.read_input(name)?)
     }
 
     /// Executed steps of one image.
@@ -262,11 +297,14 @@ impl Sampler {
         }
         self.binding.input_f32("history")?.fill(0.0);
         let mut x = vec![0.0; self.batch() * self.image];
+        if self.streams("x", 0, &rows, source).is_some() {
+            return Ok(x); // the first step draws them
+        }
         for (slot, row) in rows.enumerate() {
             let out = &mut x[slot * self.image..(slot + 1) * self.image];
             match source {
                 NoiseSource::Seeded { seed, first } => {
-                    Stream::new(seed, Purpose::SampleInit, 0, first + row as u64).fill_normal(out);
+                    starting_point(seed, first + row as u64).fill_normal(out);
                 }
                 NoiseSource::Given { x_t, .. } => {
                     out.copy_from_slice(&x_t[row * self.image..(row + 1) * self.image]);
@@ -274,6 +312,31 @@ impl Sampler {
             }
         }
         Ok(x)
+    }
+
+    /// The streams of an input of step `k`, a row of the batch each, where a GPU draws it.
+    fn streams(
+        &self,
+        input: &str,
+        k: usize,
+        rows: &std::ops::Range<usize>,
+        source: NoiseSource<'_>,
+    ) -> Option<Vec<NormalStream>> {
+        let NoiseSource::Seeded { seed, first } = source else { return None };
+        let stream = |row: usize| match input {
+            "x" => starting_point(seed, first + row as u64),
+            _ => step_noise(seed, k, first + row as u64),
+        };
+        let mut streams = Vec::with_capacity(self.rows);
+        for row in rows.clone() {
+            let drawn = stream(row).on_device();
+            // All rows of an image are at the same place; its solver moves the first.
+            let others = if input == "x" { drawn } else { NormalStream::ZEROS };
+            streams.push(drawn);
+            streams.resize(streams.len() + self.rows_each - 1, others);
+        }
+        streams.resize(self.rows, NormalStream::ZEROS);
+        self.binding.draws(input).then_some(streams)
     }
 
     /// Executes step `k` for the images `rows` of `n`, in place.
@@ -286,23 +349,29 @@ impl Sampler {
         x: &mut [f32],
     ) -> anyhow::Result<()> {
         let (step, image, each) = (&self.plan.steps[k], self.image, self.rows_each);
-        let all = self.binding.input_f32("x")?;
-        for (rows, one) in all.chunks_mut(each * image).zip(x.chunks(image)) {
-            rows.chunks_mut(image).for_each(|row| row.copy_from_slice(one));
+        match self.streams("x", k, &rows, source) {
+            Some(streams) if k == 0 => self.binding.draw("x", &streams)?,
+            _ => {
+                let all = self.binding.input_f32("x")?;
+                for (rows, one) in all.chunks_mut(each * image).zip(x.chunks(image)) {
+                    rows.chunks_mut(image).for_each(|row| row.copy_from_slice(one));
+                }
+            }
         }
         self.binding.input_f32("t")?.fill(step.t);
         let row: [f32; COEFFICIENTS] = step.row();
         for coef in self.binding.input_f32("coef")?.chunks_mut(COEFFICIENTS) {
             coef.copy_from_slice(&row);
         }
-        if self.plan.needs_noise {
+        if let Some(streams) = self.streams("noise", k, &rows, source).filter(|_| self.plan.needs_noise) {
+            self.binding.draw("noise", &streams)?;
+        } else if self.plan.needs_noise {
             let noise = self.binding.input_f32("noise")?;
             for (slot, row) in rows.enumerate() {
                 let out = &mut noise[slot * each * image..][..image];
                 match source {
                     NoiseSource::Seeded { seed, first } => {
-                        let number = first + row as u64;
-                        Stream::new(seed, Purpose::SampleNoise, k as u64, number).fill_normal(out);
+                        step_noise(seed, k, first + row as u64).fill_normal(out);
                     }
                     NoiseSource::Given { noise: Some(given), .. } => {
                         let at = (k * n + row) * image;

@@ -58,13 +58,13 @@ pub struct TensorRtOptions {
     pub profiles: Vec<ShapeProfile>,
     /// Effort of the builder, 0 to 5; `None` leaves it to TensorRT (3).
     pub builder_level: Option<u8>,
+    /// Largest size of the memory that one kernel may use while it runs, in bytes.
+    pub workspace_limit: Option<usize>,
     /// Build an engine without weights, which takes them from the model in this folder when it is loaded: new weights
     /// need no new build.
     pub weights_from: Option<PathBuf>,
     /// Build an engine that runs on later GPUs too (Ampere and newer), at some loss of speed.
     pub hardware_compatible: bool,
-    /// Largest size of the memory that one kernel may use while it runs, in bytes.
-    pub workspace_limit: Option<usize>,
 }
 
 /// The shapes of one input that an engine serves.
@@ -98,9 +98,9 @@ impl Default for Provider {
     }
 }
 
-/// NVIDIA's variable that forbids rounding the operands of f32 products (TF32) at 0. ONNX Runtime 1.31 has no option for
-/// that in TensorRT, whose default is to round; there the variable is the only way. Libraries read it once, when they are
-/// loaded, so that it must be set when the process starts.
+/// NVIDIA's variable that, at 0, forbids rounding the operands of f32 products (TF32). TensorRT rounds by default, and ONNX
+/// Runtime 1.31 has no option for that (microsoft/onnxruntime's issues 26029 and 28177): there the variable is the only
+/// way. Libraries read it once, so that it must be set when the process starts.
 pub const TF32: &str = "NVIDIA_TF32_OVERRIDE";
 
 /// Whether [`TF32`] keeps f32 products f32.
@@ -110,6 +110,8 @@ pub fn tf32_forbidden() -> bool {
 
 /// What stands behind a provider's name if runs are recorded.
 const GRAPH: &str = "+graph";
+/// What stands behind `cuda` if f32 products may be rounded.
+const ROUNDED: &str = "+tf32";
 
 impl fmt::Display for Provider {
     /// The name that [`FromStr`] takes; a GPU's number only where it is not 0.
@@ -119,7 +121,8 @@ impl fmt::Display for Provider {
             Device::Cuda { ordinal } if ordinal > 0 => write!(f, ":{ordinal}")?,
             _ => {}
         }
-        if self.cuda_graph() { f.write_str(GRAPH) } else { Ok(()) }
+        f.write_str(if self.cuda_graph() { GRAPH } else { "" })?;
+        f.write_str(if matches!(self, Self::Cuda(options) if options.tf32) { ROUNDED } else { "" })
     }
 }
 
@@ -127,7 +130,8 @@ impl FromStr for Provider {
     type Err = RuntimeError;
 
     fn from_str(text: &str) -> Result<Self> {
-        let (device, cuda_graph) = text.strip_suffix(GRAPH).map_or((text, false), |device| (device, true));
+        let (rest, tf32) = text.strip_suffix(ROUNDED).map_or((text, false), |rest| (rest, true));
+        let (device, cuda_graph) = rest.strip_suffix(GRAPH).map_or((rest, false), |device| (device, true));
         let (name, ordinal) = match device.split_once(':') {
             Some((name, number)) => (name, number.parse().ok()),
             None => (device, Some(0)),
@@ -135,9 +139,9 @@ impl FromStr for Provider {
         match (name, ordinal) {
             ("cpu", _) if text == name => Some(Self::default()),
             ("cuda", Some(ordinal)) => {
-                Some(Self::Cuda(CudaOptions { ordinal, cuda_graph, ..CudaOptions::default() }))
+                Some(Self::Cuda(CudaOptions { ordinal, cuda_graph, tf32 }))
             }
-            ("tensorrt", Some(ordinal)) => {
+            ("tensorrt", Some(ordinal)) if !tf32 => {
                 Some(Self::TensorRt(TensorRtOptions { ordinal, cuda_graph, ..TensorRtOptions::default() }))
             }
             _ => None,
@@ -146,7 +150,7 @@ impl FromStr for Provider {
             what: "provider".to_owned(),
             expected:
                 "cpu, cuda, tensorrt, or cuda:<number> or tensorrt:<number> for another GPU than number 0; with +graph \
-                 behind it, runs are recorded as CUDA graphs"
+                 behind it, runs are recorded as CUDA graphs; with +tf32 behind cuda, products of f32 are rounded to 10 bits"
                     .to_owned(),
             got: format!("`{text}`"),
         })
@@ -312,15 +316,41 @@ mod tests {
             "cuda+graph",
             "cuda:1+graph",
             "tensorrt+graph",
+            "cuda+tf32",
+            "cuda:1+graph+tf32",
         ] {
             assert_eq!(name.parse::<Provider>().unwrap().to_string(), name);
         }
-        for name in ["gpu", "cpu:0", "cpu+graph", "cuda:x", "cuda:", "cuda+", "", "CUDA"] {
+        for name in [
+            "gpu",
+            "cpu:0",
+            "cpu+graph",
+            "cuda:x",
+            "cuda:",
+            "cuda+",
+            "cpu+tf32",
+            "tensorrt+tf32",
+            "cuda+tf32+graph",
+            "",
+            "CUDA",
+        ] {
             assert!(
                 name.parse::<Provider>().unwrap_err().to_string().contains("expected cpu, cuda"),
                 "{name}"
             );
         }
+    }
+
+    #[test]
+    fn f32_is_f32_unless_asked_otherwise() {
+        let tf32 = |name: &str| match name.parse::<Provider>().unwrap() {
+            Provider::Cuda(options) => options.tf32,
+            other => panic!("{other}"),
+        };
+        assert_eq!(
+            ["cuda", "cuda:1+graph", "cuda+tf32", "cuda+graph+tf32"].map(tf32),
+            [false, false, true, true]
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 
-use graph_builder::{DType, OnnxProgram, TensorSpec};
+use graph_builder::{NativeCall, NativeKernel, OnnxProgram, TensorSpec};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use crate::cuda::Gpu;
@@ -137,7 +137,7 @@ impl Session {
             native_ops: &program.native_ops,
             unrepeatable: &program.unrepeatable,
         };
-        let check = |native: &dyn Fn(&str, DType) -> bool| {
+        let check = |native: &dyn Fn(&NativeCall<'_>) -> NativeKernel| {
             program.check_cuda(native).map_err(|e| load_error(&program.name, &e))
         };
         let loaded = Loaded::from_memory(runtime, &from, weights, options, &check)?;

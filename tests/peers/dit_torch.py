@@ -14,6 +14,8 @@ Conventions that are easy to get wrong (all checked against the official code):
 * the first C output channels are epsilon, the next C the variance interpolation value v in [-1, 1].
 """
 import math
+import re
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -171,6 +173,18 @@ class DiT(nn.Module):
         return torch.cat([null[:, :g] + scale * (cond[:, :g] - null[:, :g]), cond[:, g:]], 1)
 
 
+SIZES = {"DiT-S": (12, 384, 6), "DiT-B": (12, 768, 12), "DiT-L": (24, 1024, 16), "DiT-XL": (28, 1152, 16)}
+
+
+def preset(text):
+    """DiT's arguments for `DiT-S/2`, or `DiT-S/2@8x8x4:10` for other latents and classes, as mudit names them."""
+    _, size, patch, side, channels, classes = re.fullmatch(
+        r"((\S+)/(\d+))(?:@(\d+)x\d+(?:x(\d+))?)?(?::(\d+))?", text).groups()
+    depth, dim, heads = SIZES[size]
+    return dict(input_size=int(side or 32), patch=int(patch), channels=int(channels or 4), dim=dim, depth=depth, heads=heads,
+                num_classes=int(classes or 1000))
+
+
 # ----------------------------------------------------------------------------------------------- diffusion
 
 def space_timesteps(total, spec):
@@ -255,8 +269,8 @@ class Diffusion:
     def ddpm(self, fn, x, noises):
         """noises[k] is used at the k-th executed step (from the noisiest); the last step adds none. Yields each x."""
         for k, j in enumerate(reversed(range(self.n))):
-            i = torch.full((x.shape[0],), j, dtype=torch.long)
-            t = torch.full((x.shape[0],), self.steps[j], dtype=torch.long)
+            i = torch.full((x.shape[0],), j, dtype=torch.long, device=x.device)
+            t = torch.full((x.shape[0],), self.steps[j], dtype=torch.long, device=x.device)
             _, mean, logv = self.posterior(fn(x, t), x, i)
             x = mean + ((0.5 * logv).exp() * noises[k] if j else 0)
             yield x
@@ -264,8 +278,8 @@ class Diffusion:
     @torch.no_grad()
     def ddim(self, fn, x, eta=0.0, noises=None):
         for k, j in enumerate(reversed(range(self.n))):
-            i = torch.full((x.shape[0],), j, dtype=torch.long)
-            t = torch.full((x.shape[0],), self.steps[j], dtype=torch.long)
+            i = torch.full((x.shape[0],), j, dtype=torch.long, device=x.device)
+            t = torch.full((x.shape[0],), self.steps[j], dtype=torch.long, device=x.device)
             x0, _, _ = self.posterior(fn(x, t), x, i)
             eps = (self.get("recip", i, x) * x - x0) / self.get("recipm1", i, x)
             a, ap = self.get("abar", i, x), self.get("abar_prev", i, x)

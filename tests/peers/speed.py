@@ -94,7 +94,7 @@ class Contender:
     def ready(self):
         said = self.answer()
         self.start_s = time.perf_counter() - self.began
-        self.version, self.flops = said["version"], said.get("flops")
+        self.version, self.flops, self.bytes = said["version"], said.get("flops"), said.get("bytes")
         self.first_run_s = said.get("first_run_s")
 
     def run(self, count):

@@ -1,12 +1,15 @@
 """The peers' side of the speed comparison: one process, one piece of work, timed on request; started by speed.py.
 
-    python speed_torch.py eager|compile|onnxruntime train|forward|sample MODEL BATCH|STEPS THREADS [--export DIR]
+    python speed_torch.py MODE train|forward|sample|guided|unguided|update|copy MODEL BATCH|STEPS THREADS [--export DIR]
         [--device cuda --dtype bfloat16]
     python speed_torch.py numpy|mkl|onednn product FORM:ROWSxINPUTSxOUTPUTS "" THREADS
 
-MODEL is DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2 or quickstart. On a GPU training autocasts, and sampling holds its weights in the type. Sets up, runs once, prints a line that says so, then for each line of standard
-input (a number of runs) answers with their milliseconds. `sample` is diffusers' DiTTransformer2DModel in the loop of its
-DiTPipeline without the VAE. `onnxruntime` runs torch's own dynamo export of the forward pass, made once below --export.
+MODEL is a preset as mudit names them (DiT-S/2 …) or quickstart. MODE is eager, compile, graphs (torch.compile that records
+CUDA graphs), tuned (torch.compile that tries out kernels, and records) or onnxruntime (torch's own dynamo export of the
+forward pass, made once below --export). On a GPU training autocasts, and sampling holds its weights in the type. Sets up, runs
+once, prints a line that says so, then for each line of standard input (a number of runs) answers with their milliseconds.
+`sample` is diffusers' DiTTransformer2DModel in the loop of its DiTPipeline without the VAE; `guided` and `unguided` are ten
+steps of DDPM; `update` is clip, fused AdamW and average alone; `copy` copies the parameters.
 """
 import json
 import os
@@ -15,19 +18,20 @@ import time
 
 import torch
 
-from dit_torch import DiT, Diffusion
+from dit_torch import DiT, Diffusion, preset
 
-SIZES = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12), "DiT-L/2": (24, 1024, 16), "DiT-XL/2": (28, 1152, 16)}
-GUIDANCE = 4.0
+GUIDANCE, GUIDED = 4.0, 3
+STEPS = 10
 DEVICE, DTYPE = "cpu", torch.float32  # --device, --dtype
 FASTEST_COMPILE = {}  # options of torch.compile; see the results file for those that were tried
+COMPILE = {"compile": FASTEST_COMPILE, "graphs": dict(mode="reduce-overhead"), "tuned": dict(mode="max-autotune")}
 
 
 def build(name):
-    if name == "quickstart":
-        return DiT(28, 4, 1, 96, 6, 4, num_classes=10, learn_sigma=False)
-    depth, width, heads = SIZES[name]
-    return DiT(dim=width, depth=depth, heads=heads)
+    with torch.device(DEVICE):
+        if name == "quickstart":
+            return DiT(28, 4, 1, 96, 6, 4, num_classes=10, learn_sigma=False)
+        return DiT(**preset(name))
 
 
 def trained(model):
@@ -38,71 +42,129 @@ def trained(model):
     return model.to(DTYPE).eval()
 
 
+def compiled(mode, model):
+    return torch.compile(model, **COMPILE[mode]) if mode in COMPILE else model
+
+
+def fixed(mode, model):
+    """The model for inference, and the context that it runs in."""
+    if mode not in COMPILE:
+        return model, torch.inference_mode
+    torch._inductor.config.freezing = True  # constant weights, packed once; wants plain no_grad tensors
+    return compiled(mode, model), torch.no_grad
+
+
 def finished():
     if DEVICE != "cpu":
         torch.cuda.synchronize()
 
 
-def training(mode, name, batch):
-    """A whole optimizer step with PyTorch's fastest pieces: fused AdamW, foreach clip and average."""
-    model = build(name).train()
-    flow = name == "quickstart"
+def optimizer_of(model):
+    """Clip, AdamW and average by PyTorch's fastest pieces, as one call."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
     average = [p.detach().clone() for p in params]
-    diffusion = None if flow else Diffusion()
-    side, channels = (28, 1) if flow else (32, 4)
-    x0, y = torch.randn(batch, channels, side, side), torch.arange(batch) % (10 if flow else 1000)
-    net = torch.compile(model, **FASTEST_COMPILE) if mode == "compile" else model
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.data for p in params], 1e-4)
+
+    return params, optimizer, update
+
+
+def training(mode, name, batch):
+    """A whole optimizer step."""
+    model = build(name).train()
+    flow = name == "quickstart"
+    _, optimizer, update = optimizer_of(model)
+    with torch.device(DEVICE):
+        diffusion = None if flow else Diffusion()
+        x0 = torch.randn(batch, model.channels, model.side * model.patch, model.side * model.patch)
+        y = torch.arange(batch) % model.y_embedder.num_classes
+    net = compiled(mode, model)
 
     def step():
         with torch.autocast(DEVICE, DTYPE, enabled=DTYPE != torch.float32):
             loss = losses()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        torch._foreach_lerp_(average, [p.data for p in params], 1e-4)
+        update()
         return loss.item()
 
     def losses():
         noise = torch.randn_like(x0)
         if flow:
-            s = torch.sigmoid(torch.randn(batch))
+            s = torch.sigmoid(torch.randn(batch, device=DEVICE))
             w = s.view(-1, 1, 1, 1)
             return (net((1 - w) * x0 + w * noise, 1000 * s, y) - (noise - x0)).square().mean()
-        else:
-            t = torch.randint(0, 1000, (batch,))
-            xt = diffusion.q_sample(x0, t, noise)
-            mse, vb = diffusion.loss_terms(net(xt, t, y), x0, xt, t, noise)
-            return (mse + vb).mean()
+        t = torch.randint(0, 1000, (batch,), device=DEVICE)
+        xt = diffusion.q_sample(x0, t, noise)
+        mse, vb = diffusion.loss_terms(net(xt, t, y), x0, xt, t, noise)
+        return (mse + vb).mean()
 
     return step
 
 
-def inputs(batch):
+def updating(name):
+    params, _, update = optimizer_of(build(name).train())
+    for p in params:
+        p.grad = torch.full_like(p, 1e-3)
+    return update
+
+
+def copying(name):
+    count = sum(p.numel() for p in build(name).parameters())
+    source, target = torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
+    return lambda: target.copy_(source)
+
+
+def inputs(model, batch):
     torch.manual_seed(0)
-    return torch.randn(batch, 4, 32, 32, dtype=DTYPE), torch.randint(0, 1000, (batch,)), torch.randint(0, 1000, (batch,))
+    side = model.side * model.patch
+    with torch.device(DEVICE):
+        x = torch.randn(batch, model.channels, side, side, dtype=DTYPE)
+        return x, torch.randint(0, 1000, (batch,)), torch.randint(0, model.y_embedder.num_classes, (batch,))
 
 
 def forward(mode, name, batch, export):
-    model, io = trained(build(name)), inputs(batch)
+    model = trained(build(name))
+    io = inputs(model, batch)
     if mode == "onnxruntime":
         return exported(model, name, batch, export)
-    if mode == "compile":
-        torch._inductor.config.freezing = True  # constant weights, packed once
-        net = torch.compile(model, **FASTEST_COMPILE)
-    else:
-        net = model
+    net, context = fixed(mode, model)
 
     def run():
-        with torch.inference_mode():
+        with context():
             return net(*io)
 
-    if mode == "compile":  # freezing wants plain no_grad tensors
-        def run():
-            with torch.no_grad():
-                return net(*io)
+    return run
+
+
+def stepping(mode, name, batch, guided):
+    """Ten steps of DDPM; with guidance the conditional and the null pass are one batch."""
+    model = trained(build(name))
+    side, null = model.side * model.patch, model.y_embedder.num_classes
+    with torch.device(DEVICE):
+        diffusion = Diffusion(str(STEPS))
+        labels = torch.full((batch,), 7)
+        both = torch.cat([labels, torch.full((batch,), null)])
+    net, context = fixed(mode, model)
+
+    def answer(x, t):
+        if not guided:
+            return net(x, t, labels)
+        cond, free = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return torch.cat([free[:, :GUIDED] + GUIDANCE * (cond[:, :GUIDED] - free[:, :GUIDED]), cond[:, GUIDED:]], 1)
+
+    def run():
+        with context():
+            x = torch.randn(batch, model.channels, side, side, dtype=DTYPE, device=DEVICE)
+            noises = torch.randn(STEPS, *x.shape, dtype=DTYPE, device=DEVICE)
+            for x in diffusion.ddpm(answer, x, noises):
+                pass
+            return x
+
     return run
 
 
@@ -111,41 +173,39 @@ def exported(model, name, batch, folder):
     path = os.path.join(folder, f"{name.replace('/', '-')}-{batch}.onnx")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
-        torch.onnx.export(model, inputs(batch), dynamo=True, input_names=["x", "t", "y"], external_data=True,
+        torch.onnx.export(model, inputs(model, batch), dynamo=True, input_names=["x", "t", "y"], external_data=True,
                           verbose=False).save(path, external_data=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = dict(zip(("x", "t", "y"), (v.numpy() for v in inputs(batch))))
+    feed = dict(zip(("x", "t", "y"), (v.numpy() for v in inputs(model, batch))))
     return lambda: session.run(None, feed)
 
 
 def sampling(mode, name, steps):
     from diffusers import DDIMScheduler, DiTTransformer2DModel
-    depth, width, heads = SIZES[name]
-    model = trained(DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=4, out_channels=8, num_layers=depth,
-        sample_size=32, patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero"))
-    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear",
-                              clip_sample=False)
-    labels = torch.tensor([7, 1000])
-    if mode == "compile":
-        torch._inductor.config.freezing = True
-        net = torch.compile(model, **FASTEST_COMPILE)
-    else:
-        net = model
+    dit = preset(name)
+    heads, classes, side, channels = dit["heads"], dit["num_classes"], dit["input_size"], dit["channels"]
+    with torch.device(DEVICE):
+        model = trained(DiTTransformer2DModel(
+            num_attention_heads=heads, attention_head_dim=dit["dim"] // heads, in_channels=channels, out_channels=2 * channels,
+            num_layers=dit["depth"], sample_size=side, patch_size=dit["patch"], num_embeds_ada_norm=classes,
+            norm_type="ada_norm_zero"))
+        scheduler = DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear",
+                                  clip_sample=False)
+        labels = torch.tensor([7, classes])
+    net, context = fixed(mode, model)
 
     def loop():
-        with torch.no_grad() if mode == "compile" else torch.inference_mode():
-            latents = torch.randn(1, 4, 32, 32, dtype=DTYPE)
+        with context():
+            latents = torch.randn(1, channels, side, side, dtype=DTYPE, device=DEVICE)
             x = torch.cat([latents, latents])
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(steps, device=DEVICE)
             for t in scheduler.timesteps:
                 half = x[:1]
                 x = scheduler.scale_model_input(torch.cat([half, half]), t)
                 out = net(x, timestep=t.expand(2), class_labels=labels).sample
-                eps, _ = out[:, :4], out[:, 4:]
-                cond, free = eps.chunk(2)
+                cond, free = out[:, :channels].chunk(2)
                 eps = free + GUIDANCE * (cond - free)
                 x = scheduler.step(torch.cat([eps, eps]), t, x).prev_sample
             return x[:1]
@@ -175,11 +235,13 @@ def main():
     export, DEVICE = options.get("--export", "."), options.get("--device", "cpu")
     DTYPE = getattr(torch, options.get("--dtype", "float32"))
     torch.set_num_threads(int(threads))
-    torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False  # as products: f32 is f32
     torch.manual_seed(0)
     size = int(size or 0)
     work = {"train": lambda: training(mode, name, size), "forward": lambda: forward(mode, name, size, export),
-            "sample": lambda: sampling(mode, name, size), "product": lambda: product(mode, name)}[kind]()
+            "sample": lambda: sampling(mode, name, size), "product": lambda: product(mode, name),
+            "guided": lambda: stepping(mode, name, size, True), "unguided": lambda: stepping(mode, name, size, False),
+            "update": lambda: updating(name), "copy": lambda: copying(name)}[kind]()
     start = time.perf_counter()
     with torch.inference_mode(kind == "product"):
         work()

@@ -1,13 +1,25 @@
-//! One side of the speed comparison: `mudit-speed-worker train|forward|sample MODEL BATCH|STEPS THREADS [PROVIDER
-//! PRECISION]`, or `mudit-speed-worker product FORM:ROWSxINPUTSxOUTPUTS mudit|onnxruntime|gemm THREADS`.
+//! mudit's side of the comparisons with PyTorch: `mudit-speed-worker WORK MODEL SIZE THREADS [PROVIDER PRECISION]`, or
+//! `mudit-speed-worker product FORM:ROWSxINPUTSxOUTPUTS mudit|onnxruntime|gemm THREADS`.
+//!
+//! | WORK | SIZE | one run |
+//! |---|---|---|
+//! | `train` | batch | a whole optimizer step |
+//! | `forward` | batch | the `denoise` program |
+//! | `sample` | steps | one image by DDIM with guidance |
+//! | `guided`, `unguided` | batch | [`STEPS`] steps of DDPM |
+//! | `update`, `copy` | | the update of all parameters; a copy of them |
+//! | `answer` | folder | no time is measured: see [`answer`] |
 //!
 //! Sets up as `mudit train`, an engine or `mudit sample` does, runs once, says so, then runs whenever standard input
 //! has a line with a number of runs, and answers with their milliseconds. Idle, it blocks on that read and uses no core.
 
+mod answer;
 mod product;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, Write as _, stdin, stdout};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -33,6 +45,8 @@ type Work = Box<dyn FnMut() -> Result<()>>;
 const QUICKSTART: &str = include_str!("../../app/src/commands/quickstart.toml");
 /// Scale of guidance when sampling.
 const GUIDANCE: f64 = 4.0;
+/// Steps of one run of `guided` and `unguided`.
+const STEPS: usize = 10;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -42,20 +56,36 @@ fn main() -> Result<()> {
             let (provider, precision) = (provider.parse()?, precision.parse()?);
             (kind, model, size, Execution { provider, precision, threads: threads.parse()? })
         }
-        _ => return Err(
-            "usage: mudit-speed-worker train|forward|sample|product WHAT SIZE THREADS [PROVIDER PRECISION]"
-                .into(),
-        ),
+        _ => return Err("usage: mudit-speed-worker WORK MODEL SIZE THREADS [PROVIDER PRECISION]".into()),
     };
     let threads = execution.threads;
-    execution.check()?;
     let gpu = execution.provider.is_gpu();
     let runtime = Runtime::start(&RuntimeOptions { offline: true, gpu, ..RuntimeOptions::default() })?;
+    if kind == "answer" {
+        return answer::write(&runtime, model, Path::new(size), &execution);
+    }
+    execution.check()?;
+    let mut bytes = None;
     let (mut work, flops) = match kind.as_str() {
         "train" => training(&runtime, model, size.parse()?, &execution)?,
         "forward" if gpu => forward_on_gpu(&runtime, model, size.parse()?, &execution)?,
         "forward" => forward(&runtime, model, size.parse()?, threads)?,
-        "sample" => sampling(&runtime, model, size.parse()?, execution)?,
+        "sample" => {
+            let solver = Solver::new(SolverKind::Ddim, size.parse::<usize>()?);
+            sampling(&runtime, model, 1, solver, (GUIDANCE, Guidance::All), execution)?
+        }
+        "guided" | "unguided" => {
+            // As published: 3 channels guided.
+            let guided = if kind == "guided" { (GUIDANCE, Guidance::First(3)) } else { (1.0, Guidance::Off) };
+            let solver = Solver::new(SolverKind::Ddpm, STEPS);
+            sampling(&runtime, model, size.parse()?, solver, guided, execution)?
+        }
+        "update" | "copy" => {
+            let prepare = if kind == "update" { traffic::update } else { traffic::copy };
+            let (work, moved) = prepare(model, &execution)?;
+            bytes = Some(moved);
+            (work, 0.0)
+        }
         "product" => {
             let product = product::Product::parse(model)?;
             let work = match size.as_str() {
@@ -64,11 +94,12 @@ fn main() -> Result<()> {
             };
             (work, product.flops())
         }
-        other => return Err(format!("`{other}` is none of train, forward, sample, product").into()),
+        other => return Err(format!("`{other}` is no work of this program").into()),
     };
     work()?;
     let version = &runtime.library().version;
-    answer(&json!({ "ready": true, "flops": flops, "version": format!("onnxruntime {version}") }))?;
+    let version = format!("onnxruntime {version}");
+    say(&json!({ "ready": true, "flops": flops, "bytes": bytes, "version": version }))?;
     for line in stdin().lock().lines() {
         let mut milliseconds = Vec::new();
         for _ in 0..line?.trim().parse()? {
@@ -76,12 +107,12 @@ fn main() -> Result<()> {
             work()?;
             milliseconds.push(start.elapsed().as_secs_f64() * 1e3);
         }
-        answer(&json!({ "ms": milliseconds, "peak_rss_mb": peak_resident_bytes().map(|b| b as f64 / 1e6) }))?;
+        say(&json!({ "ms": milliseconds, "peak_rss_mb": peak_resident_bytes().map(|b| b as f64 / 1e6) }))?;
     }
     Ok(())
 }
 
-fn answer(value: &serde_json::Value) -> Result<()> {
+fn say(value: &serde_json::Value) -> Result<()> {
     let mut out = stdout().lock();
     writeln!(out, "{value}")?;
     Ok(out.flush()?)
@@ -219,21 +250,29 @@ fn forward_on_gpu(
     Ok((Box::new(work), flops))
 }
 
-/// One image by DDIM with guidance on all channels.
-fn sampling(runtime: &Arc<Runtime>, model: &str, steps: usize, execution: Execution) -> Result<(Work, f64)> {
+/// Images of one batch, whole.
+fn sampling(
+    runtime: &Arc<Runtime>,
+    model: &str,
+    batch: usize,
+    solver: Solver,
+    (guidance, guided): (f64, Guidance),
+    execution: Execution,
+) -> Result<(Work, f64)> {
     let mut dit = DitConfig::resolve(model)?;
     dit.objective = Objective::Ddpm;
     let arena = parameters(&dit)?.into_shared();
-    let solver = Solver::new(SolverKind::Ddim, steps);
-    let settings = Settings { solver, guidance: GUIDANCE, guided: Guidance::All, batch: 1, execution };
+    let settings = Settings { solver, guidance, guided, batch, execution };
     let placed = Placed::of(&arena, &dit, &settings.execution)?;
     let mut sampler = Sampler::new(runtime, &dit, &placed, &settings)?;
-    let flops = program(&dit, ProgramKind::Step, 1, Guidance::All)?.optimised()?.cost().flops as f64;
+    let flops = program(&dit, ProgramKind::Step, batch, guided)?.optimised()?.cost().flops as f64;
+    let flops = flops * sampler.steps() as f64;
+    let labels = vec![7; batch];
     let mut seed = 0;
     let work = move || {
         seed += 1;
-        let image = sampler.run(&[7], NoiseSource::Seeded { seed, first: 0 }, None, &mut |_| {})?;
-        if image.iter().all(|v| v.is_finite()) { Ok(()) } else { Err("the image is not finite".into()) }
+        let images = sampler.run(&labels, NoiseSource::Seeded { seed, first: 0 }, None, &mut |_| {})?;
+        if images.iter().all(|v| v.is_finite()) { Ok(()) } else { Err("an image is not finite".into()) }
     };
-    Ok((Box::new(work), flops * steps as f64))
+    Ok((Box::new(work), flops))
 }

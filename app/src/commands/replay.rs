@@ -7,15 +7,16 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
-use models::{DitConfig, Recompute};
-use runtime::update::{AdamW, UpdateState, UpdateStep};
-use runtime::{Arena, HostTensor, SessionOptions, read_safetensors_file};
+use models::DitConfig;
+use runtime::{HostTensor, SessionOptions, read_safetensors_file};
 use serde_json::json;
-use train_engine::mup::MupTable;
-use train_engine::step::{CompiledStep, StepInputs, read_lock, write_lock};
+use train_engine::config::{Schedule, TrainConfig, TrainSection};
+use train_engine::step::{StepInputs, read_lock};
+use train_engine::trainer::Trainer;
 
-use super::{Machine, weights};
+use super::{Machine, Target, weights};
 use crate::console;
+use crate::execution::Execution;
 
 /// Arguments of `mudit replay`.
 #[derive(Debug, Args)]
@@ -66,6 +67,8 @@ pub struct ReplayArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
     machine: Machine,
 }
 
@@ -79,46 +82,20 @@ struct GivenBatch {
 
 impl ReplayArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        let execution = self.target.execution(self.machine)?.without_constants();
         let model = DitConfig::resolve(&self.model)?;
         let start = weights::read(&model, &self.weights)?;
         let batches = self.batches(&model)?;
-        let n = batches[0].1.y.len();
-        let runtime = self.machine.runtime()?;
-        let options = SessionOptions {
-            threads: self.machine.threads,
-            native_kernels: !self.no_native_kernels,
-            ..SessionOptions::default()
-        };
-        let mut step = CompiledStep::compile(&runtime, &model, n, Recompute::None, &options)?;
-        let arenas = step.host()?.clone();
-        write_lock(&arenas.parameters)?.copy_from(&start)?;
-        let mup = MupTable::new(step.graph(), &model);
-        let layout = read_lock(&arenas.gradients)?.layout().clone();
-        let betas = (self.beta1, self.beta2, self.eps);
-        let optimizer = AdamW::new(start.layout(), &layout, betas, self.machine.threads)?;
-        let (lr, weight_decay) = mup.rates(&layout, self.lr, self.weight_decay);
-        let (mut first, mut second) = (Arena::zeros(layout.clone())?, Arena::zeros(layout)?);
-        let mut ema = start.duplicate()?;
+        let runtime = self.machine.runtime_for(&execution.provider)?;
+        let options =
+            SessionOptions { native_kernels: !self.no_native_kernels, ..execution.session_options() };
+        let config = self.config(batches[0].1.y.len(), &model, execution);
+        let mut trainer = Trainer::from_parameters(&runtime, &config, &model, &start, &options)?;
+        drop(start);
         let mut rows = Vec::new();
-        for (k, (name, batch)) in batches.iter().enumerate() {
+        for (k, (name, batch)) in (0..).zip(&batches) {
             let inputs = StepInputs { x0: &batch.x0, noise: &batch.noise, t: &batch.t, y: &batch.y };
-            let loss = step.run(&inputs).with_context(|| format!("step `{name}`"))?;
-            let report = optimizer.step(
-                UpdateState {
-                    parameters: &mut *write_lock(&arenas.parameters)?,
-                    gradients: &*read_lock(&arenas.gradients)?,
-                    first_moments: &mut first,
-                    second_moments: &mut second,
-                    ema: Some((&mut ema, self.ema_decay)),
-                },
-                &UpdateStep {
-                    step: k as u64 + 1,
-                    lr: &lr,
-                    weight_decay: &weight_decay,
-                    clip: (self.clip > 0.0).then_some(self.clip),
-                    gradient_scale: 1.0,
-                },
-            )?;
+            let (loss, report) = trainer.step_given(k, &inputs).with_context(|| format!("step `{name}`"))?;
             ensure!(report.finite, "step `{name}`: a gradient is not finite; nothing was written");
             rows.push(json!({
                 "step": name, "loss": loss.loss, "mse": loss.mse, "vb": loss.vb, "grad_norm": report.grad_norm,
@@ -128,14 +105,39 @@ impl ReplayArgs {
             }
         }
         let meta = BTreeMap::new();
-        read_lock(&arenas.parameters)?.write_safetensors(&self.out, &meta)?;
+        trainer.parameters()?.write_safetensors(&self.out, &meta)?;
         if let Some(path) = &self.ema_out {
-            ema.write_safetensors(path, &meta)?;
+            read_lock(&trainer.average()?)?.write_safetensors(path, &meta)?;
         }
         if let Some(path) = &self.grads_out {
-            read_lock(&arenas.gradients)?.write_safetensors(path, &meta)?;
+            trainer.gradients()?.write_safetensors(path, &meta)?;
         }
         if self.json { console::json(&json!({ "steps": rows, "out": self.out })) } else { Ok(()) }
+    }
+
+    /// The configuration of a training that takes these steps.
+    fn config(&self, batch_size: usize, model: &DitConfig, execution: Execution) -> TrainConfig {
+        let mut config = TrainConfig::default();
+        config.objective.kind = model.objective;
+        let Execution { provider, precision, threads } = execution;
+        config.train = TrainSection {
+            batch_size,
+            learning_rate: self.lr,
+            warmup_steps: 0,
+            schedule: Schedule::Constant,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            clip: self.clip,
+            ema_decay: self.ema_decay,
+            ema_warmup: false,
+            provider,
+            precision,
+            threads,
+            ..config.train
+        };
+        config
     }
 
     fn batches(&self, model: &DitConfig) -> anyhow::Result<Vec<(String, GivenBatch)>> {

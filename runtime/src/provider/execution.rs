@@ -98,11 +98,11 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
     if let Some(level) = options.builder_level {
         provider = provider.with_builder_optimization_level(level);
     }
-    if let Some(folder) = &options.weights_from {
-        provider = provider.with_weight_stripped_engine(true).with_onnx_model_folder_path(text(folder));
-    }
     if let Some(limit) = options.workspace_limit {
         provider = provider.with_max_workspace_size(limit);
+    }
+    if let Some(folder) = &options.weights_from {
+        provider = provider.with_weight_stripped_engine(true).with_onnx_model_folder_path(text(folder));
     }
     for (key, shape) in [
         ("trt_profile_min_shapes", (|p| &p.min) as fn(&ShapeProfile) -> &Vec<usize>),

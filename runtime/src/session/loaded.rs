@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use graph_builder::{DType, Shape, TensorSpec};
+use graph_builder::{DType, NativeCall, NativeKernel, Shape, TensorSpec};
 use ort::session::builder::SessionBuilder;
 use ort::value::{Outlet, TensorElementType, ValueType};
 
@@ -23,8 +23,8 @@ pub(super) struct LoadedFrom<'a> {
     pub(super) unrepeatable: &'a [String],
 }
 
-/// Whether the CUDA provider can run a program whose native ops have the kernels that the function tells.
-pub(super) type CudaCheck<'a> = &'a dyn Fn(&dyn Fn(&str, DType) -> bool) -> Result<()>;
+/// Whether the CUDA provider can run a program whose native ops run as the function tells.
+pub(super) type CudaCheck<'a> = &'a dyn Fn(&dyn Fn(&NativeCall<'_>) -> NativeKernel) -> Result<()>;
 
 /// An axis as a model declares it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +82,10 @@ impl Loaded {
         let kernels = options.native_kernels && !program.native_ops.is_empty();
         // Asked now: what is missing is told by name, not in the words of a failed load.
         if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
-            let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
+            let native = |call: &NativeCall<'_>| match options.native_kernels {
+                true => crate::cuda::kernels::kernel_for(call),
+                false => NativeKernel::Body,
+            };
             check_cuda(&native)?;
             if kernels {
                 gpu.loaded()?.require_kernels(gpu)?;

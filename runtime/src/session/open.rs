@@ -4,10 +4,10 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use graph_builder::{OpenProgram, TensorSpec};
+use graph_builder::{NativeCall, NativeKernel, OpenProgram, TensorSpec};
 
 use super::loaded::{Loaded, LoadedFrom};
-use super::{Session, SessionOptions, Weights};
+use super::{Session, SessionOptions, Weights, load_error};
 use crate::error::Result;
 use crate::library::Runtime;
 
@@ -42,7 +42,10 @@ impl OpenSession {
             native_ops: &program.native_ops,
             unrepeatable: &program.unrepeatable,
         };
-        let loaded = Loaded::from_memory(runtime, &from, weights, options, &|_| Ok(()))?;
+        let check = |native: &dyn Fn(&NativeCall<'_>) -> NativeKernel| {
+            program.check_cuda(native).map_err(|e| load_error(&program.name, &e))
+        };
+        let loaded = Loaded::from_memory(runtime, &from, weights, options, &check)?;
         Ok(Self { name: program.name.clone(), loaded: Arc::new(loaded) })
     }
 

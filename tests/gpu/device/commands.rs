@@ -20,7 +20,9 @@ pub(super) fn checkpoint(folder: &Path) {
 }
 
 fn mudit(folder: &Path, line: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mudit-under-test"));
+    // An executable that was built elsewhere is told where the program lies.
+    let program = std::env::var_os("MUDIT_UNDER_TEST");
+    let mut command = Command::new(program.unwrap_or_else(|| env!("CARGO_BIN_EXE_mudit-under-test").into()));
     command.current_dir(folder).args(line.split_whitespace());
     command
 }

@@ -6,6 +6,7 @@ mod commands;
 mod engines;
 #[path = "../kernels/mod.rs"]
 mod kernels;
+mod runs;
 mod training;
 
 use std::io::Write as _;
@@ -49,7 +50,8 @@ fn runtime() -> Arc<Runtime> {
 }
 
 fn fixture() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/dit-d48-h4-p2")
+    let tests = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    PathBuf::from(tests).join("fixtures/dit-d48-h4-p2")
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use super::{Stage, staged};
+use super::{Stage, UPDATES_ONLY, staged};
 
 /// A checkpoint of the smallest fixture.
 fn checkpoint(folder: &Path) -> PathBuf {
@@ -62,6 +62,42 @@ fn an_engine_for_the_gpu_is_compared_before_it_is_seen_and_says_who_runs_it() {
     let other = mudit(stage, folder.path(), &format!("{unproven} --for sm_90"));
     let differs = String::from_utf8_lossy(&other.stdout);
     assert!(differs.contains("architecture: built from sm_80, asked for sm_90"), "{differs}");
+}
+
+#[test]
+fn a_replay_on_the_gpu_takes_its_steps_there() {
+    let Some(stage) = staged("replay on the stand-in") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let place = checkpoint(folder.path());
+    let batches = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dit-d48-h4-p2/batches.safetensors");
+    for precision in ["f32", "bf16", "f16"] {
+        let line = format!(
+            "replay --offline --model checkpoint --weights checkpoint/model.safetensors --batches {} --provider cuda \
+             --precision {precision} --out p.safetensors --ema-out e.safetensors --grads-out g.safetensors --json",
+            batches.display()
+        );
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mudit-under-test"));
+        command.current_dir(folder.path()).args(line.split_whitespace());
+        let done = stage.environment(&mut command).env(UPDATES_ONLY.0, UPDATES_ONLY.1).output().unwrap();
+        assert!(done.status.success(), "{precision}: {}", String::from_utf8_lossy(&done.stderr));
+        let told: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        assert_eq!(told["steps"].as_array().unwrap().len(), 3);
+        // Gradients are zero there: parameters and average come back as they were given.
+        let [start, parameters, average, gradients] =
+            [place.join("model.safetensors"), "p".into(), "e".into(), "g".into()].map(|file: PathBuf| {
+                let file = folder.path().join(file).with_extension("safetensors");
+                runtime::read_safetensors_file(file).unwrap()
+            });
+        for (name, values) in &start {
+            let values = values.to_f32();
+            assert!(parameters[name].to_f32() == values, "{precision}: {name}");
+            // decay·x + (1 − decay)·x is x but for its rounding.
+            let average = average[name].to_f32();
+            let near = average.iter().zip(&values).all(|(a, v)| (a - v).abs() <= 1e-6 * v.abs());
+            assert!(near, "{precision}: average of {name}");
+        }
+        assert!(!gradients.is_empty() && gradients.values().all(|g| g.to_f32().iter().all(|v| *v == 0.0)));
+    }
 }
 
 #[test]

@@ -16,6 +16,7 @@ use runtime::{Device, Engine, Provider, RuntimeError, RuntimeOptions};
 
 use crate::Usage;
 use crate::console;
+use crate::execution::keep_f32;
 
 /// Who the engine is built for; nobody when programs are only emitted.
 #[derive(Clone, Debug, PartialEq)]
@@ -97,6 +98,9 @@ impl Target {
                 return Err(Usage(text).into());
             }
             _ => {}
+        }
+        if let Some(provider) = &provider {
+            keep_f32(provider)?;
         }
         let Some(Device::Cuda { ordinal }) = provider.as_ref().map(Provider::device) else {
             if let Some(wanted) = wanted {

@@ -99,7 +99,7 @@ impl BuildEngineArgs {
             let how = initializers(weights.filter(|_| !p.kind.feeds_parameters()));
             let emitted = p.graph.emit(how)?;
             if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
-                emitted.check_cuda(&kernels::has)?;
+                emitted.check_cuda(&kernels::kernel_for)?;
             }
             built.push((p.batch, emitted));
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use models::{COEFFICIENTS, DitConfig, Guidance, ProgramKind, SolverPlan, SolverStep, program};
+use runtime::cuda::kernels::NormalStream;
 use runtime::{Binding, Runtime, SessionOptions};
 use train_engine::random::{Purpose, Stream};
 
@@ -122,6 +123,14 @@ impl RowProgram {
         Ok(Self { binding, rows, values, null_class, paired })
     }
 
+    /// Values of an input of the program that the last step has read.
+    ///
+    /// # Errors
+    /// The program has no such input in f32.
+    pub fn read_input(&self, name: &str) -> anyhow::Result<Vec<f32>> {
+        Ok(self.binding.read_input(name)?)
+    }
+
     /// Makes one step of all slots; the rows that they leave are computed for nothing.
     ///
     /// # Errors
@@ -169,11 +178,18 @@ impl RowProgram {
                 x[row * values..(row + 1) * values].copy_from_slice(&slot.x);
             }
         }
-        let noise = self.binding.input_f32("noise")?;
-        noise.fill(0.0);
-        for (slot, &row) in slots.iter().zip(&first_rows).filter(|(slot, _)| slot.plan.needs_noise) {
-            Stream::new(slot.seed, Purpose::SampleNoise, slot.done as u64, 0)
-                .fill_normal(&mut noise[row * values..(row + 1) * values]);
+        let noisy = || slots.iter().zip(&first_rows).filter(|(slot, _)| slot.plan.needs_noise);
+        let stream = |slot: &Slot| Stream::new(slot.seed, Purpose::SampleNoise, slot.done as u64, 0);
+        if self.binding.draws("noise") {
+            let mut streams = vec![NormalStream::ZEROS; n];
+            noisy().for_each(|(slot, &row)| streams[row] = stream(slot).on_device());
+            self.binding.draw("noise", &streams)?;
+        } else {
+            let noise = self.binding.input_f32("noise")?;
+            noise.fill(0.0);
+            for (slot, &row) in noisy() {
+                stream(slot).fill_normal(&mut noise[row * values..(row + 1) * values]);
+            }
         }
         let history = self.binding.input_f32("history")?;
         history.fill(0.0);

@@ -38,7 +38,7 @@ pub struct CudaOptions {
     pub tf32: bool,
 }
 
-/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it.
+/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it, and [`TF32`] must be 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TensorRtOptions {
     /// The CUDA driver's number of the GPU.
@@ -56,6 +56,10 @@ pub struct TensorRtOptions {
     pub context_file: Option<PathBuf>,
     /// Shapes that an engine is built for, where the model leaves an axis open.
     pub profiles: Vec<ShapeProfile>,
+    /// Effort of the builder, 0 to 5; `None` leaves it to TensorRT (3).
+    pub builder_level: Option<u8>,
+    /// Largest size of the memory that one kernel may use while it runs, in bytes.
+    pub workspace_limit: Option<usize>,
     /// Build an engine without weights, which takes them from the model in this folder when it is loaded: new weights
     /// need no new build.
     pub weights_from: Option<PathBuf>,
@@ -92,6 +96,16 @@ impl Default for Provider {
     fn default() -> Self {
         Self::Cpu(CpuOptions::default())
     }
+}
+
+/// NVIDIA's variable that, at 0, forbids rounding the operands of f32 products (TF32). TensorRT rounds by default, and ONNX
+/// Runtime 1.31 has no option for that (microsoft/onnxruntime's issues 26029 and 28177): there the variable is the only
+/// way. Libraries read it once, so that it must be set when the process starts.
+pub const TF32: &str = "NVIDIA_TF32_OVERRIDE";
+
+/// Whether [`TF32`] keeps f32 products f32.
+pub fn tf32_forbidden() -> bool {
+    std::env::var_os(TF32).is_some_and(|value| value == "0")
 }
 
 /// What stands behind a provider's name if runs are recorded.
@@ -242,6 +256,18 @@ impl Provider {
         }
     }
 
+    /// Refuses TensorRT where its f32 products would not be f32.
+    pub(crate) fn check_rounding(&self, forbidden: bool) -> Result<()> {
+        if forbidden || !matches!(self, Self::TensorRt(_)) {
+            return Ok(());
+        }
+        Err(RuntimeError::ProviderUnavailable {
+            provider: self.to_string(),
+            reason: format!("it would round the operands of f32 products to 10 bits, as {TF32} is not 0"),
+            remedy: format!("start the process with {TF32}=0"),
+        })
+    }
+
     fn unavailable(&self, missing: &[&CudaLibrary]) -> RuntimeError {
         let reasons: Vec<String> = missing.iter().filter_map(|l| l.complaint()).collect();
         let mut installs: Vec<&str> = missing.iter().map(|l| l.install).collect();
@@ -268,6 +294,15 @@ mod tests {
         for part in ["driver", "nvidia-cudnn-cu13==", "tensorrt-cu13==10.16.1.11", "use provider `cpu`"] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn tensorrt_is_refused_where_it_would_round_f32() {
+        let [cuda, tensorrt] = ["cuda", "tensorrt"].map(|name| name.parse::<Provider>().unwrap());
+        cuda.check_rounding(false).unwrap();
+        tensorrt.check_rounding(true).unwrap();
+        let refused = tensorrt.check_rounding(false).unwrap_err().to_string();
+        assert!(refused.contains("f32 products") && refused.contains("NVIDIA_TF32_OVERRIDE=0"), "{refused}");
     }
 
     #[test]

@@ -160,7 +160,18 @@ impl Session {
         signature: Option<(&[TensorSpec], &[TensorSpec])>,
         options: &SessionOptions,
     ) -> Result<Arc<Self>> {
-        let (name, loaded) = Loaded::from_file(runtime, path.as_ref(), options)?;
+        Self::load_known(runtime, path.as_ref(), signature, options, None)
+    }
+
+    /// [`Session::load_file`] of a file of which it is known what no recorded run may have.
+    pub(crate) fn load_known(
+        runtime: &Arc<Runtime>,
+        path: &Path,
+        signature: Option<(&[TensorSpec], &[TensorSpec])>,
+        options: &SessionOptions,
+        unrepeatable: Option<&[String]>,
+    ) -> Result<Arc<Self>> {
+        let (name, loaded) = Loaded::from_file(runtime, path, options, unrepeatable)?;
         let (inputs, outputs) = loaded.check_static(&name)?;
         if let Some((inputs, outputs)) = signature {
             loaded.check(&name, inputs, outputs)?;
@@ -261,6 +272,7 @@ pub(crate) fn builder(
     program: &str,
 ) -> Result<(SessionBuilder, Option<Arc<Gpu>>)> {
     options.provider.check()?;
+    options.provider.check_rounding(provider::tf32_forbidden())?;
     let gpu = match options.provider.device() {
         Device::Cpu => None,
         Device::Cuda { ordinal } => {

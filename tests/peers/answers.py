@@ -31,8 +31,9 @@ LOSS_SCALE = 2.0**16
 
 
 def exact():
-    """No TF32 anywhere: PyTorch would use it in convolutions."""
+    """Products of f32 in f32: PyTorch would use TF32 in convolutions, and several of it in an attention kernel."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # narrow types have the flash kernel
 
 
 def make(model, batch, seed):
@@ -175,7 +176,7 @@ def main():
                     del found
                 good &= kept
                 for what, ours, peer, limit, ok in rows:
-                    lines.append(f"| {precision} | {shown} | {what} | {ours:.1e} | {peer:.1e} | {limit:.1e} | {'kept' if ok else '**PASSED**'} |")
+                    lines.append(f"| {precision} | {shown} | {what} | {ours:.1e} | {peer:.1e} | {limit:.1e} | {'kept' if ok else '**too far**'} |")
                     print(lines[-1], flush=True)
     if args.out:
         with open(args.out, "w") as file:

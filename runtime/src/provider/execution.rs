@@ -95,6 +95,12 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
             // The engine beside the model: a protobuf message ends at 2 GB.
             .with_ep_context_embed_mode(0);
     }
+    if let Some(level) = options.builder_level {
+        provider = provider.with_builder_optimization_level(level);
+    }
+    if let Some(limit) = options.workspace_limit {
+        provider = provider.with_max_workspace_size(limit);
+    }
     if let Some(folder) = &options.weights_from {
         provider = provider.with_weight_stripped_engine(true).with_onnx_model_folder_path(text(folder));
     }

@@ -49,16 +49,18 @@ impl OpenSession {
         Ok(Self { name: program.name.clone(), loaded: Arc::new(loaded) })
     }
 
-    /// Loads a model file; its external data must lie in the file's directory.
+    /// Loads an engine's model file; its external data must lie in the file's directory. `unrepeatable` is what no
+    /// recorded run may have.
     ///
     /// # Errors
     /// As [`Session::load_file`].
-    pub fn load_file(
+    pub(crate) fn load_known(
         runtime: &Arc<Runtime>,
-        path: impl AsRef<Path>,
+        path: &Path,
         options: &SessionOptions,
+        unrepeatable: Option<&[String]>,
     ) -> Result<Self> {
-        let (name, loaded) = Loaded::from_file(runtime, path.as_ref(), options)?;
+        let (name, loaded) = Loaded::from_file(runtime, path, options, unrepeatable)?;
         Ok(Self { name, loaded: Arc::new(loaded) })
     }
 
@@ -69,12 +71,31 @@ impl OpenSession {
     /// [`RuntimeError::Signature`](crate::RuntimeError::Signature), [`RuntimeError::UnknownName`](crate::RuntimeError)
     /// when the model is not one for these inputs and outputs.
     pub fn at(&self, inputs: &[TensorSpec], outputs: &[TensorSpec]) -> Result<Arc<Session>> {
-        self.loaded.check(&self.name, inputs, outputs)?;
-        Ok(Arc::new(Session {
-            name: self.name.clone(),
-            inputs: inputs.to_vec(),
-            outputs: outputs.to_vec(),
-            loaded: self.loaded.clone(),
-        }))
+        view(&self.name, &self.loaded, inputs, outputs)
     }
+}
+
+impl Session {
+    /// The same model at another batch size: another view where this session is one, see [`OpenSession::at`].
+    ///
+    /// # Errors
+    /// As [`OpenSession::at`]; a model of one batch size is no other one's.
+    pub fn at(&self, inputs: &[TensorSpec], outputs: &[TensorSpec]) -> Result<Arc<Self>> {
+        view(&self.name, &self.loaded, inputs, outputs)
+    }
+}
+
+fn view(
+    name: &str,
+    loaded: &Arc<Loaded>,
+    inputs: &[TensorSpec],
+    outputs: &[TensorSpec],
+) -> Result<Arc<Session>> {
+    loaded.check(name, inputs, outputs)?;
+    Ok(Arc::new(Session {
+        name: name.to_owned(),
+        inputs: inputs.to_vec(),
+        outputs: outputs.to_vec(),
+        loaded: loaded.clone(),
+    }))
 }

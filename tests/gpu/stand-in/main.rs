@@ -323,6 +323,11 @@ fn heads_that_no_kernel_takes_are_refused_when_they_are_loaded() {
 }
 
 #[test]
+fn engines_are_recorded_unless_their_build_found_what_forbids_it() {
+    proven("engines::recorded", &[]);
+}
+
+#[test]
 fn runs_recorded_as_cuda_graphs_give_the_bits_of_plain_ones() {
     proven("proofs::recorded_runs", &[]);
 }

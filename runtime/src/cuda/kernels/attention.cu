@@ -396,22 +396,34 @@ DEVICE void backward_keys(const T *qkv, const T *ct, T *dqkv, const Row *all, co
         float weights[COLUMNS / 8][4], dweights[COLUMNS / 8][4];
         times_rows<T, HEAD, COLUMNS>(weights, key_rows, stages.first + columns + at);
         times_rows<T, HEAD, COLUMNS>(dweights, value_rows, stages.second + columns + at);
+        Row of[COLUMNS / 8][2];
+        const Row *const from = rows + start + column;
+        if (start + COLUMNS <= h.tokens) {
+#pragma unroll
+            for (u32 j = 0; j < COLUMNS / 8; j++) {
+                of[j][0] = from[8 * j];
+                of[j][1] = from[8 * j + 1];
+            }
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    // A row that is not there weighs nothing.
+                    of[j][i] = {-MINUS_INFINITY, 0.0f};
+                    if (start + column + 8 * j + i < h.tokens) {
+                        of[j][i] = from[8 * j + i];
+                    }
+                }
+            }
+        }
 #pragma unroll
         for (u32 j = 0; j < COLUMNS / 8; j++) {
 #pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                const u32 query = start + j * 8 + column + i;
-                // A row that is not there weighs nothing.
-                Row of = {-MINUS_INFINITY, 0.0f};
-                if (query < h.tokens) {
-                    of = rows[query];
-                }
-#pragma unroll
-                for (u32 half = 0; half < 2; half++) {
-                    float &weight = weights[j][2 * half + i], &dweight = dweights[j][2 * half + i];
-                    weight = exp2_fast(weight * scale - of.log_sum);
-                    dweight = weight * (dweight - of.delta);
-                }
+            for (u32 i = 0; i < 4; i++) {
+                const Row &row_of = of[j][i % 2];
+                weights[j][i] = exp2_fast(weights[j][i] * scale - row_of.log_sum);
+                dweights[j][i] = weights[j][i] * (dweights[j][i] - row_of.delta);
             }
         }
         add_weighted<T, HEAD, COLUMNS>(dvalues, weights, stages.second + terms + at);

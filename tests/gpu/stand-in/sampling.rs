@@ -40,7 +40,9 @@ fn onnx_runtime() -> Arc<Runtime> {
 fn normals(streams: impl Iterator<Item = Option<Stream>>, values: usize) -> Vec<u32> {
     let row = |stream: Option<Stream>| {
         let mut row = vec![0.0; values];
-        stream.into_iter().for_each(|mut s| s.fill_normal(&mut row));
+        if let Some(mut stream) = stream {
+            stream.fill_normal(&mut row);
+        }
         row.into_iter().map(f32::to_bits)
     };
     streams.flat_map(row).collect()

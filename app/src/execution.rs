@@ -1,21 +1,26 @@
 //! Who computes a program, in which element type, and where its parameters are meanwhile.
 
 use std::collections::BTreeMap;
+use std::env;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 use std::sync::{Arc, LockResult};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use graph_builder::{DType, ExternalTensor, Graph, Precision, Shape, Type, Weights};
 use half::{bf16, f16};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::library::cache_directory;
+use runtime::provider::{TF32, tf32_forbidden};
 use runtime::{
-    Arena, ArenaLayout, Binding, CudaOptions, Provider, Runtime, RuntimeError, Session, SessionOptions,
+    Arena, ArenaLayout, Binding, BindingBuilder, CudaOptions, Provider, Runtime, RuntimeError, Session, SessionOptions,
     SharedArena,
 };
 
 use crate::Usage;
+use crate::console;
 
 /// Name under which programs refer to parameters in memory.
 const IN_MEMORY: &str = "parameters";
@@ -57,6 +62,7 @@ impl Execution {
             );
             return Err(Usage(text).into());
         }
+        keep_f32(&self.provider)?;
         self.provider.check()?;
         // Engines may carry their kernels; every other program's are compiled here.
         if let (Provider::Cuda(_), Some(reason)) = (&self.provider, NVRTC.complaint()) {
@@ -96,6 +102,41 @@ impl Execution {
     pub fn in_words(&self) -> String {
         format!("{}, {}", self.provider, self.precision)
     }
+}
+
+/// Sees to it that TensorRT's f32 products are f32: the process starts once more, with [`TF32`] at 0. A command is at its
+/// beginning here.
+///
+/// # Errors
+/// [`Usage`] where the variable says otherwise; the process cannot start.
+pub fn keep_f32(provider: &Provider) -> anyhow::Result<()> {
+    if !matches!(provider, Provider::TensorRt(_)) || tf32_forbidden() {
+        return Ok(());
+    }
+    if let Some(value) = env::var_os(TF32) {
+        let value = value.display();
+        let text = format!("{TF32}={value} lets TensorRT round f32 products to 10 bits: unset it, or set it to 0");
+        return Err(Usage(text).into());
+    }
+    console::note(&format!("TensorRT: starting again with {TF32}=0, so that f32 products are f32"));
+    let program = env::current_exe().with_context(|| format!("cannot start again: set {TF32}=0"))?;
+    // It comes back only if it fails.
+    let error = Command::new(program).args(env::args_os().skip(1)).env(TF32, "0").exec();
+    Err(error).with_context(|| format!("cannot start again: set {TF32}=0"))
+}
+
+/// Inputs of a sampling step that may be normal draws.
+const DRAWN: [&str; 2] = ["x", "noise"];
+
+/// Lets a GPU draw the noise of seeds, which then need not cross the bus.
+///
+/// # Errors
+/// As [`BindingBuilder::draw_input`].
+pub(crate) fn draw_noise(session: &Session, builder: &mut BindingBuilder) -> anyhow::Result<()> {
+    for input in session.inputs().iter().filter(|input| DRAWN.contains(&input.name.as_str())) {
+        builder.draw_input(&input.name)?;
+    }
+    Ok(())
 }
 
 /// A model's parameters where its programs read them. Copies are the same memory.
@@ -227,6 +268,7 @@ impl Placed {
             }
             Place::Constants { .. } => graph.parameters().len(),
         };
+        draw_noise(&session, &mut builder)?;
         // An input that nothing feeds would be zeros.
         ensure!(
             bound == graph.parameters().len(),

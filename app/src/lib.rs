@@ -2,6 +2,7 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`built`] | engine directories, as commands run them |
 //! | [`commands`] | one module a command: resolve, call, report |
 //! | [`execution`] | who computes a program, in which type, and where its parameters are |
 //! | [`fid`] | feature networks and the distances between image sets |
@@ -17,6 +18,7 @@
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
 //! 2 bad usage.
 
+pub mod built;
 pub mod commands;
 pub mod console;
 pub mod execution;

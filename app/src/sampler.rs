@@ -5,12 +5,17 @@
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
+use graph_builder::Graph;
 use models::{
-    COEFFICIENTS, DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, SolverPlan, program,
+    COEFFICIENTS, DitConfig, Guidance, ModelError, Objective, ProgramKind, Solver, SolverKind, SolverPlan,
+    program,
 };
+use runtime::cuda::kernels::NormalStream;
 use runtime::{Binding, Runtime};
 use train_engine::random::{Purpose, Stream};
 
+use crate::Usage;
+use crate::built::BuiltEngine;
 use crate::execution::{Execution, Placed};
 
 /// The solver where none is asked for.
@@ -34,6 +39,33 @@ pub fn default_guided(objective: Objective) -> Guidance {
     }
 }
 
+/// Reads channels of guidance: a number, `all` or `off`.
+///
+/// # Errors
+/// What is expected.
+pub fn channels(text: &str) -> Result<Guidance, String> {
+    match text {
+        "all" => Ok(Guidance::All),
+        "off" => Ok(Guidance::Off),
+        n => match n.parse() {
+            Ok(n) if n > 0 => Ok(Guidance::First(n)),
+            _ => Err("expected a number of channels from 1, `all` or `off`".into()),
+        },
+    }
+}
+
+/// Channels of guidance as [`channels`] reads them.
+pub fn channels_text(guided: Guidance) -> String {
+    match guided {
+        Guidance::All => "all".to_owned(),
+        Guidance::Off => "off".to_owned(),
+        Guidance::First(n) => n.to_string(),
+    }
+}
+
+/// Rows of a guided image where the unguided answer is a row of its own.
+const GUIDED_ROWS: usize = 2;
+
 /// How images are made.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -47,6 +79,21 @@ pub struct Settings {
     pub batch: usize,
     /// Who computes, and in what.
     pub execution: Execution,
+}
+
+impl Settings {
+    /// The channels that the program guides.
+    fn channels(&self) -> Guidance {
+        if self.guidance == 1.0 { Guidance::Off } else { self.guided }
+    }
+
+    /// The program of one step, before the passes.
+    ///
+    /// # Errors
+    /// Guidance that the model cannot give.
+    pub fn program(&self, model: &DitConfig) -> Result<Graph, ModelError> {
+        program(model, ProgramKind::Step, self.batch, self.channels())
+    }
 }
 
 /// Where the starting points and the solver's noise come from.
@@ -68,12 +115,28 @@ pub enum NoiseSource<'a> {
     },
 }
 
+/// Where an image starts.
+fn starting_point(seed: u64, image: u64) -> Stream {
+    Stream::new(seed, Purpose::SampleInit, 0, image)
+}
+
+/// What a stochastic solver adds to an image at a step.
+fn step_noise(seed: u64, step: usize, image: u64) -> Stream {
+    Stream::new(seed, Purpose::SampleNoise, step as u64, image)
+}
+
 /// A compiled sampling step bound to a model's parameters.
 #[derive(Debug)]
 pub struct Sampler {
     binding: Binding,
     plan: SolverPlan,
-    batch: usize,
+    /// Rows of one run of the program.
+    rows: usize,
+    /// Rows that an image takes: 2 where the program wants the unguided answer as a row of its own.
+    rows_each: usize,
+    /// Whether rows name the row with their unguided answer.
+    paired: bool,
+    /// Values of an image.
     image: usize,
     /// Classes, the one that stands for none included.
     label_rows: usize,
@@ -92,15 +155,65 @@ impl Sampler {
         parameters: &Placed,
         settings: &Settings,
     ) -> anyhow::Result<Self> {
-        let plan = settings.solver.plan(model.objective, model.learn_sigma)?;
-        let guided = if settings.guidance == 1.0 { Guidance::Off } else { settings.guided };
-        let graph = program(model, ProgramKind::Step, settings.batch, guided)?;
+        let graph = settings.program(model)?;
         let execution = &settings.execution;
         let binding = parameters.load(runtime, &graph, execution, &execution.session_options())?;
+        Self::over(binding, settings.batch, model, settings)
+    }
+
+    /// Loads a program of an engine: `step` where it does what is asked for, else `step-rows`, in the smallest of the
+    /// engine's batch sizes that holds [`Settings::batch`] images, or its largest.
+    ///
+    /// # Errors
+    /// As [`Sampler::new`]; an engine without such a program, with the command that adds it.
+    pub fn on_engine(
+        runtime: &Arc<Runtime>,
+        engine: &BuiltEngine,
+        settings: &Settings,
+    ) -> anyhow::Result<Self> {
+        let guided = settings.guidance != 1.0;
+        let fits = (engine.guided() != Guidance::Off) == guided;
+        // In `step` guidance is for all images or for none; in `step-rows` for each.
+        let each = if guided { GUIDED_ROWS } else { 1 };
+        let found = [(ProgramKind::Step, 1, fits), (ProgramKind::StepRows, each, fits || !guided)];
+        let mut found = found.into_iter().filter(|(_, _, fits)| *fits).filter_map(|(kind, each, _)| {
+            let batches: Vec<usize> = engine.batches(kind).into_iter().filter(|rows| *rows >= each).collect();
+            let holding = batches.iter().find(|rows| **rows >= settings.batch * each);
+            Some((kind, *holding.or(batches.last())?))
+        });
+        let Some((kind, rows)) = found.next() else {
+            if guided && engine.guided() == Guidance::Off {
+                return Err(Usage("the engine's programs have no guidance: use --cfg 1".into()).into());
+            }
+            return Err(engine.lacks(ProgramKind::StepRows, each));
+        };
+        let binding = engine.binding(runtime, kind, rows, &settings.execution.session_options())?;
+        Self::over(binding, rows, engine.model(), settings)
+    }
+
+    /// `binding` is a `step` or `step-rows` program of so many rows.
+    fn over(binding: Binding, rows: usize, model: &DitConfig, settings: &Settings) -> anyhow::Result<Self> {
+        let plan = settings.solver.plan(model.objective, model.learn_sigma)?;
+        let has = |name: &str| binding.session().inputs().iter().any(|input| input.name == name);
+        let (paired, guided) = (has("pair"), has("guidance"));
+        let rows_each = if paired && settings.guidance != 1.0 { GUIDED_ROWS } else { 1 };
         let image = model.in_channels * model.input_size * model.input_size;
-        let guidance = (guided != Guidance::Off).then_some(settings.guidance as f32);
+        let guidance = guided.then_some(settings.guidance as f32);
         let (label_rows, null_class) = (model.label_rows(), model.null_class());
-        Ok(Self { binding, plan, batch: settings.batch, image, label_rows, null_class, guidance })
+        Ok(Self { binding, plan, rows, rows_each, paired, image, label_rows, null_class, guidance })
+    }
+
+    /// Images of one run of the program.
+    pub fn batch(&self) -> usize {
+        self.rows / self.rows_each
+    }
+
+    /// Values of an input of the program that the last step has read.
+    ///
+    /// # Errors
+    /// The program has no such input in f32.
+    pub fn read_input(&self, name: &str) -> anyhow::Result<Vec<f32>> {
+        Ok(self.binding.read_input(name)?)
     }
 
     /// Executed steps of one image.
@@ -141,8 +254,9 @@ impl Sampler {
         }
         let mut images = Vec::with_capacity(n * image);
         let mut done = 0;
-        for first in (0..n).step_by(self.batch) {
-            let rows = first..(first + self.batch).min(n);
+        let batch = self.batch();
+        for first in (0..n).step_by(batch) {
+            let rows = first..(first + batch).min(n);
             let mut states = self.begin(labels, rows.clone(), source)?;
             for k in 0..self.steps() {
                 self.step(k, rows.clone(), n, source, &mut states).context("sampling")?;
@@ -165,19 +279,32 @@ impl Sampler {
         rows: std::ops::Range<usize>,
         source: NoiseSource<'_>,
     ) -> anyhow::Result<Vec<f32>> {
-        let mut y = labels[rows.clone()].to_vec();
-        y.resize(self.batch, 0);
+        let (each, null) = (self.rows_each, self.null_class.unwrap_or(0) as i64);
+        let mut y = vec![0; self.rows];
+        for (label, rows) in labels[rows.clone()].iter().zip(y.chunks_mut(each)) {
+            rows.fill(null);
+            rows[0] = *label;
+        }
         self.binding.set_input("y", &y)?;
+        if self.paired {
+            // The last row of an image is its unguided answer; itself, where there is one row.
+            let pair: Vec<i64> =
+                (0..self.rows).map(|row| (row - row % each + each).min(self.rows) as i64 - 1).collect();
+            self.binding.set_input("pair", &pair)?;
+        }
         if let Some(guidance) = self.guidance {
-            self.binding.set_input("guidance", &vec![guidance; self.batch])?;
+            self.binding.set_input("guidance", &vec![guidance; self.rows])?;
         }
         self.binding.input_f32("history")?.fill(0.0);
-        let mut x = vec![0.0; self.batch * self.image];
+        let mut x = vec![0.0; self.batch() * self.image];
+        if self.streams("x", 0, &rows, source).is_some() {
+            return Ok(x); // the first step draws them
+        }
         for (slot, row) in rows.enumerate() {
             let out = &mut x[slot * self.image..(slot + 1) * self.image];
             match source {
                 NoiseSource::Seeded { seed, first } => {
-                    Stream::new(seed, Purpose::SampleInit, 0, first + row as u64).fill_normal(out);
+                    starting_point(seed, first + row as u64).fill_normal(out);
                 }
                 NoiseSource::Given { x_t, .. } => {
                     out.copy_from_slice(&x_t[row * self.image..(row + 1) * self.image]);
@@ -185,6 +312,31 @@ impl Sampler {
             }
         }
         Ok(x)
+    }
+
+    /// The streams of an input of step `k`, a row of the batch each, where a GPU draws it.
+    fn streams(
+        &self,
+        input: &str,
+        k: usize,
+        rows: &std::ops::Range<usize>,
+        source: NoiseSource<'_>,
+    ) -> Option<Vec<NormalStream>> {
+        let NoiseSource::Seeded { seed, first } = source else { return None };
+        let stream = |row: usize| match input {
+            "x" => starting_point(seed, first + row as u64),
+            _ => step_noise(seed, k, first + row as u64),
+        };
+        let mut streams = Vec::with_capacity(self.rows);
+        for row in rows.clone() {
+            let drawn = stream(row).on_device();
+            // All rows of an image are at the same place; its solver moves the first.
+            let others = if input == "x" { drawn } else { NormalStream::ZEROS };
+            streams.push(drawn);
+            streams.resize(streams.len() + self.rows_each - 1, others);
+        }
+        streams.resize(self.rows, NormalStream::ZEROS);
+        self.binding.draws(input).then_some(streams)
     }
 
     /// Executes step `k` for the images `rows` of `n`, in place.
@@ -196,21 +348,30 @@ impl Sampler {
         source: NoiseSource<'_>,
         x: &mut [f32],
     ) -> anyhow::Result<()> {
-        let (step, image) = (&self.plan.steps[k], self.image);
-        self.binding.set_input("x", x)?;
+        let (step, image, each) = (&self.plan.steps[k], self.image, self.rows_each);
+        match self.streams("x", k, &rows, source) {
+            Some(streams) if k == 0 => self.binding.draw("x", &streams)?,
+            _ => {
+                let all = self.binding.input_f32("x")?;
+                for (rows, one) in all.chunks_mut(each * image).zip(x.chunks(image)) {
+                    rows.chunks_mut(image).for_each(|row| row.copy_from_slice(one));
+                }
+            }
+        }
         self.binding.input_f32("t")?.fill(step.t);
         let row: [f32; COEFFICIENTS] = step.row();
         for coef in self.binding.input_f32("coef")?.chunks_mut(COEFFICIENTS) {
             coef.copy_from_slice(&row);
         }
-        if self.plan.needs_noise {
+        if let Some(streams) = self.streams("noise", k, &rows, source).filter(|_| self.plan.needs_noise) {
+            self.binding.draw("noise", &streams)?;
+        } else if self.plan.needs_noise {
             let noise = self.binding.input_f32("noise")?;
             for (slot, row) in rows.enumerate() {
-                let out = &mut noise[slot * image..(slot + 1) * image];
+                let out = &mut noise[slot * each * image..][..image];
                 match source {
                     NoiseSource::Seeded { seed, first } => {
-                        let number = first + row as u64;
-                        Stream::new(seed, Purpose::SampleNoise, k as u64, number).fill_normal(out);
+                        step_noise(seed, k, first + row as u64).fill_normal(out);
                     }
                     NoiseSource::Given { noise: Some(given), .. } => {
                         let at = (k * n + row) * image;
@@ -221,11 +382,27 @@ impl Sampler {
             }
         }
         self.binding.run()?;
-        x.copy_from_slice(self.binding.output_f32("x_next")?);
+        let next = self.binding.output_f32("x_next")?;
+        for (one, rows) in x.chunks_mut(image).zip(next.chunks(each * image)) {
+            one.copy_from_slice(&rows[..image]);
+        }
         if self.plan.needs_history {
             let history = self.binding.output_f32("history_next")?.to_vec();
             self.binding.set_input("history", &history)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn channels_of_guidance_are_read_as_they_are_written() {
+        for guided in [Guidance::All, Guidance::Off, Guidance::First(3)] {
+            assert_eq!(channels(&channels_text(guided)), Ok(guided));
+        }
+        assert!(channels("0").is_err() && channels("First(3)").is_err());
     }
 }

@@ -159,6 +159,21 @@ pub enum GraphError {
         /// The element types that it has a kernel for.
         legal: String,
     },
+    /// A kernel of our own cannot take the shapes of a node.
+    #[error(
+        "program `{program}`: {op} of `{layer}` cannot run by mudit's CUDA kernel: {reason}; use provider `cpu`, or another \
+         model"
+    )]
+    UnfitKernel {
+        /// Name of the program.
+        program: String,
+        /// The fused op.
+        op: String,
+        /// Name of the node, which begins with its scope path.
+        layer: String,
+        /// What is not taken, and what is.
+        reason: String,
+    },
     /// A program depends on its batch size in a way that no program for all batch sizes can.
     #[error(
         "program `{program}` cannot leave its batch size open: `{node}`: {reason}; build a program for each batch size"

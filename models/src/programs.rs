@@ -242,12 +242,7 @@ impl<'g> Sampling<'g> {
             self.output_multiplier(cfg),
             cfg,
         );
-        let (c, u) = (cond.slice(1, 0, guided), uncond.slice(1, 0, guided));
-        let mixed = u + guidance * (c - u);
-        if guided == cfg.out_channels() {
-            return Ok(mixed);
-        }
-        Ok(mixed.concat(&[cond.slice(1, guided, cfg.out_channels())], 1)) // (N, Cout, H, W)
+        Ok(mixed(cond, uncond, guidance, guided))
     }
 
     /// `u + g (c − u)` on the guided channels, where `u` is the answer of the row that `pair` names.
@@ -265,14 +260,21 @@ impl<'g> Sampling<'g> {
         let n = self.x.dim(0);
         let pair = self.b.input("pair", Type::new(DType::I64, [n]));
         let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
-        let c = out.slice(1, 0, guided);
-        let u = c.gather(pair); // (N, guided, H, W)
-        let mixed = u + guidance * (c - u);
-        if guided == cfg.out_channels() {
-            return mixed;
-        }
-        mixed.concat(&[out.slice(1, guided, cfg.out_channels())], 1) // (N, Cout, H, W)
+        mixed(out, out.gather(pair), guidance, guided)
     }
+}
+
+/// `u + g (c − u)` on the first channels of answers (N, Cout, H, W), `c` itself on the others.
+///
+/// A choice, not a join of two parts: ONNX Runtime's CUDA provider joins parts of unequal sizes by tables of the host,
+/// which no CUDA graph may read.
+fn mixed<'g>(c: Value<'g>, u: Value<'g>, guidance: Value<'g>, channels: usize) -> Value<'g> {
+    let (mixed, all) = (u + guidance * (c - u), c.dim(1)); // (N, Cout, H, W)
+    if channels == all {
+        return mixed;
+    }
+    let guided: Vec<f64> = (0..all).map(|i| f64::from(u8::from(i < channels))).collect();
+    c.builder().constant(DType::Bool, [1, all, 1, 1], guided).select(mixed, c)
 }
 
 /// One step of any solver from the model's answer `out` (N, Cout, H, W) and a row of coefficients a sample (see

@@ -14,6 +14,7 @@ use indexmap::IndexMap;
 
 pub use builder::BindingBuilder;
 
+use crate::cuda::kernels::NormalStream;
 use crate::error::{Result, RuntimeError, nearest};
 use crate::huge_pages;
 use crate::session::Session;
@@ -204,6 +205,58 @@ impl Binding {
         }
         self.input(name)?.copy_from_slice(values);
         Ok(())
+    }
+
+    /// Whether the GPU can draw an input; see [`BindingBuilder::draw_input`].
+    pub fn draws(&self, name: &str) -> bool {
+        match (self.inputs.get(name), &self.staging) {
+            (Some(Port::Staged(port)), Some(staging)) => staging.draws(*port),
+            _ => false,
+        }
+    }
+
+    /// Lets the GPU fill an input's rows with normal draws ahead of the next run, a stream a row: the streams cross the bus,
+    /// the values do not. They have the bits that the host would draw. What comes last counts, this or the host's values.
+    ///
+    /// # Errors
+    /// [`RuntimeError::UnknownName`], [`RuntimeError::InvalidValue`] for an input that is not drawn there,
+    /// [`RuntimeError::WrongLength`] when there are not as many streams as rows, [`RuntimeError::Cuda`].
+    pub fn draw(&mut self, name: &str, streams: &[NormalStream]) -> Result<()> {
+        find(&self.session, Side::Input, name)?;
+        let what = || format!("input `{name}` of program `{}`", self.session.name());
+        match (self.inputs.get(name), &mut self.staging) {
+            (Some(Port::Staged(port)), Some(staging)) if staging.draws(*port) => {
+                match staging.draw(*port, streams)? {
+                    None => Ok(()),
+                    Some(expected) => Err(RuntimeError::WrongLength {
+                        what: format!("streams for {}", what()),
+                        expected,
+                        got: streams.len(),
+                    }),
+                }
+            }
+            _ => Err(RuntimeError::InvalidValue {
+                what: what(),
+                expected: "one that the GPU draws".to_owned(),
+                got: "one that the host fills".to_owned(),
+            }),
+        }
+    }
+
+    /// A copy of an input's values in the program's memory, which the last run has read.
+    ///
+    /// # Errors
+    /// As [`Binding::input`]; [`RuntimeError::Cuda`].
+    pub fn read_input<T: Element>(&self, name: &str) -> Result<Vec<T>> {
+        find_typed(&self.session, Side::Input, name, T::DTYPE)?;
+        match (self.inputs.get(name), &self.staging) {
+            (Some(Port::Owned(buffer)), _) => Ok(bytemuck::cast_slice(buffer.as_slice()).to_vec()),
+            (Some(Port::Staged(port)), Some(staging)) => {
+                let bytes = staging.read(*port)?;
+                Ok(bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect())
+            }
+            _ => Err(bound_to_arena(&self.session, Side::Input, name)),
+        }
     }
 
     /// Sends the inputs that have changed ahead of the next run, on a GPU while the last one may still go on. The host may

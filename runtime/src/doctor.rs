@@ -48,8 +48,22 @@ pub fn report() -> Vec<Check> {
     checks.extend(gpus());
     checks.extend(libraries::ALL.iter().map(|l| cuda_library(l)));
     checks.push(kernel_compiler());
+    checks.push(f32_products());
     checks.extend(gpu_providers());
     checks
+}
+
+/// Whether TensorRT computes f32 in f32.
+fn f32_products() -> Check {
+    let (name, variable) = ("f32 products", provider::TF32);
+    match std::env::var_os(variable) {
+        Some(value) if value != "0" => {
+            let remedy = format!("unset {variable}, or set it to 0");
+            let detail = format!("{variable} lets TensorRT round them to 10 bits, so that it is refused");
+            check(name, Status::Error, detail, Some(&remedy), false)
+        }
+        _ => check(name, Status::Ok, format!("f32, with TensorRT too ({variable}=0 there)"), None, false),
+    }
 }
 
 fn check(

@@ -6,17 +6,19 @@
 
 mod draft;
 mod key;
+mod manifest;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use graph_builder::{OpenSpec, TensorSpec};
-use serde::{Deserialize, Serialize};
-
 pub use draft::EngineDraft;
 pub use key::{EngineKey, KeyDifference};
+pub use manifest::{
+    CompiledFile, CompiledProgram, EngineKernels, EngineManifest, EngineOpenProgram, EngineProgram,
+    EngineWeights, FileStamp,
+};
 
 use crate::cuda::Gpu;
 use crate::cuda::kernels::SOURCES;
@@ -27,146 +29,9 @@ use crate::provider::{CudaOptions, Provider};
 use crate::session::{OpenSession, Session, SessionOptions};
 
 /// Version of the directory's layout and of `engine.json`.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Name of the manifest.
 pub const MANIFEST: &str = "engine.json";
-
-/// What `engine.json` says.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct EngineManifest {
-    /// [`FORMAT`] of the writer.
-    pub format: u32,
-    /// What the engine was built from, part by part: a build with an equal key has nothing to do.
-    #[serde(default)]
-    pub key: EngineKey,
-    /// The programs, one for each batch size.
-    pub programs: Vec<EngineProgram>,
-    /// The same programs for every batch size, where a provider compiles one form of a program for all of them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub open_programs: Vec<EngineOpenProgram>,
-    /// The weights beside them.
-    pub weights: Option<EngineWeights>,
-    /// Machine code of the CUDA kernels, where they were compiled for another machine's GPU.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub kernels: Vec<EngineKernels>,
-    /// The build's options.
-    pub options: serde_json::Value,
-    /// Versions of what built the engine: `mudit`, `onnxruntime`.
-    pub versions: BTreeMap<String, String>,
-    /// The model's configuration, its muP table and whatever else the builder knows.
-    pub extra: serde_json::Value,
-}
-
-/// One program of an engine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EngineProgram {
-    /// `denoise`, `train-step`, …
-    pub name: String,
-    /// Batch size it was built for.
-    pub batch: usize,
-    /// The model file, in the engine's directory.
-    pub file: String,
-    /// Size of the model file in bytes.
-    pub bytes: u64,
-    /// SHA-256 of the model file.
-    pub sha256: String,
-    /// Inputs in order.
-    pub inputs: Vec<TensorSpec>,
-    /// Outputs in order.
-    pub outputs: Vec<TensorSpec>,
-    /// The `mudit` ops inside.
-    pub native_ops: Vec<String>,
-    /// What the provider compiled of it, in the engine's directory; loaded in place of `file`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compiled: Option<CompiledProgram>,
-}
-
-/// A program whose batch size is open.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EngineOpenProgram {
-    /// The name that the programs of fixed batch sizes have too.
-    pub name: String,
-    /// The model file, in the engine's directory.
-    pub file: String,
-    /// Size of the model file in bytes.
-    pub bytes: u64,
-    /// SHA-256 of the model file.
-    pub sha256: String,
-    /// Inputs in order.
-    pub inputs: Vec<OpenSpec>,
-    /// Outputs in order.
-    pub outputs: Vec<OpenSpec>,
-}
-
-/// A provider's own form of a program: a model whose node stands for a compiled engine. Programs of several batch sizes
-/// may have one in common.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CompiledProgram {
-    /// The model to load.
-    pub file: String,
-    /// Every file it consists of, with its size in bytes; the model's own first.
-    pub files: BTreeMap<String, u64>,
-}
-
-/// The kernels of one source, compiled for one architecture.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EngineKernels {
-    /// The source's name.
-    pub source: String,
-    /// SHA-256 of the source's text.
-    pub source_sha256: String,
-    /// What it was compiled for: `sm_90`.
-    pub architecture: String,
-    /// The machine code, in the engine's directory.
-    pub file: String,
-    /// Its size in bytes.
-    pub bytes: u64,
-    /// Its SHA-256.
-    pub sha256: String,
-}
-
-/// The weights of an engine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EngineWeights {
-    /// The file, in the engine's directory.
-    pub file: String,
-    /// Its size in bytes.
-    pub bytes: u64,
-    /// Its SHA-256.
-    pub sha256: String,
-    /// The file that it was made from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<FileStamp>,
-}
-
-/// A file as it was once: enough to tell that it is still the same without reading it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileStamp {
-    /// Its size in bytes.
-    pub bytes: u64,
-    /// When it was last changed, nanoseconds of the Unix clock.
-    pub modified: u64,
-    /// Its SHA-256.
-    pub sha256: String,
-}
-
-impl FileStamp {
-    /// Looks at a file; reads it only where size or time differ from those of `known`.
-    ///
-    /// # Errors
-    /// [`RuntimeError::Io`].
-    pub fn of(path: impl AsRef<Path>, known: Option<&Self>) -> Result<Self> {
-        let path = path.as_ref();
-        let failed = |e| RuntimeError::io("read", path, e);
-        let metadata = fs::metadata(path).map_err(failed)?;
-        let since = metadata.modified().map_err(failed)?.duration_since(std::time::UNIX_EPOCH);
-        let (bytes, modified) = (metadata.len(), since.map_or(0, |d| d.as_nanos() as u64));
-        match known.filter(|k| (k.bytes, k.modified) == (bytes, modified)) {
-            Some(same) => Ok(same.clone()),
-            None => Ok(Self { bytes, modified, sha256: sha256_file(path)? }),
-        }
-    }
-}
 
 /// What a builder knows beside the programs: goes into the manifest as it is.
 #[derive(Clone, Debug, Default)]
@@ -235,8 +100,7 @@ impl Engine {
         &self.manifest
     }
 
-    /// Checks the hashes of all files that the build wrote, weights included. What a provider compiled is known by its
-    /// size alone, which [`Engine::open`] checks.
+    /// Checks the hashes of all files, weights and what a provider compiled included.
     ///
     /// # Errors
     /// [`RuntimeError::Engine`] naming the file that was altered, [`RuntimeError::Io`].
@@ -246,7 +110,13 @@ impl Engine {
         let programs = programs.chain(open);
         let weights = self.manifest.weights.iter().map(|w| (&w.file, &w.sha256));
         let kernels = self.manifest.kernels.iter().map(|k| (&k.file, &k.sha256));
-        programs.chain(weights).chain(kernels).try_for_each(|(file, sha256)| self.verify_file(file, sha256))
+        let compiled: BTreeMap<&String, &String> =
+            self.manifest.compiled().map(|(file, found)| (file, &found.sha256)).collect();
+        programs
+            .chain(weights)
+            .chain(kernels)
+            .chain(compiled)
+            .try_for_each(|(file, sha256)| self.verify_file(file, sha256))
     }
 
     /// The directory.
@@ -294,12 +164,16 @@ impl Engine {
             else {
                 let path = self.directory.join(&found.file);
                 let signature = Some((&*found.inputs, &*found.outputs));
-                sessions.push(Session::load_file(runtime, path, signature, options)?);
+                let unrepeatable = Some(&*found.unrepeatable);
+                sessions.push(Session::load_known(runtime, &path, signature, options, unrepeatable)?);
                 continue;
             };
             let session = match loaded.remove(compiled.file.as_str()) {
                 Some(session) => session,
-                None => OpenSession::load_file(runtime, self.directory.join(&compiled.file), options)?,
+                None => {
+                    let path = self.directory.join(&compiled.file);
+                    OpenSession::load_known(runtime, &path, options, Some(&found.unrepeatable))?
+                }
             };
             sessions.push(session.at(&found.inputs, &found.outputs)?);
             loaded.insert(&compiled.file, session);
@@ -323,7 +197,37 @@ impl Engine {
         self.verify_file(&found.file, &found.sha256)?;
         let mut fixed = self.manifest.programs.iter().filter(|p| p.name == program);
         self.prepare(options, fixed.any(|p| !p.native_ops.is_empty()))?;
-        OpenSession::load_file(runtime, self.directory.join(&found.file), options)
+        OpenSession::load_known(
+            runtime,
+            &self.directory.join(&found.file),
+            options,
+            Some(&found.unrepeatable),
+        )
+    }
+
+    /// [`Engine::session`], through the program for every batch size where there is one; `beside` is a session of it that
+    /// is loaded already, whose model and weights are then used once more.
+    ///
+    /// # Errors
+    /// As [`Engine::session`].
+    pub fn shared_session(
+        &self,
+        runtime: &Arc<Runtime>,
+        program: &str,
+        batch: usize,
+        options: &SessionOptions,
+        beside: Option<&Arc<Session>>,
+    ) -> Result<Arc<Session>> {
+        let found = self.program(program, batch)?;
+        let compiled = found.compiled.is_some() && matches!(options.provider, Provider::TensorRt(_));
+        let open = self.manifest.open_programs.iter().any(|p| p.name == program);
+        match beside {
+            Some(session) if open => session.at(&found.inputs, &found.outputs),
+            _ if open && !compiled => {
+                self.open_session(runtime, program, options)?.at(&found.inputs, &found.outputs)
+            }
+            _ => self.session(runtime, program, batch, options),
+        }
     }
 
     fn program(&self, program: &str, batch: usize) -> Result<&EngineProgram> {
@@ -372,20 +276,6 @@ impl Engine {
 
     fn broken(&self, reason: String) -> RuntimeError {
         RuntimeError::Engine { path: self.directory.clone(), reason }
-    }
-}
-
-impl EngineManifest {
-    /// Every file beside the manifest once, with its size in bytes; the weights first.
-    fn files(&self) -> impl Iterator<Item = (&str, u64)> {
-        let weights = self.weights.iter().map(|w| (w.file.as_str(), w.bytes));
-        // One for all batch sizes where the provider compiled them in one.
-        let compiled = self.programs.iter().filter_map(|p| p.compiled.as_ref()).flat_map(|c| &c.files);
-        let compiled: BTreeMap<&str, u64> = compiled.map(|(file, bytes)| (file.as_str(), *bytes)).collect();
-        let programs = self.programs.iter().map(|p| (p.file.as_str(), p.bytes));
-        let open = self.open_programs.iter().map(|p| (p.file.as_str(), p.bytes));
-        let kernels = self.kernels.iter().map(|k| (k.file.as_str(), k.bytes));
-        weights.chain(programs).chain(open).chain(compiled).chain(kernels)
     }
 }
 

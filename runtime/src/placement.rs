@@ -8,6 +8,7 @@ use std::ptr;
 
 use ort::AsPointer;
 use ort::sys::{OrtEpAssignedNode, OrtEpAssignedSubgraph, OrtStatusPtr};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, RuntimeError};
 use crate::session::Session;
@@ -48,10 +49,52 @@ impl Placement {
     }
 }
 
+/// Who runs a model, in short.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacementSummary {
+    /// Number of nodes by provider and op.
+    pub nodes: BTreeMap<String, BTreeMap<String, usize>>,
+    /// The nodes that another provider than the wanted one runs, in ONNX Runtime's order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub elsewhere: Vec<String>,
+}
+
+impl Placement {
+    /// In short; `wanted` is ONNX Runtime's name of the provider that should run all nodes.
+    pub fn summary(&self, wanted: &str) -> PlacementSummary {
+        let mut nodes: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+        for node in &self.nodes {
+            *nodes.entry(node.provider.clone()).or_default().entry(node.qualified_op()).or_default() += 1;
+        }
+        PlacementSummary { nodes, elsewhere: self.elsewhere(wanted).map(ToString::to_string).collect() }
+    }
+}
+
+impl fmt::Display for PlacementSummary {
+    /// A line for each provider, most frequent ops first, and one for each node that is elsewhere.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (provider, ops)) in self.nodes.iter().enumerate() {
+            let mut sorted: Vec<(&String, &usize)> = ops.iter().collect();
+            sorted.sort_by_key(|(op, count)| (usize::MAX - **count, op.as_str()));
+            let ops: Vec<String> = sorted.iter().map(|(op, count)| format!("{count} {op}")).collect();
+            let total: usize = sorted.iter().map(|(_, count)| **count).sum();
+            let line = if i == 0 { "" } else { "\n" };
+            write!(f, "{line}{total} nodes on {provider}: {}", ops.join(", "))?;
+        }
+        self.elsewhere.iter().try_for_each(|node| write!(f, "\n  elsewhere: {node}"))
+    }
+}
+
+impl PlacedNode {
+    /// The op, with its domain if that is not ONNX's.
+    fn qualified_op(&self) -> String {
+        if self.domain.is_empty() { self.op.clone() } else { format!("{}.{}", self.domain, self.op) }
+    }
+}
+
 impl fmt::Display for PlacedNode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dot = if self.domain.is_empty() { "" } else { "." };
-        write!(f, "{}{dot}{} `{}` on {}", self.domain, self.op, self.name, self.provider)
+        write!(f, "{} `{}` on {}", self.qualified_op(), self.name, self.provider)
     }
 }
 
@@ -114,4 +157,30 @@ fn text(ask: impl Fn(*mut *const c_char) -> OrtStatusPtr) -> ort::Result<String>
 unsafe fn check(status: OrtStatusPtr) -> ort::Result<()> {
     // SAFETY: the caller's promise.
     unsafe { ort::Error::result_from_status(status) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_counts_by_op_and_names_what_is_elsewhere() {
+        let node = |provider: &str, name: &str, domain: &str, op: &str| PlacedNode {
+            provider: provider.to_owned(),
+            name: name.to_owned(),
+            domain: domain.to_owned(),
+            op: op.to_owned(),
+        };
+        let nodes = vec![
+            node("B", "blocks.0/a", "", "MatMul"),
+            node("A", "final/cast", "", "Cast"),
+            node("B", "blocks.0/b", "mudit", "Attention"),
+            node("B", "blocks.1/a", "", "MatMul"),
+        ];
+        let placement = Placement { nodes };
+        let text = placement.summary("B").to_string();
+        let lines = ["1 nodes on A: 1 Cast", "3 nodes on B: 2 MatMul, 1 mudit.Attention"];
+        assert_eq!(text, format!("{}\n{}\n  elsewhere: Cast `final/cast` on A", lines[0], lines[1]));
+        assert_eq!(placement.summary("A").elsewhere.len(), 3);
+    }
 }

@@ -34,13 +34,11 @@ pub struct CudaOptions {
     /// Record the kernels of a run once and start them all at once from then on, where that is safe; see
     /// [`Session::recording`](crate::Session::recording).
     pub cuda_graph: bool,
-    /// Largest size of the provider's memory for intermediate values, in bytes.
-    pub memory_limit: Option<usize>,
     /// Let f32 products round their operands to 10 bits of fraction: some eight times faster, no longer exact to 1e-4.
     pub tf32: bool,
 }
 
-/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it.
+/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it, and [`TF32`] must be 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TensorRtOptions {
     /// The CUDA driver's number of the GPU.
@@ -60,13 +58,13 @@ pub struct TensorRtOptions {
     pub profiles: Vec<ShapeProfile>,
     /// Effort of the builder, 0 to 5; `None` leaves it to TensorRT (3).
     pub builder_level: Option<u8>,
+    /// Largest size of the memory that one kernel may use while it runs, in bytes.
+    pub workspace_limit: Option<usize>,
     /// Build an engine without weights, which takes them from the model in this folder when it is loaded: new weights
     /// need no new build.
     pub weights_from: Option<PathBuf>,
     /// Build an engine that runs on later GPUs too (Ampere and newer), at some loss of speed.
     pub hardware_compatible: bool,
-    /// Largest size of the memory that one kernel may use while it runs, in bytes.
-    pub workspace_limit: Option<usize>,
 }
 
 /// The shapes of one input that an engine serves.
@@ -100,8 +98,20 @@ impl Default for Provider {
     }
 }
 
+/// NVIDIA's variable that, at 0, forbids rounding the operands of f32 products (TF32). TensorRT rounds by default, and ONNX
+/// Runtime 1.31 has no option for that (microsoft/onnxruntime's issues 26029 and 28177): there the variable is the only
+/// way. Libraries read it once, so that it must be set when the process starts.
+pub const TF32: &str = "NVIDIA_TF32_OVERRIDE";
+
+/// Whether [`TF32`] keeps f32 products f32.
+pub fn tf32_forbidden() -> bool {
+    std::env::var_os(TF32).is_some_and(|value| value == "0")
+}
+
 /// What stands behind a provider's name if runs are recorded.
 const GRAPH: &str = "+graph";
+/// What stands behind `cuda` if f32 products may be rounded.
+const ROUNDED: &str = "+tf32";
 
 impl fmt::Display for Provider {
     /// The name that [`FromStr`] takes; a GPU's number only where it is not 0.
@@ -111,7 +121,8 @@ impl fmt::Display for Provider {
             Device::Cuda { ordinal } if ordinal > 0 => write!(f, ":{ordinal}")?,
             _ => {}
         }
-        if self.cuda_graph() { f.write_str(GRAPH) } else { Ok(()) }
+        f.write_str(if self.cuda_graph() { GRAPH } else { "" })?;
+        f.write_str(if matches!(self, Self::Cuda(options) if options.tf32) { ROUNDED } else { "" })
     }
 }
 
@@ -119,7 +130,8 @@ impl FromStr for Provider {
     type Err = RuntimeError;
 
     fn from_str(text: &str) -> Result<Self> {
-        let (device, cuda_graph) = text.strip_suffix(GRAPH).map_or((text, false), |device| (device, true));
+        let (rest, tf32) = text.strip_suffix(ROUNDED).map_or((text, false), |rest| (rest, true));
+        let (device, cuda_graph) = rest.strip_suffix(GRAPH).map_or((rest, false), |device| (device, true));
         let (name, ordinal) = match device.split_once(':') {
             Some((name, number)) => (name, number.parse().ok()),
             None => (device, Some(0)),
@@ -127,9 +139,9 @@ impl FromStr for Provider {
         match (name, ordinal) {
             ("cpu", _) if text == name => Some(Self::default()),
             ("cuda", Some(ordinal)) => {
-                Some(Self::Cuda(CudaOptions { ordinal, cuda_graph, ..CudaOptions::default() }))
+                Some(Self::Cuda(CudaOptions { ordinal, cuda_graph, tf32 }))
             }
-            ("tensorrt", Some(ordinal)) => {
+            ("tensorrt", Some(ordinal)) if !tf32 => {
                 Some(Self::TensorRt(TensorRtOptions { ordinal, cuda_graph, ..TensorRtOptions::default() }))
             }
             _ => None,
@@ -138,7 +150,7 @@ impl FromStr for Provider {
             what: "provider".to_owned(),
             expected:
                 "cpu, cuda, tensorrt, or cuda:<number> or tensorrt:<number> for another GPU than number 0; with +graph \
-                 behind it, runs are recorded as CUDA graphs"
+                 behind it, runs are recorded as CUDA graphs; with +tf32 behind cuda, products of f32 are rounded to 10 bits"
                     .to_owned(),
             got: format!("`{text}`"),
         })
@@ -244,6 +256,18 @@ impl Provider {
         }
     }
 
+    /// Refuses TensorRT where its f32 products would not be f32.
+    pub(crate) fn check_rounding(&self, forbidden: bool) -> Result<()> {
+        if forbidden || !matches!(self, Self::TensorRt(_)) {
+            return Ok(());
+        }
+        Err(RuntimeError::ProviderUnavailable {
+            provider: self.to_string(),
+            reason: format!("it would round the operands of f32 products to 10 bits, as {TF32} is not 0"),
+            remedy: format!("start the process with {TF32}=0"),
+        })
+    }
+
     fn unavailable(&self, missing: &[&CudaLibrary]) -> RuntimeError {
         let reasons: Vec<String> = missing.iter().filter_map(|l| l.complaint()).collect();
         let mut installs: Vec<&str> = missing.iter().map(|l| l.install).collect();
@@ -273,6 +297,15 @@ mod tests {
     }
 
     #[test]
+    fn tensorrt_is_refused_where_it_would_round_f32() {
+        let [cuda, tensorrt] = ["cuda", "tensorrt"].map(|name| name.parse::<Provider>().unwrap());
+        cuda.check_rounding(false).unwrap();
+        tensorrt.check_rounding(true).unwrap();
+        let refused = tensorrt.check_rounding(false).unwrap_err().to_string();
+        assert!(refused.contains("f32 products") && refused.contains("NVIDIA_TF32_OVERRIDE=0"), "{refused}");
+    }
+
+    #[test]
     fn names_round_trip_and_others_are_refused() {
         for name in [
             "cpu",
@@ -283,15 +316,41 @@ mod tests {
             "cuda+graph",
             "cuda:1+graph",
             "tensorrt+graph",
+            "cuda+tf32",
+            "cuda:1+graph+tf32",
         ] {
             assert_eq!(name.parse::<Provider>().unwrap().to_string(), name);
         }
-        for name in ["gpu", "cpu:0", "cpu+graph", "cuda:x", "cuda:", "cuda+", "", "CUDA"] {
+        for name in [
+            "gpu",
+            "cpu:0",
+            "cpu+graph",
+            "cuda:x",
+            "cuda:",
+            "cuda+",
+            "cpu+tf32",
+            "tensorrt+tf32",
+            "cuda+tf32+graph",
+            "",
+            "CUDA",
+        ] {
             assert!(
                 name.parse::<Provider>().unwrap_err().to_string().contains("expected cpu, cuda"),
                 "{name}"
             );
         }
+    }
+
+    #[test]
+    fn f32_is_f32_unless_asked_otherwise() {
+        let tf32 = |name: &str| match name.parse::<Provider>().unwrap() {
+            Provider::Cuda(options) => options.tf32,
+            other => panic!("{other}"),
+        };
+        assert_eq!(
+            ["cuda", "cuda:1+graph", "cuda+tf32", "cuda+graph+tf32"].map(tf32),
+            [false, false, true, true]
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 
-use graph_builder::{DType, OnnxProgram, TensorSpec};
+use graph_builder::{NativeCall, NativeKernel, OnnxProgram, TensorSpec};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use crate::cuda::Gpu;
@@ -137,7 +137,7 @@ impl Session {
             native_ops: &program.native_ops,
             unrepeatable: &program.unrepeatable,
         };
-        let check = |native: &dyn Fn(&str, DType) -> bool| {
+        let check = |native: &dyn Fn(&NativeCall<'_>) -> NativeKernel| {
             program.check_cuda(native).map_err(|e| load_error(&program.name, &e))
         };
         let loaded = Loaded::from_memory(runtime, &from, weights, options, &check)?;
@@ -160,7 +160,18 @@ impl Session {
         signature: Option<(&[TensorSpec], &[TensorSpec])>,
         options: &SessionOptions,
     ) -> Result<Arc<Self>> {
-        let (name, loaded) = Loaded::from_file(runtime, path.as_ref(), options)?;
+        Self::load_known(runtime, path.as_ref(), signature, options, None)
+    }
+
+    /// [`Session::load_file`] of a file of which it is known what no recorded run may have.
+    pub(crate) fn load_known(
+        runtime: &Arc<Runtime>,
+        path: &Path,
+        signature: Option<(&[TensorSpec], &[TensorSpec])>,
+        options: &SessionOptions,
+        unrepeatable: Option<&[String]>,
+    ) -> Result<Arc<Self>> {
+        let (name, loaded) = Loaded::from_file(runtime, path, options, unrepeatable)?;
         let (inputs, outputs) = loaded.check_static(&name)?;
         if let Some((inputs, outputs)) = signature {
             loaded.check(&name, inputs, outputs)?;
@@ -261,6 +272,7 @@ pub(crate) fn builder(
     program: &str,
 ) -> Result<(SessionBuilder, Option<Arc<Gpu>>)> {
     options.provider.check()?;
+    options.provider.check_rounding(provider::tf32_forbidden())?;
     let gpu = match options.provider.device() {
         Device::Cpu => None,
         Device::Cuda { ordinal } => {

@@ -1,5 +1,6 @@
 //! Small ONNX models and a started runtime, for the tests of this crate.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -139,6 +140,7 @@ pub(crate) fn program(
         outputs: outputs.to_vec(),
         weights_file: None,
         native_ops: Vec::new(),
+        native_operands: BTreeMap::new(),
         unrepeatable: Vec::new(),
     }
 }

@@ -166,6 +166,12 @@ fn a_built_engine_was_compared_with_the_plain_program_before_it_was_seen() {
     let line = "build-engine --offline --model checkpoint --weights checkpoint/model.safetensors --buckets 1,3 \
                 --program denoise,denoise-cfg,step,step-rows,loss,train-step";
     let report = scene.mudit(&format!("{line} --out e")).json();
+    let outputs = |program: &str| {
+        let runs = report["first_runs"].as_array().unwrap();
+        runs.iter().find(|r| r["program"] == program).unwrap()["validation"]["outputs"].as_u64().unwrap()
+    };
+    assert_eq!((outputs("step"), outputs("loss")), (3, 3));
+    assert!(outputs("train-step") > 30, "each gradient by itself");
     let runs = report["first_runs"].as_array().unwrap();
     assert_eq!(runs.len(), 12);
     for run in runs {
@@ -202,6 +208,14 @@ fn a_second_build_has_nothing_to_do_and_says_what_differs() {
     let again = scene.mudit(&first).run();
     assert!(again.code == Some(0) && again.seconds < 2.0, "{again}");
     assert!(again.to_string().contains("is up to date"), "{again}");
+    // Who runs what is kept: an engine that is up to date tells it too, in words and in JSON.
+    let who = "step-b2.onnx: ";
+    let line_of = again.stdout.lines().find(|l| l.starts_with(who)).unwrap();
+    assert!(line_of.contains(" nodes on CPUExecutionProvider: ") && line_of.contains(" mudit."), "{line_of}");
+    let kept: serde_json::Value =
+        serde_json::from_str(&scene.mudit(&format!("{first} --json")).succeeds()).unwrap();
+    let ops = &kept["manifest"]["placements"]["step-b2.onnx"]["nodes"]["CPUExecutionProvider"];
+    assert!(ops["Concat"].as_u64().unwrap() > 0 && kept["up_to_date"] == true, "{ops}");
     assert!(contents(&scene.path("e")) == built);
 
     let other = scene.mudit(&format!("{line} checkpoint/model.safetensors --batch 3")).succeeds();

@@ -73,6 +73,9 @@ fn nothing_is_fetched_offline() {
     bare("build-engine --model checkpoint --program loss --provider none --out e").succeeds();
 
     let doctor = bare("doctor").run();
+    let products = |text: &str| text.lines().any(|l| l.contains("f32 products") && l.contains("  ok  "));
+    assert!(products(&doctor.stdout), "{doctor}");
+    assert!(!products(&bare("doctor").env("NVIDIA_TF32_OVERRIDE", "1").run().stdout));
     doctor.refuses(1, &["training and sampling on the CPU lack"]);
     assert!(doctor.stdout.contains("missing") && doctor.stdout.contains("→"), "{doctor}");
     if Path::new("/usr/share/datasets/fashion-mnist").exists() {
@@ -268,4 +271,22 @@ fn a_reader_that_is_gone_is_no_failure() {
     assert_eq!(done.code, Some(0), "{done}");
     assert_eq!(checkpoint::list(&scene.path("r")).unwrap().len(), 1);
     assert_eq!(mudit(["--help"]).into_broken_pipe().wait().code, Some(0));
+}
+
+#[test]
+fn tensorrt_computes_f32_in_f32_or_is_refused() {
+    let scene = Scene::new();
+    for line in [
+        "sample --offline --checkpoint checkpoint --provider tensorrt",
+        "build-engine --offline --model checkpoint --program loss --provider tensorrt --out e",
+    ] {
+        // It starts again once; what comes after that, an error or not, is this machine's.
+        let again = "starting again with NVIDIA_TF32_OVERRIDE=0";
+        let done = scene.mudit(line).run();
+        assert_eq!(done.stderr.matches(again).count(), 1, "{done}");
+        let done = scene.mudit(line).env("NVIDIA_TF32_OVERRIDE", "0").run();
+        assert!(!done.stderr.contains(again), "{done}");
+        let rounded = scene.mudit(line).env("NVIDIA_TF32_OVERRIDE", "1");
+        scene.untouched(rounded, 2, &["NVIDIA_TF32_OVERRIDE=1", "f32 products"]);
+    }
 }

@@ -164,3 +164,35 @@ fn the_largest_training_step_is_emitted_quickly_and_without_weights() {
     assert_eq!(program.inputs.len(), 292 + 6);
     assert!(program.weights_file.is_none());
 }
+
+#[test]
+fn every_program_can_be_recorded_as_a_cuda_graph() {
+    let tiny = crate::tiny::config("ddpm");
+    // Guidance on three of four and eight channels, on all of them, and on none.
+    let wide = DitConfig { in_channels: 4, learn_sigma: false, ..tiny.clone() };
+    let models = [("wide", wide.clone()), ("learned", DitConfig { learn_sigma: true, ..wide })];
+    for (name, model) in models {
+        for kind in ProgramKind::ALL {
+            for guidance in [Guidance::First(3), Guidance::All, Guidance::Off] {
+                for batch in [1, 3] {
+                    let graph = program(&model, kind, batch, guidance).unwrap().optimised().unwrap();
+                    let program = graph.emit(Parameters::Inputs).unwrap();
+                    let found = &program.unrepeatable;
+                    assert!(found.is_empty(), "{name} {kind}, {guidance:?}, batch {batch}: {found:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn channels_that_are_not_guided_are_the_conditional_answer() {
+    let model = DitConfig { in_channels: 4, ..crate::tiny::config("ddpm") };
+    let graph = |kind| program(&model, kind, crate::tiny::BATCH, Guidance::First(3)).unwrap();
+    let (plain, guided) = (graph(ProgramKind::Denoise), graph(ProgramKind::DenoiseCfg));
+    let feeds = crate::tiny::feeds(&guided, "ddpm");
+    let [plain, guided] = [plain, guided].map(|graph| graph.eval(&feeds).unwrap().remove(0));
+    let differ = |(i, want): (ndarray::IxDyn, &f64)| (guided[&i] != *want).then(|| i[1]);
+    let differing: std::collections::BTreeSet<usize> = plain.indexed_iter().filter_map(differ).collect();
+    assert_eq!(differing, [0, 1, 2].into());
+}

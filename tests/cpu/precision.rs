@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use graph_builder::passes::{Policy, policy};
-use graph_builder::{DType, Graph, Precision, Shape, Weights as Parameters};
+use graph_builder::{DType, Graph, NativeKernel, Precision, Shape, Weights as Parameters};
 use models::{Guidance, LOSS_SCALE, ProgramKind, Recompute, has_loss_scale, program_for};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::execution::{array, run};
@@ -205,7 +205,9 @@ fn cuda_has_a_kernel_for_every_node() {
             for kind in ProgramKind::ALL {
                 let graph = f32_graph(variant, kind, precision).in_precision(precision).unwrap();
                 let program = graph.emit(Parameters::Inputs).unwrap();
-                program.check_cuda(&|_, _| false).unwrap_or_else(|e| panic!("{variant} {precision}: {e}"));
+                program
+                    .check_cuda(&|_| NativeKernel::Body)
+                    .unwrap_or_else(|e| panic!("{variant} {precision}: {e}"));
             }
         }
     }
@@ -213,7 +215,7 @@ fn cuda_has_a_kernel_for_every_node() {
     let images = |op: &str| if op == "Patchify" { Policy::Compute } else { policy(op) };
     let graph = f32_graph("flow", ProgramKind::Denoise, Precision::Bf16);
     let program = graph.in_precision_by(Precision::Bf16, images).unwrap().emit(Parameters::Inputs).unwrap();
-    let refusal = program.check_cuda(&|_, _| false).unwrap_err().to_string();
+    let refusal = program.check_cuda(&|_| NativeKernel::Body).unwrap_err().to_string();
     let parts =
         ["SpaceToDepth of `x_embedder/Patchify", "(in the body of Patchify)", "no CUDA kernel for bf16"];
     assert!(parts.iter().all(|part| refusal.contains(part)), "{refusal}");

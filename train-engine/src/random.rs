@@ -3,7 +3,9 @@
 //! A [`Stream`] is keyed by the run's seed, a [`Purpose`], a step and a sample, so a resumed run, another number of
 //! threads or another order of work draws the same numbers. Nothing here holds state that would have to be saved.
 
-use std::f64::consts::TAU;
+mod normal;
+
+use runtime::cuda::kernels::NormalStream;
 
 /// What a stream of draws is for. The numbers are part of the checkpoint contract: never change or reuse one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -108,10 +110,9 @@ impl Stream {
         }
     }
 
-    /// What a device needs to draw the stream itself: the key, and the counter of the first block; that of block `i`
-    /// has `i` for its first word.
-    pub fn start(&self) -> ([u32; 2], [u32; 4]) {
-        (self.key, [0, self.counter[1], self.counter[2], self.counter[3]])
+    /// The stream from its beginning, for a GPU to take its normal draws.
+    pub fn on_device(&self) -> NormalStream {
+        NormalStream::new(self.key, [self.counter[1], self.counter[2], self.counter[3]])
     }
 
     /// A uniform 32-bit word.
@@ -147,17 +148,14 @@ impl Stream {
         self.uniform_f64() < p
     }
 
-    /// Standard normal (Box–Muller in f64, rounded once), |z| ≤ 6.7.
+    /// Standard normal (Box–Muller in f64, rounded once), |z| ≤ 6.7; the same bits on every machine, and on a GPU.
     pub fn normal(&mut self) -> f32 {
-        const STEP: f64 = 1.0 / (1u64 << 32) as f64;
         if let Some(z) = self.spare.take() {
             return z;
         }
-        // The radius takes (0, 1], so that its logarithm is finite.
-        let radius = (-2.0 * ((f64::from(self.u32()) + 1.0) * STEP).ln()).sqrt();
-        let (sin, cos) = (TAU * (f64::from(self.u32()) * STEP)).sin_cos();
-        self.spare = Some((radius * sin) as f32);
-        (radius * cos) as f32
+        let [z, spare] = normal::pair(self.u32(), self.u32());
+        self.spare = Some(spare);
+        z
     }
 
     /// Fills `out` with what successive [`normal`](Self::normal) calls would give.

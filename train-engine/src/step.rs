@@ -16,6 +16,9 @@ use runtime::{Arena, ArenaLayout, Binding, Recording, Runtime, Session, SessionO
 use crate::config::TrainConfig;
 use crate::error::{Result, TrainError};
 
+/// The input of a training step that a GPU draws by itself.
+pub(crate) const NOISE: &str = "noise";
+
 /// One batch as the `train-step` program takes it.
 #[derive(Debug, Clone, Copy)]
 pub struct StepInputs<'a> {
@@ -184,6 +187,7 @@ impl Prepared {
                 "{bound} of {parameters} parameters and {written} of {trainable} gradients are on the GPU"
             )));
         }
+        builder.draw_input(NOISE)?;
         let (gpu, gradient_layout) = (gpu.clone(), self.gradients);
         let arenas = DeviceArenas { gpu, masters, copy, gradients, gradient_layout };
         Ok((builder.finish()?, StepArenas::Device(arenas)))
@@ -307,11 +311,19 @@ impl CompiledStep {
     /// [`TrainError::Runtime`] when an input has the wrong length or the session fails.
     pub fn run(&mut self, inputs: &StepInputs<'_>) -> Result<StepLoss> {
         self.binding.set_input("x0", inputs.x0)?;
-        self.binding.set_input("noise", inputs.noise)?;
+        self.binding.set_input(NOISE, inputs.noise)?;
         self.binding.set_input("t", inputs.t)?;
         self.binding.set_input("y", inputs.y)?;
         self.binding.run()?;
         self.loss()
+    }
+
+    /// The values of an f32 input that the last run has read.
+    ///
+    /// # Errors
+    /// [`TrainError::Runtime`] when the program has no such input, or reads it from an arena.
+    pub fn input(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.binding.read_input(name)?)
     }
 
     /// Whether its runs are recorded as CUDA graphs.

@@ -8,10 +8,11 @@ use models::{DitConfig, Guidance, ProgramKind, Recompute, optimised_program, pro
 use runtime::{Engine, engine};
 use serde_json::json;
 
-use super::{guided_channels, mup_table};
+use super::mup_table;
 use crate::console;
 use crate::profile::layer;
 use crate::profile::memory::Prediction;
+use crate::sampler::channels;
 
 /// Arguments of `mudit inspect`.
 #[derive(Debug, Args)]
@@ -25,7 +26,7 @@ pub struct InspectArgs {
     #[arg(long, default_value_t = 1)]
     batch: usize,
     /// Channels that guidance changes: a number, `all` or `off`.
-    #[arg(long, default_value = "3", value_parser = guided_channels, alias = "guided-channels")]
+    #[arg(long, default_value = "3", value_parser = channels, alias = "guided-channels")]
     cfg_channels: Guidance,
     /// What the program computes in: f32, bf16 or f16.
     #[arg(long, requires = "program", default_value = "f32")]

@@ -26,11 +26,11 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use graph_builder::Precision;
-use models::Guidance;
 use runtime::{Provider, Runtime, RuntimeOptions};
 use train_engine::config::TrainConfig;
 
 use crate::Usage;
+use crate::built::BuiltEngine;
 use crate::console;
 use crate::execution::Execution;
 
@@ -118,24 +118,29 @@ struct Machine {
 /// Options of commands that run programs on a GPU, too.
 #[derive(Clone, Debug, Args)]
 struct Target {
-    /// Who runs the programs: cpu, cuda, tensorrt; cuda:1 is the GPU of that number.
-    #[arg(long, default_value = "cpu", env = "MUDIT_PROVIDER")]
-    provider: Provider,
-    /// Element type of the computation: f32, bf16 or f16; other than f32 on GPUs only.
-    #[arg(long, default_value = "f32")]
-    precision: Precision,
+    /// Who runs the programs: cpu, cuda, tensorrt; cuda:1 is the GPU of that number. Default cpu, or an engine's.
+    #[arg(long, env = "MUDIT_PROVIDER")]
+    provider: Option<Provider>,
+    /// Element type of the computation: f32, bf16 or f16; other than f32 on GPUs only. Default f32, or an engine's.
+    #[arg(long)]
+    precision: Option<Precision>,
 }
 
 impl Target {
     /// How programs are computed; refuses what this machine cannot do.
     fn execution(&self, machine: Machine) -> anyhow::Result<Execution> {
         let execution = Execution {
-            provider: self.provider.clone(),
-            precision: self.precision,
+            provider: self.provider.clone().unwrap_or_default(),
+            precision: self.precision.unwrap_or_default(),
             threads: machine.threads,
         };
         execution.check()?;
         Ok(execution)
+    }
+
+    /// [`Self::execution`] of an engine's programs, which says what is not said here.
+    fn execution_of(&self, engine: &BuiltEngine, machine: Machine) -> anyhow::Result<Execution> {
+        engine.execution(self.provider.as_ref(), self.precision, machine.threads)
     }
 }
 
@@ -190,17 +195,5 @@ impl Machine {
         let options =
             RuntimeOptions { offline: self.offline, gpu: provider.is_gpu(), progress: &console::note };
         Ok(Runtime::start(&options)?)
-    }
-}
-
-/// Reads `--cfg-channels`.
-fn guided_channels(text: &str) -> Result<Guidance, String> {
-    match text {
-        "all" => Ok(Guidance::All),
-        "off" => Ok(Guidance::Off),
-        n => match n.parse() {
-            Ok(n) if n > 0 => Ok(Guidance::First(n)),
-            _ => Err("expected a number of channels from 1, `all` or `off`".into()),
-        },
     }
 }

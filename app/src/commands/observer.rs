@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use graph_builder::Graph;
 use models::{DitConfig, Guidance, Objective, Solver, SolverKind};
 use runtime::{Runtime, SharedArena};
 use train_engine::TrainError;
@@ -56,6 +57,17 @@ impl Console {
         self.progress.take().map(Progress::finish)
     }
 
+    /// How pictures are drawn.
+    fn settings(&self, model: &DitConfig) -> Settings {
+        Settings {
+            solver: solver(&self.sample, model.objective),
+            guidance: guidance(self.sample.guidance, model),
+            guided: Guidance::All,
+            batch: SAMPLE_BATCH.min(self.sample.per_class * model.num_classes),
+            execution: self.execution.clone(),
+        }
+    }
+
     fn say(&mut self, line: &str) {
         match &mut self.progress {
             Some(progress) => progress.say(line),
@@ -104,6 +116,11 @@ pub(super) fn draw_grid(
 const MOST_COLUMNS: usize = 16;
 
 impl Observer for Console {
+    fn pictures(&self, model: &DitConfig) -> train_engine::Result<Option<Graph>> {
+        let settings = self.settings(model);
+        Ok(Some(settings.program(model)?.optimised().map_err(models::ModelError::from)?))
+    }
+
     fn planned(&mut self, plan: &MemoryPlan) {
         console::note(&plan.to_string());
     }
@@ -139,21 +156,11 @@ impl Observer for Console {
 
     fn sample(&mut self, step: u64, model: &DitConfig, ema: &SharedArena) -> train_engine::Result<()> {
         let path = self.run_dir.join("samples").join(format!("step-{step:08}.png"));
+        let settings = self.settings(model);
         let drawn = (|| -> anyhow::Result<()> {
             let sampler = match &mut self.sampler {
                 Some(sampler) => sampler,
-                none => none.insert(Sampler::new(
-                    &self.runtime,
-                    model,
-                    &Placed::following(ema),
-                    &Settings {
-                        solver: solver(&self.sample, model.objective),
-                        guidance: guidance(self.sample.guidance, model),
-                        guided: Guidance::All,
-                        batch: SAMPLE_BATCH.min(self.sample.per_class * model.num_classes),
-                        execution: self.execution.clone(),
-                    },
-                )?),
+                none => none.insert(Sampler::new(&self.runtime, model, &Placed::following(ema), &settings)?),
             };
             draw_grid(sampler, model, self.sample.per_class, self.seed, format!("step {step}"), &path)
         })();

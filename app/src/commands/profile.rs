@@ -8,13 +8,14 @@ use models::{DitConfig, Guidance, ProgramKind};
 use runtime::file::write_atomically;
 use serde_json::{Value, json};
 
-use super::{Machine, guided_channels};
+use super::Machine;
 use crate::console;
 use crate::profile::measure::{Measured, Subject};
 use crate::profile::memory::{Prediction, megabytes};
 use crate::profile::{Spent, UNJOINED};
 use crate::render::icicle;
 use crate::roof::{self, Roof};
+use crate::sampler::channels;
 
 /// Time that measuring the machine itself may take.
 const ROOF_BUDGET: Duration = Duration::from_secs(3);
@@ -35,7 +36,7 @@ pub struct ProfileArgs {
     #[arg(long, default_value_t = 1)]
     batch: usize,
     /// Channels that guidance changes: a number, `all` or `off`.
-    #[arg(long, default_value = "3", value_parser = guided_channels, alias = "guided-channels")]
+    #[arg(long, default_value = "3", value_parser = channels, alias = "guided-channels")]
     cfg_channels: Guidance,
     /// Timed runs, with and without the profiler.
     #[arg(long, default_value_t = 10)]

@@ -1,4 +1,4 @@
-//! `mudit sample`: images from a checkpoint, as pictures and arrays; or a trajectory for comparison.
+//! `mudit sample`: images from a checkpoint or an engine, as pictures and arrays; or a trajectory for comparison.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,9 @@ use super::solving::Solving;
 use super::weights::{self, Which};
 use super::{Machine, Target};
 use crate::Usage;
+use crate::built::BuiltEngine;
 use crate::console;
-use crate::execution::Placed;
+use crate::execution::{Execution, Placed};
 use crate::render::arrays::SampleArchive;
 use crate::render::grid::{Caption, Column, grid, save_png};
 use crate::render::pixels;
@@ -29,10 +30,14 @@ use crate::sampler::{NoiseSource, Sampler, Settings};
 pub struct SampleArgs {
     /// A checkpoint directory (config.json, model.safetensors, perhaps ema.safetensors) or a run directory.
     #[arg(long)]
-    checkpoint: PathBuf,
-    /// Which parameters: the moving average or the model's own.
-    #[arg(long, value_enum, default_value = "ema")]
-    weights: Which,
+    checkpoint: Option<PathBuf>,
+    /// An engine directory with `step-rows` or `step`, whose programs run as they are. With --checkpoint, it must have
+    /// been built from that.
+    #[arg(long)]
+    engine: Option<PathBuf>,
+    /// Which parameters of the checkpoint: the moving average (ema, the default) or the model's own.
+    #[arg(long, value_enum)]
+    weights: Option<Which>,
     #[command(flatten)]
     solving: Solving,
     /// Classes by number or name, repeated in turn; default all.
@@ -74,6 +79,21 @@ const DEFAULT_CLASSES: usize = 16;
 /// Images a class of a default grid.
 const DEFAULT_ROWS: usize = 8;
 
+/// What makes the images, and how it computes.
+enum MadeBy {
+    Checkpoint(weights::Loaded, Execution),
+    Engine(BuiltEngine, Execution),
+}
+
+impl MadeBy {
+    fn model(&self) -> &DitConfig {
+        match self {
+            Self::Checkpoint(loaded, _) => &loaded.model,
+            Self::Engine(engine, _) => engine.model(),
+        }
+    }
+}
+
 /// Starting points from a file.
 struct GivenNoise {
     x_t: Vec<f32>,
@@ -91,9 +111,8 @@ impl SampleArgs {
         if self.batch == 0 {
             return Err(Usage("--batch must be 1 or more".into()).into());
         }
-        let execution = self.target.execution(self.machine)?;
-        let loaded = weights::open(&self.checkpoint, self.weights)?;
-        let model = &loaded.model;
+        let made_by = self.open()?;
+        let model = made_by.model();
         let solver = self.solving.solver(model);
         let plan = solver.plan(model.objective, model.learn_sigma)?;
         let image = [model.in_channels, model.input_size, model.input_size];
@@ -106,7 +125,10 @@ impl SampleArgs {
             None => (self.labels(model)?, None),
         };
         let n = labels.len();
-        let guided = self.solving.guided(model)?;
+        let (execution, guided) = match &made_by {
+            MadeBy::Checkpoint(_, execution) => (execution.clone(), self.solving.guided(model)?),
+            MadeBy::Engine(engine, execution) => (execution.clone(), self.solving.guided_by(engine)?),
+        };
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let settings = Settings {
             solver: solver.clone(),
@@ -115,14 +137,21 @@ impl SampleArgs {
             batch: self.batch.min(n),
             execution,
         };
-        let placed = Placed::of(&loaded.parameters, model, &settings.execution)?;
-        let mut sampler = Sampler::new(&runtime, model, &placed, &settings)?;
+        let (mut sampler, file) = match &made_by {
+            MadeBy::Checkpoint(loaded, execution) => {
+                let placed = Placed::of(&loaded.parameters, model, execution)?;
+                (Sampler::new(&runtime, model, &placed, &settings)?, loaded.file.clone())
+            }
+            MadeBy::Engine(engine, _) => {
+                (Sampler::on_engine(&runtime, engine, &settings)?, engine.weights_file())
+            }
+        };
         let source = match &given {
             Some(g) => NoiseSource::Given { x_t: &g.x_t, noise: g.noise.as_deref() },
             None => NoiseSource::Seeded { seed: self.seed, first: self.first },
         };
         let mut trajectory = self.save_trajectory.as_ref().map(|_| Vec::new());
-        let batches = n.div_ceil(settings.batch) as u64;
+        let batches = n.div_ceil(sampler.batch()) as u64;
         let mut progress = Progress::new(Job {
             name: "sample".into(),
             first_step: 0,
@@ -142,7 +171,7 @@ impl SampleArgs {
             return console::json(&json!({
                 "images": n, "seconds": seconds, "images_per_s": n as f64 / seconds, "files": written,
                 "sampler": solver.kind.name(), "steps": sampler.steps(), "cfg": self.solving.cfg, "seed": self.seed,
-                "weights": loaded.file,
+                "weights": file,
             }));
         }
         console::out(&format!(
@@ -152,6 +181,24 @@ impl SampleArgs {
             sampler.steps()
         ))?;
         written.into_iter().try_for_each(|path| console::out(&path.display().to_string()))
+    }
+
+    /// The engine where one is given, else the checkpoint; refuses what cannot be computed before it reads weights.
+    fn open(&self) -> anyhow::Result<MadeBy> {
+        let checkpoint = self.checkpoint.as_deref();
+        match (&self.engine, checkpoint) {
+            (Some(directory), _) => {
+                let engine = weights::open_engine(directory, checkpoint, self.weights)?;
+                let execution = self.target.execution_of(&engine, self.machine)?;
+                Ok(MadeBy::Engine(engine, execution))
+            }
+            (None, Some(checkpoint)) => {
+                let execution = self.target.execution(self.machine)?;
+                let loaded = weights::open(checkpoint, self.weights.unwrap_or(Which::Ema))?;
+                Ok(MadeBy::Checkpoint(loaded, execution))
+            }
+            (None, None) => Err(Usage("give --checkpoint or --engine".into()).into()),
+        }
     }
 
     fn labels(&self, model: &DitConfig) -> anyhow::Result<Vec<i64>> {

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -13,13 +14,14 @@ use serde_json::json;
 use train_engine::signals::StopSignal;
 
 use super::weights::{self, Which};
-use super::{Machine, Target, guided_channels};
+use super::{Machine, Target};
+use crate::built::BuiltEngine;
 use crate::execution::Execution;
-use crate::sampler::default_guided;
+use crate::sampler::{channels, default_guided};
 use crate::serve::engine::EngineOptions;
 use crate::serve::http::Limits;
 use crate::serve::http::auth::Keys;
-use crate::serve::model::Source;
+use crate::serve::model::{Origin, Source};
 use crate::serve::{ServeOptions, Server};
 use crate::{Usage, console};
 
@@ -32,16 +34,20 @@ const TICK: Duration = Duration::from_millis(20);
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     /// A checkpoint or run directory; its last name is the model's.
-    #[arg(long, env = "MUDIT_CHECKPOINT", required_unless_present = "models")]
+    #[arg(long, env = "MUDIT_CHECKPOINT")]
     checkpoint: Option<PathBuf>,
-    /// A further model: NAME=DIR. May be given again.
+    /// An engine directory with `step-rows` at the batch sizes to be used, which run as they are; its last name is the
+    /// model's. With --checkpoint, it must have been built from that.
+    #[arg(long, env = "MUDIT_ENGINE")]
+    engine: Option<PathBuf>,
+    /// A further model, a checkpoint or an engine: NAME=DIR. May be given again.
     #[arg(long = "model", value_parser = named)]
     models: Vec<(String, PathBuf)>,
-    /// Which parameters: the moving average or the model's own.
-    #[arg(long, value_enum, default_value = "ema", env = "MUDIT_WEIGHTS")]
-    weights: Which,
-    /// Channels that guidance changes: a number or `all`. Default 3 for DDPM models as in the reference, else all.
-    #[arg(long, value_parser = guided_channels)]
+    /// Which parameters of checkpoints: the moving average (ema, the default) or the model's own.
+    #[arg(long, value_enum, env = "MUDIT_WEIGHTS")]
+    weights: Option<Which>,
+    /// Channels that guidance changes: a number or `all`. Default an engine's; 3 for DDPM models as in the reference, else all.
+    #[arg(long, value_parser = channels)]
     cfg_channels: Option<Guidance>,
     /// Address to listen on. Any but this machine's own needs API keys.
     #[arg(long, default_value = "127.0.0.1", env = "MUDIT_HOST")]
@@ -116,11 +122,12 @@ struct Batches {
 
 impl ServeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let options = self.options()?;
+        let places = self.places()?;
+        let options = self.options(&places)?;
         let stop = StopSignal::install()?;
-        let sources = self.sources()?;
+        let sources = self.sources(places)?;
         let names: Vec<String> = sources.iter().map(|s| s.name.clone()).collect();
-        let runtime = self.machine.runtime_for(&self.target.provider)?;
+        let runtime = self.machine.runtime_for(&options.engine.execution.provider)?;
         let server = Server::bind(sources, options)?;
         let url = format!("http://{}", server.address());
         console::note(&format!("serve: {url} is open; loading {}", names.join(", ")));
@@ -154,7 +161,7 @@ impl ServeArgs {
         Ok(())
     }
 
-    fn options(&self) -> anyhow::Result<ServeOptions> {
+    fn options(&self, places: &[(String, Place)]) -> anyhow::Result<ServeOptions> {
         for (name, value) in [
             ("--max-images", self.max_images),
             ("--max-steps", self.max_steps),
@@ -176,7 +183,7 @@ impl ServeArgs {
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if self.machine.threads == 0 { cores } else { self.machine.threads };
-        let execution = Execution { threads, ..self.target.execution(self.machine)? };
+        let execution = Execution { threads, ..self.execution(places)? };
         Ok(ServeOptions {
             address: SocketAddr::new(self.host, self.port),
             engine: EngineOptions {
@@ -215,30 +222,82 @@ impl ServeArgs {
         }
     }
 
-    fn sources(&self) -> anyhow::Result<Vec<Source>> {
-        let mut all: Vec<(String, &Path)> = Vec::new();
-        if let Some(path) = &self.checkpoint {
-            let full = path.canonicalize().unwrap_or_else(|_| path.clone());
-            let name = full.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
-            all.push((name, path));
+    /// What is served under which names. Engines are opened, checkpoints are not read yet.
+    fn places(&self) -> anyhow::Result<Vec<(String, Place)>> {
+        let name_of = |path: &Path| {
+            let full = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+            full.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned())
+        };
+        let engine = |path: &Path, checkpoint: Option<&Path>| -> anyhow::Result<Place> {
+            // For checkpoints beside it, the choice of weights has a meaning.
+            let which = self.weights.filter(|_| checkpoint.is_some() || self.models.is_empty());
+            Ok(Place::Engine(Arc::new(weights::open_engine(path, checkpoint, which)?)))
+        };
+        let mut all = Vec::new();
+        match (&self.engine, &self.checkpoint) {
+            (Some(path), checkpoint) => all.push((name_of(path), engine(path, checkpoint.as_deref())?)),
+            (None, Some(path)) => all.push((name_of(path), Place::Checkpoint(path.clone()))),
+            (None, None) => {}
         }
-        all.extend(self.models.iter().map(|(name, path)| (name.clone(), path.as_path())));
-        let mut sources: Vec<Source> = Vec::new();
-        for (name, path) in all {
-            if sources.iter().any(|s| s.name == name) {
-                return Err(Usage(format!(
-                    "two models are called `{name}`: name them with --model NAME=DIR"
-                ))
-                .into());
+        for (name, path) in &self.models {
+            let place =
+                if BuiltEngine::is_at(path) { engine(path, None)? } else { Place::Checkpoint(path.clone()) };
+            if all.iter().any(|(known, _)| known == name) {
+                let text = format!("two models are called `{name}`: name them with --model NAME=DIR");
+                return Err(Usage(text).into());
             }
-            let loaded = weights::open(path, self.weights)?;
-            let guided = self.cfg_channels.unwrap_or(default_guided(loaded.model.objective));
-            let sha256 = sha256_file(&loaded.file)?;
-            let weights::Loaded { model, parameters, file } = loaded;
-            sources.push(Source { name, model, parameters, guided, file, sha256 });
+            all.push((name.clone(), place));
         }
-        Ok(sources)
+        if all.is_empty() {
+            return Err(Usage("give --checkpoint, --engine or --model".into()).into());
+        }
+        Ok(all)
     }
+
+    /// How all models are computed: as the engines are built for, which must agree.
+    fn execution(&self, places: &[(String, Place)]) -> anyhow::Result<Execution> {
+        let mut known: Option<Execution> = None;
+        for (_, place) in places {
+            let Place::Engine(engine) = place else { continue };
+            if let Some(asked) = self.cfg_channels {
+                engine.check_guided(asked)?;
+            }
+            known = Some(match &known {
+                None => self.target.execution_of(engine, self.machine)?,
+                Some(first) => {
+                    engine.execution(Some(&first.provider), Some(first.precision), first.threads)?
+                }
+            });
+        }
+        known.map_or_else(|| self.target.execution(self.machine), Ok)
+    }
+
+    fn sources(&self, places: Vec<(String, Place)>) -> anyhow::Result<Vec<Source>> {
+        let source = |(name, place): (String, Place)| match place {
+            Place::Engine(engine) => Ok(Source {
+                name,
+                model: engine.model().clone(),
+                guided: engine.guided(),
+                file: engine.weights_file(),
+                sha256: engine.weights_sha256().unwrap_or_default().to_owned(),
+                origin: Origin::Engine(engine),
+            }),
+            Place::Checkpoint(path) => {
+                let loaded = weights::open(&path, self.weights.unwrap_or(Which::Ema))?;
+                let guided = self.cfg_channels.unwrap_or(default_guided(loaded.model.objective));
+                let sha256 = sha256_file(&loaded.file)?;
+                let weights::Loaded { model, parameters, file } = loaded;
+                Ok(Source { name, model, origin: Origin::Parameters(parameters), guided, file, sha256 })
+            }
+        };
+        places.into_iter().map(source).collect()
+    }
+}
+
+/// Where a model is.
+enum Place {
+    Checkpoint(PathBuf),
+    Engine(Arc<BuiltEngine>),
 }
 
 /// Reads NAME=DIR.

@@ -3,9 +3,9 @@
 use clap::Args;
 use models::{DitConfig, Guidance, Solver, SolverKind, Spacing};
 
-use super::guided_channels;
 use crate::Usage;
-use crate::sampler::{default_guided, default_sampler, default_steps};
+use crate::built::BuiltEngine;
+use crate::sampler::{channels, default_guided, default_sampler, default_steps};
 
 /// Which solver, how many steps, how much guidance.
 #[derive(Clone, Debug, Args)]
@@ -26,7 +26,7 @@ pub(super) struct Solving {
     #[arg(long, default_value_t = 1.5, visible_alias = "guidance", aliases = ["cfg-scale", "guidance-scale"])]
     pub(super) cfg: f64,
     /// Channels that guidance changes: a number or `all`. Default 3 for DDPM models as in the reference, else all.
-    #[arg(long, value_parser = guided_channels, aliases = ["guided-channels", "guidance-channels"])]
+    #[arg(long, value_parser = channels, aliases = ["guided-channels", "guidance-channels"])]
     cfg_channels: Option<Guidance>,
 }
 
@@ -49,5 +49,17 @@ impl Solving {
             );
         }
         Ok(self.cfg_channels.unwrap_or(default_guided(model.objective)))
+    }
+
+    /// The channels that guidance changes in an engine.
+    ///
+    /// # Errors
+    /// As [`Self::guided`]; other channels are asked for.
+    pub(super) fn guided_by(&self, engine: &BuiltEngine) -> anyhow::Result<Guidance> {
+        self.guided(engine.model())?;
+        if let Some(asked) = self.cfg_channels {
+            engine.check_guided(asked)?;
+        }
+        Ok(engine.guided())
     }
 }

@@ -105,6 +105,7 @@ mod tests {
             outputs: vec![spec("out", DType::F32, &[2, 2, 4, 4])],
             weights_file: Some("w.safetensors".into()),
             native_ops: Vec::new(),
+            native_operands: std::collections::BTreeMap::new(),
             unrepeatable: Vec::new(),
         };
         let place = folder.path().join("repository");

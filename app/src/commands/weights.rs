@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::ValueEnum;
 use models::{DitConfig, Guidance, ProgramKind, program};
+use runtime::file::sha256_file;
 use runtime::safetensors_file::SafetensorsReader;
 use runtime::{Arena, SharedArena};
 use train_engine::checkpoint::{self, CONFIG_FILE, EMA_FILE, MODEL_FILE};
@@ -12,6 +13,7 @@ use train_engine::mup::check_stamp;
 use train_engine::step::parameter_layout;
 
 use crate::Usage;
+use crate::built::BuiltEngine;
 use crate::console;
 
 /// Which parameters of a checkpoint are meant.
@@ -33,6 +35,47 @@ pub(super) struct Loaded {
 
 /// Opens a checkpoint directory, or the newest checkpoint of a run directory.
 pub(super) fn open(path: &Path, which: Which) -> anyhow::Result<Loaded> {
+    let (model, file) = find(path, which)?;
+    let parameters = read(&model, &file)?.into_shared();
+    Ok(Loaded { model, parameters, file })
+}
+
+/// Opens an engine; with `checkpoint`, one that was built from it.
+///
+/// # Errors
+/// No engine; one of another model or of other weights than the checkpoint's, naming both.
+pub(super) fn open_engine(
+    directory: &Path,
+    checkpoint: Option<&Path>,
+    which: Option<Which>,
+) -> anyhow::Result<BuiltEngine> {
+    let engine = BuiltEngine::open(directory)?;
+    let Some(checkpoint) = checkpoint else {
+        if which.is_some() {
+            let text = "--weights chooses between a checkpoint's, and an engine has its own";
+            return Err(Usage(text.into()).into());
+        }
+        return Ok(engine);
+    };
+    let (model, file) = find(checkpoint, which.unwrap_or(Which::Ema))?;
+    let (e, c) = (directory.display(), checkpoint.display());
+    let keys = |model: &DitConfig| serde_json::to_value(model);
+    let (built, wanted) = (keys(engine.model())?, keys(&model)?);
+    let names = built.as_object().into_iter().chain(wanted.as_object()).flat_map(|keys| keys.keys());
+    if let Some(key) = names.into_iter().find(|key| built[*key] != wanted[*key]) {
+        anyhow::bail!("the engine `{e}` has {key} {}, and `{c}` has {}", built[key], wanted[key]);
+    }
+    let (built, wanted) = (engine.weights_sha256().unwrap_or("none"), sha256_file(&file)?);
+    anyhow::ensure!(
+        built == wanted,
+        "the engine `{e}` was built from weights with sha256 {built}, and `{}` has {wanted}: build it again",
+        file.display()
+    );
+    Ok(engine)
+}
+
+/// The model of a checkpoint and its weights file.
+fn find(path: &Path, which: Which) -> anyhow::Result<(DitConfig, PathBuf)> {
     if !path.is_dir() {
         return Err(Usage(format!(
             "`{}` is no directory; give a checkpoint (with {CONFIG_FILE} and {MODEL_FILE}) or a run directory",
@@ -44,8 +87,7 @@ pub(super) fn open(path: &Path, which: Which) -> anyhow::Result<Loaded> {
     let model = DitConfig::resolve(&directory.join(CONFIG_FILE).display().to_string())?;
     let ema = directory.join(EMA_FILE);
     let file = if which == Which::Ema && ema.is_file() { ema } else { directory.join(MODEL_FILE) };
-    let parameters = read(&model, &file)?.into_shared();
-    Ok(Loaded { model, parameters, file })
+    Ok((model, file))
 }
 
 /// The directory of a checkpoint given either itself or by its run's directory.

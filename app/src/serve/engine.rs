@@ -18,7 +18,8 @@ use super::batching::curve::{CANDIDATES, Curve, CurveFile, Point};
 use super::batching::probe::{REFERENCE, Verdict, probe};
 use super::batching::stepper::{Recipe, RowProgram, Slot, Stepper};
 use super::batching::{Batcher, Factory, Lot};
-use super::model::Source;
+use super::model::{Origin, Source};
+use crate::built::ProgramSource;
 use crate::execution::{Execution, Placed};
 
 /// How the engine computes.
@@ -61,7 +62,7 @@ pub struct ModelReport {
     pub in_use: Curve,
     /// What the probe found.
     pub determinism: Verdict,
-    /// SHA-256 of the program, for two rows.
+    /// SHA-256 of the program, for the smallest batch that holds a guided image; of all of an engine's.
     pub program_sha256: String,
     /// From nothing to ready.
     pub warm_up_seconds: f64,
@@ -80,10 +81,16 @@ pub fn start(
     let mut programs = Programs::default();
     let (mut reports, mut lots, mut recipes) = (Vec::new(), Vec::new(), Vec::new());
     for (index, source) in sources.iter().enumerate() {
+        let origin = match &source.origin {
+            Origin::Parameters(parameters) => {
+                ProgramSource::Compiled(Placed::of(parameters, &source.model, &options.execution)?)
+            }
+            Origin::Engine(engine) => ProgramSource::Built(engine.clone()),
+        };
         let recipe = Recipe {
             runtime: runtime.clone(),
             model: source.model.clone(),
-            parameters: Placed::of(&source.parameters, &source.model, &options.execution)?,
+            programs: origin,
             guided: source.guided,
             execution: options.execution.clone(),
         };
@@ -139,9 +146,16 @@ fn warm_up(
 ) -> anyhow::Result<ModelReport> {
     let start = Instant::now();
     let null = source.model.null_class().is_some();
-    let guided = if null { recipe.guided } else { Guidance::Off };
-    let graph = program(&source.model, ProgramKind::StepRows, REFERENCE, guided)?.optimised()?;
-    let program_sha256 = sha256_bytes(&graph.emit(Weights::Inputs)?.bytes);
+    let candidates = candidates(&recipe.programs, options.max_rows)?;
+    let reference = candidates.iter().copied().find(|rows| *rows >= REFERENCE).unwrap_or(REFERENCE);
+    let program_sha256 = match &recipe.programs {
+        ProgramSource::Compiled(_) => {
+            let guided = if null { recipe.guided } else { Guidance::Off };
+            let graph = program(&source.model, ProgramKind::StepRows, reference, guided)?.optimised()?;
+            sha256_bytes(&graph.emit(Weights::Inputs)?.bytes)
+        }
+        ProgramSource::Built(engine) => sha256_bytes(engine.identity(ProgramKind::StepRows).as_bytes()),
+    };
     let key = format!(
         "{program_sha256} {}, {} threads, up to {} rows, ONNX Runtime {}, mudit {}, {}",
         options.execution.in_words(),
@@ -157,19 +171,20 @@ fn warm_up(
     let mut made = BTreeMap::new();
     let measured = match cached {
         Some(curve) => curve,
-        None => measure(recipe, &mut made, options.max_rows)?,
+        None => measure(recipe, &mut made, &candidates)?,
     };
     let kept = measured.kept();
     let mut buckets: Vec<usize> = kept.points.iter().map(|p| p.rows).collect();
     // Guided images, and the probe, need two rows.
-    made.retain(|rows, _| buckets.contains(rows) || *rows == REFERENCE);
-    for rows in buckets.iter().chain([&REFERENCE]) {
+    made.retain(|rows, _| buckets.contains(rows) || *rows == reference);
+    for rows in buckets.iter().chain([&reference]) {
         if !made.contains_key(rows) {
             made.insert(*rows, RowProgram::new(recipe, *rows)?);
         }
     }
     programs.models.push(made);
-    let determinism = probe(programs, index, &buckets, source.values(), null, options.deterministic)?;
+    let determinism =
+        probe(programs, index, reference, &buckets, source.values(), null, options.deterministic)?;
     buckets.retain(|b| determinism.buckets.contains(b));
     let in_use = kept.only(|rows| buckets.contains(&rows));
     anyhow::ensure!(
@@ -191,14 +206,29 @@ fn warm_up(
     })
 }
 
+/// The batch sizes that come into question: any, or an engine's; one of them holds a guided image.
+fn candidates(programs: &ProgramSource, max_rows: usize) -> anyhow::Result<Vec<usize>> {
+    let all = match programs {
+        ProgramSource::Compiled(_) => CANDIDATES.to_vec(),
+        ProgramSource::Built(engine) => engine.batches(ProgramKind::StepRows),
+    };
+    let Some(least) = all.iter().copied().find(|rows| *rows >= REFERENCE) else {
+        return Err(match programs {
+            ProgramSource::Built(engine) => engine.lacks(ProgramKind::StepRows, REFERENCE),
+            ProgramSource::Compiled(_) => anyhow::anyhow!("internal: no batch size for a guided image"),
+        });
+    };
+    Ok(all.into_iter().filter(|rows| *rows <= max_rows.max(least)).collect())
+}
+
 /// Step times by rows; `made` keeps the programs.
 fn measure(
     recipe: &Recipe,
     made: &mut BTreeMap<usize, RowProgram>,
-    max_rows: usize,
+    candidates: &[usize],
 ) -> anyhow::Result<Curve> {
     let mut curve = Curve::default();
-    for rows in CANDIDATES.into_iter().filter(|rows| *rows <= max_rows.max(REFERENCE)) {
+    for &rows in candidates {
         let mut slots = vec![Slot::still(recipe.model.num_classes as i64 - 1); rows];
         // The first run allocates.
         let tried = RowProgram::new(recipe, rows).and_then(|mut program| {
@@ -207,7 +237,7 @@ fn measure(
         });
         let mut program = match tried {
             Ok(program) => program,
-            Err(error) if rows > REFERENCE && out_of_memory(&error) => {
+            Err(error) if curve.largest() >= REFERENCE && out_of_memory(&error) => {
                 crate::console::note(&format!("serve: {rows} rows do not fit the GPU's memory"));
                 break;
             }

@@ -6,6 +6,17 @@ use std::sync::Arc;
 use models::{DitConfig, Guidance, SolverPlan};
 use runtime::SharedArena;
 
+use crate::built::BuiltEngine;
+
+/// Where a model's programs come from.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// They are compiled over these parameters.
+    Parameters(SharedArena),
+    /// They are in an engine, with their parameters.
+    Engine(Arc<BuiltEngine>),
+}
+
 /// A model with its parameters and its name.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -13,8 +24,8 @@ pub struct Source {
     pub name: String,
     /// What it is.
     pub model: DitConfig,
-    /// Its parameters.
-    pub parameters: SharedArena,
+    /// Its programs.
+    pub origin: Origin,
     /// Channels that guidance changes.
     pub guided: Guidance,
     /// Where the parameters were read; told to nobody but the operator.

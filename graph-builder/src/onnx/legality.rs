@@ -10,10 +10,12 @@ use onnx_protobuf::{AttributeProto, FunctionProto, ModelProto, NodeProto};
 use protobuf::Message;
 
 use super::DOMAIN;
+use super::call::{NativeCall, NativeKernel, shapes};
 use super::message::tensor_type;
 use crate::error::{GraphError, Result};
+use crate::onnx::OpenProgram;
 use crate::program::OnnxProgram;
-use crate::shape::DType;
+use crate::shape::{DType, Type};
 
 /// What an op's answer is made of, as far as types go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,8 @@ enum Answer {
     Of(usize),
     /// A truth value; the kernel is chosen by the first operand.
     Truth,
+    /// Axis sizes; the kernel is chosen by the first operand.
+    Sizes,
     /// The type that an attribute says; any operand.
     Attribute,
 }
@@ -46,6 +50,7 @@ const fn same(op: &'static str, cuda: &'static [DType]) -> Row {
 const ROWS: &[Row] = &[
     Row { op: "Constant", answer: Answer::Attribute, cuda: ALL },
     Row { op: "Cast", answer: Answer::Attribute, cuda: ALL },
+    Row { op: "Shape", answer: Answer::Sizes, cuda: ALL },
     same("Identity", ALL),
     same("Neg", NUMBERS),
     same("Exp", REALS),
@@ -95,30 +100,58 @@ pub fn known_ops() -> impl Iterator<Item = &'static str> {
     ROWS.iter().map(|row| row.op)
 }
 
+/// Tells how a use of a `mudit` op is run.
+type Native<'a> = &'a dyn Fn(&NativeCall<'_>) -> NativeKernel;
+
 impl OnnxProgram {
-    /// Checks that the CUDA provider has a kernel for every node, function bodies included, in the types that are used.
+    /// Checks that the CUDA provider has a kernel for every node, function bodies included, in the types that are used,
+    /// and that kernels of our own can take what they are given.
     ///
-    /// `native` tells whether a `mudit` op of this name has a kernel of our own in this type: its body is then not run.
+    /// `native` tells whether a `mudit` op runs by a kernel of our own: its body is then not run.
     ///
     /// # Errors
-    /// [`GraphError::IllegalType`] naming op, layer, type and remedy; [`GraphError::Emit`] for bytes that are no model
-    /// or an op that the table does not know.
-    pub fn check_cuda(&self, native: &dyn Fn(&str, DType) -> bool) -> Result<()> {
-        let model = ModelProto::parse_from_bytes(&self.bytes).map_err(|e| self.broken(e.to_string()))?;
-        let mut types: Types<'_> = BTreeMap::new();
-        for tensor in &model.graph.initializer {
-            types.insert(&tensor.name, self.dtype(i64::from(tensor.data_type))?);
-        }
-        types.extend(self.inputs.iter().map(|input| (input.name.as_str(), input.dtype)));
-        let functions = model.functions.iter().map(|f| ((f.name.as_str(), f.overload.as_str()), f)).collect();
-        let check = Check { program: self, functions, native };
-        // Nodes stand in an order for execution; every operand is made by an earlier node but for that.
-        for node in &model.graph.node {
-            check.node(node, &mut types, &Layer { node: &node.name, within: None })?;
-        }
-        Ok(())
+    /// [`GraphError::IllegalType`] naming op, layer, type and remedy; [`GraphError::UnfitKernel`];
+    /// [`GraphError::Emit`] for bytes that are no model or an op that the table does not know.
+    pub fn check_cuda(&self, native: &dyn Fn(&NativeCall<'_>) -> NativeKernel) -> Result<()> {
+        let inputs: Vec<_> = self.inputs.iter().map(|input| (input.name.as_str(), input.dtype)).collect();
+        check(&Program { name: &self.name, operands: &self.native_operands }, &self.bytes, &inputs, native)
     }
+}
 
+impl OpenProgram {
+    /// As [`OnnxProgram::check_cuda`].
+    ///
+    /// # Errors
+    /// As [`OnnxProgram::check_cuda`].
+    pub fn check_cuda(&self, native: &dyn Fn(&NativeCall<'_>) -> NativeKernel) -> Result<()> {
+        let inputs: Vec<_> = self.inputs.iter().map(|input| (input.name.as_str(), input.dtype)).collect();
+        check(&Program { name: &self.name, operands: &self.native_operands }, &self.bytes, &inputs, native)
+    }
+}
+
+fn check(program: &Program<'_>, bytes: &[u8], inputs: &[(&str, DType)], native: Native<'_>) -> Result<()> {
+    let model = ModelProto::parse_from_bytes(bytes).map_err(|e| program.broken(e.to_string()))?;
+    let mut types: Types<'_> = BTreeMap::new();
+    for tensor in &model.graph.initializer {
+        types.insert(&tensor.name, program.dtype(i64::from(tensor.data_type))?);
+    }
+    types.extend(inputs.iter().copied());
+    let functions = model.functions.iter().map(|f| ((f.name.as_str(), f.overload.as_str()), f)).collect();
+    let check = Check { program, functions, native };
+    // Nodes stand in an order for execution; every operand is made by an earlier node but for that.
+    for node in &model.graph.node {
+        check.node(node, &mut types, &Layer { node: &node.name, within: None })?;
+    }
+    Ok(())
+}
+
+/// A program's name, and what its model does not hold.
+struct Program<'a> {
+    name: &'a str,
+    operands: &'a BTreeMap<String, Type>,
+}
+
+impl Program<'_> {
     fn dtype(&self, number: i64) -> Result<DType> {
         let known = [DType::F32, DType::F16, DType::Bf16, DType::I64, DType::Bool];
         let found = known.into_iter().find(|dtype| tensor_type(*dtype) == number);
@@ -126,7 +159,7 @@ impl OnnxProgram {
     }
 
     fn broken(&self, reason: String) -> GraphError {
-        GraphError::Emit { graph: self.name.clone(), reason }
+        GraphError::Emit { graph: self.name.to_owned(), reason }
     }
 }
 
@@ -141,9 +174,9 @@ struct Layer<'a> {
 }
 
 struct Check<'a> {
-    program: &'a OnnxProgram,
+    program: &'a Program<'a>,
     functions: BTreeMap<(&'a str, &'a str), &'a FunctionProto>,
-    native: &'a dyn Fn(&str, DType) -> bool,
+    native: Native<'a>,
 }
 
 impl<'a> Check<'a> {
@@ -169,20 +202,26 @@ impl<'a> Check<'a> {
         let Some(body) = self.functions.get(&(node.op_type.as_str(), node.overload.as_str())) else {
             return Err(self.program.broken(format!("`{}` has no function body", layer.node)));
         };
-        let ours = operands.first().is_some_and(|dtype| (self.native)(&node.op_type, *dtype));
-        let native: &dyn Fn(&str, DType) -> bool = if ours { &|_, _| true } else { self.native };
-        let inside = Check { program: self.program, functions: self.functions.clone(), native };
+        let shapes = shapes(node, self.program.operands);
+        let kernel = operands
+            .first()
+            .map_or(NativeKernel::Body, |&dtype| (self.native)(&NativeCall { node, dtype, shapes }));
+        if let NativeKernel::Unfit(reason) = kernel {
+            let (program, layer) = (self.program.name.to_owned(), layer.node.to_owned());
+            return Err(GraphError::UnfitKernel { program, op: node.op_type.clone(), layer, reason });
+        }
+        let ours = kernel == NativeKernel::Own;
         let mut types: Types<'_> =
             body.input.iter().map(String::as_str).zip(operands.iter().copied()).collect();
         let layer = Layer { node: layer.node, within: (!ours).then_some(node.op_type.as_str()) };
         for step in &body.node {
             if ours {
-                let row = inside.row(step)?;
+                let row = self.row(step)?;
                 let operand = |k: usize| step.input.get(k).and_then(|name| types.get(name.as_str())).copied();
-                let answer = inside.answer(step, row, &operand)?;
+                let answer = self.answer(step, row, &operand)?;
                 types.extend(step.output.iter().map(|name| (name.as_str(), answer)));
             } else {
-                inside.node(step, &mut types, &layer)?;
+                self.node(step, &mut types, &layer)?;
             }
         }
         let results = body.output.iter().map(|name| types.get(name.as_str()).copied());
@@ -203,6 +242,7 @@ impl<'a> Check<'a> {
         match row.answer {
             Answer::Of(k) => operand(k).ok_or_else(missing),
             Answer::Truth => Ok(DType::Bool),
+            Answer::Sizes => Ok(DType::I64),
             Answer::Attribute => node
                 .attribute
                 .iter()
@@ -217,13 +257,13 @@ impl<'a> Check<'a> {
         let answer = self.answer(node, row, &|k| operands.get(k).copied())?;
         let chosen_by = match row.answer {
             Answer::Of(_) => answer,
-            Answer::Truth | Answer::Attribute => operands.first().copied().unwrap_or(answer),
+            Answer::Truth | Answer::Sizes | Answer::Attribute => operands.first().copied().unwrap_or(answer),
         };
         if row.cuda.contains(&chosen_by) {
             return Ok(answer);
         }
         Err(GraphError::IllegalType {
-            program: self.program.name.clone(),
+            program: self.program.name.to_owned(),
             op: node.op_type.clone(),
             layer: layer.node.to_owned(),
             within: layer.within.map(|op| format!(" (in the body of {op})")).unwrap_or_default(),
@@ -247,14 +287,14 @@ fn typed(attribute: &AttributeProto) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, Builder, Precision, Type, Value, Weights};
+    use crate::{Activation, Builder, Precision, Shape, Value, Weights};
 
     fn checked(build: impl for<'g> FnOnce(&'g Builder, Value<'g>) -> Value<'g>) -> Result<()> {
         let b = Builder::new("checked");
         let x = b.input("x", Type::f32([1, 2, 4, 4]));
         b.output("y", b.root().within("blocks.3.mlp", |_| build(&b, x)).cast(DType::F32));
         let program = b.finish().unwrap().emit(Weights::Inputs).unwrap();
-        program.check_cuda(&|_, _| false)
+        program.check_cuda(&|_| NativeKernel::Body)
     }
 
     #[test]
@@ -274,8 +314,33 @@ mod tests {
         let x = b.input("x", Type::f32([1, 2, 4, 4])).cast(DType::Bf16);
         b.output("y", x.patchify(2, crate::PatchOrder::ChannelsFirst).cast(DType::F32));
         let program = b.finish().unwrap().emit(Weights::Inputs).unwrap();
-        program.check_cuda(&|op, dtype| op == "Patchify" && dtype == DType::Bf16).unwrap();
-        assert!(program.check_cuda(&|_, dtype| dtype == DType::F16).is_err());
+        let native = |kernel: NativeKernel| {
+            let kernel = move |call: &NativeCall<'_>| match (call.op(), call.dtype()) {
+                ("Patchify", DType::Bf16) => kernel.clone(),
+                _ => panic!("{call:?}"),
+            };
+            program.check_cuda(&kernel).map_err(|e| e.to_string())
+        };
+        native(NativeKernel::Own).unwrap();
+        assert!(native(NativeKernel::Body).unwrap_err().contains("in the body of Patchify"));
+        let refusal = native(NativeKernel::Unfit("it is too small".to_owned())).unwrap_err();
+        assert!(refusal.starts_with("program `native`: Patchify of `"), "{refusal}");
+        assert!(refusal.contains("CUDA kernel: it is too small; use provider `cpu`"), "{refusal}");
+    }
+
+    #[test]
+    fn a_kernel_sees_shapes_and_attributes_of_its_call() {
+        let b = Builder::new("native");
+        let x = b.input("x", Type::f32([1, 2, 4, 4]));
+        b.output("y", x.patchify(2, crate::PatchOrder::ChannelsFirst));
+        let program = b.finish().unwrap().emit(Weights::Inputs).unwrap();
+        let kernel = |call: &NativeCall<'_>| {
+            assert_eq!(call.shapes(), [&Shape::from([1, 2, 4, 4])]);
+            assert_eq!((call.int("patch"), call.int("channels_last")), (Some(2), Some(0)));
+            assert_eq!((call.float("scale"), call.text("activation")), (None, None));
+            NativeKernel::Own
+        };
+        program.check_cuda(&kernel).unwrap();
     }
 
     #[test]
@@ -297,7 +362,7 @@ mod tests {
         let graph = b.finish().unwrap().optimised().unwrap();
         for precision in Precision::ALL {
             let program = graph.in_precision(precision).unwrap().emit(Weights::Inputs).unwrap();
-            program.check_cuda(&|_, _| false).unwrap();
+            program.check_cuda(&|_| NativeKernel::Body).unwrap();
         }
     }
 }

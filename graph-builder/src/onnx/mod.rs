@@ -4,6 +4,7 @@
 //! initializer whose data lies in a file beside the model. Nodes are named `scope/Op.index`, so that a profile
 //! of the running model names its layers.
 
+mod call;
 mod function;
 pub mod legality;
 mod message;
@@ -15,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use onnx_protobuf::{FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
 use protobuf::Message;
 
+pub use self::call::{NativeCall, NativeKernel};
 pub(crate) use self::function::FunctionBody;
 pub(crate) use self::message::{Attribute, tensor_type};
 use self::message::{external_tensor, raw_tensor, value_info};
@@ -72,6 +74,8 @@ pub(crate) struct Emitter<'a> {
     initializers: Vec<TensorProto>,
     shared: BTreeSet<String>,
     functions: BTreeMap<(&'static str, String), FunctionProto>,
+    /// Types of the operands of fused ops, by name.
+    operands: BTreeMap<String, Type>,
 }
 
 impl Emitter<'_> {
@@ -109,6 +113,9 @@ impl Emitter<'_> {
     pub(crate) fn native(&mut self, body: FunctionBody, attributes: Vec<Attribute>) {
         let (name, overload) = body.key();
         self.functions.entry((name, overload.clone())).or_insert_with(|| body.into_message());
+        for i in 0..self.arity() {
+            self.operands.insert(self.arg(i).to_owned(), self.arg_type(i).clone());
+        }
         self.push((name, DOMAIN, &overload), self.args(), attributes);
     }
 
@@ -217,6 +224,7 @@ impl Graph {
             initializers: Vec::new(),
             shared: BTreeSet::new(),
             functions: BTreeMap::new(),
+            operands: BTreeMap::new(),
         };
         let mut inputs = Vec::new();
         for (i, node) in self.nodes.iter().enumerate() {
@@ -242,13 +250,23 @@ impl Graph {
             self.outputs.iter().map(|(n, id)| spec(n, self.type_of(*id))).collect();
         let native_ops: BTreeSet<&str> = emitter.functions.keys().map(|(name, _)| *name).collect();
         let native_ops = native_ops.into_iter().map(str::to_owned).collect();
+        let native_operands = std::mem::take(&mut emitter.operands);
         let bytes = self.message(emitter, &inputs, &outputs)?;
         let weights_file = match weights {
             Weights::External { file, .. } if !self.parameters.is_empty() => Some(file.to_owned()),
             _ => None,
         };
         let (name, unrepeatable) = (self.name.clone(), self.unrepeatable());
-        Ok(OnnxProgram { name, bytes, inputs, outputs, weights_file, native_ops, unrepeatable })
+        Ok(OnnxProgram {
+            name,
+            bytes,
+            inputs,
+            outputs,
+            weights_file,
+            native_ops,
+            native_operands,
+            unrepeatable,
+        })
     }
 
     /// See [`OnnxProgram::unrepeatable`].

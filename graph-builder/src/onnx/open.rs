@@ -84,6 +84,8 @@ pub struct OpenProgram {
     pub weights_file: Option<String>,
     /// As of [`OnnxProgram`].
     pub native_ops: Vec<String>,
+    /// As of [`OnnxProgram`], at the first emission's batch size.
+    pub native_operands: BTreeMap<String, Type>,
     /// As of [`OnnxProgram`]: those of either emission.
     pub unrepeatable: Vec<String>,
 }
@@ -122,10 +124,11 @@ impl OpenProgram {
         let bytes = model
             .write_to_bytes()
             .map_err(|e| GraphError::Emit { graph: program.clone(), reason: e.to_string() })?;
-        let OnnxProgram { name, weights_file, native_ops, mut unrepeatable, .. } = first.1.clone();
+        let OnnxProgram { name, weights_file, native_ops, native_operands, mut unrepeatable, .. } =
+            first.1.clone();
         let beside = second.1.unrepeatable.iter().filter(|node| !first.1.unrepeatable.contains(node));
         unrepeatable.extend(beside.cloned());
-        Ok(Self { name, bytes, inputs, outputs, weights_file, native_ops, unrepeatable })
+        Ok(Self { name, bytes, inputs, outputs, weights_file, native_ops, native_operands, unrepeatable })
     }
 
     /// Inputs at a batch size.

@@ -9,9 +9,10 @@ use indexmap::IndexMap;
 
 use super::staging::{Plan, Staging};
 use super::table::AddressTable;
-use super::{Binding, Side, find};
+use super::{Binding, Side, find, find_typed};
 use crate::arena::{Arena, ArenaLayout, SharedArena};
-use crate::cuda::DeviceArena;
+use crate::cuda::kernels::NormalStream;
+use crate::cuda::{DeviceArena, Gpu};
 use crate::error::{Result, RuntimeError};
 use crate::session::Session;
 use crate::storage::Storage;
@@ -105,12 +106,15 @@ pub struct BindingBuilder {
     inputs: IndexMap<String, Port>,
     outputs: IndexMap<String, Port>,
     arenas: Vec<BoundArena>,
+    /// Inputs that the GPU can draw.
+    drawn: Vec<String>,
 }
 
 impl BindingBuilder {
     pub(super) fn new(session: &Arc<Session>) -> Self {
         let session = session.clone();
-        Self { session, inputs: IndexMap::new(), outputs: IndexMap::new(), arenas: Vec::new() }
+        let (inputs, outputs) = (IndexMap::new(), IndexMap::new());
+        Self { session, inputs, outputs, arenas: Vec::new(), drawn: Vec::new() }
     }
 
     /// Lets an f32 input read an arena's entry of the same shape in place. On a GPU the input may be narrower: the copy
@@ -198,24 +202,55 @@ impl BindingBuilder {
         self.bind_by_name(Side::Output, prefix, arena.layout(), Some(arena.dtype()), on_device)
     }
 
+    /// Lets an f32 input be drawn where the program runs; see [`Binding::draw`]. Returns whether it can be: not on the CPU,
+    /// and on a GPU only with this crate's kernels.
+    ///
+    /// # Errors
+    /// [`RuntimeError::UnknownName`], [`RuntimeError::WrongType`].
+    pub fn draw_input(&mut self, input: &str) -> Result<bool> {
+        find_typed(&self.session, Side::Input, input, DType::F32)?;
+        let rows = find(&self.session, Side::Input, input)?.shape.dims().first().copied().unwrap_or(1);
+        let kernels = |gpu: &Arc<Gpu>| gpu.loaded().and_then(|loaded| loaded.require_kernels(gpu)).is_ok();
+        let drawn = rows <= NormalStream::MOST && self.session.gpu().is_some_and(kernels);
+        if drawn {
+            self.drawn.push(input.to_owned());
+        }
+        Ok(drawn)
+    }
+
     /// Gives every input and output that is not bound yet a buffer and hands all addresses to ONNX Runtime.
     ///
     /// # Errors
     /// [`RuntimeError::OutOfMemory`], [`RuntimeError::GpuOutOfMemory`], [`RuntimeError::Ort`].
     pub fn finish(self) -> Result<Binding> {
-        let Self { session, mut inputs, mut outputs, mut arenas } = self;
+        let Self { session, mut inputs, mut outputs, mut arenas, drawn } = self;
         let (io, gpu) = (AddressTable::new(&session)?, session.gpu());
         let mut plan = Plan::default();
+        // Streams first and what they stand for last: what does cross the bus lies together.
+        let drawn: Vec<&TensorSpec> = session
+            .inputs()
+            .iter()
+            .filter(|s| drawn.contains(&s.name) && !inputs.contains_key(&s.name))
+            .collect();
+        let streams: Vec<usize> = drawn.iter().map(|spec| plan.add_streams(spec)).collect();
         for (specs, ports, side) in
             [(session.inputs(), &mut inputs, Side::Input), (session.outputs(), &mut outputs, Side::Output)]
         {
-            for spec in specs.iter().filter(|s| !ports.contains_key(&s.name)).collect::<Vec<_>>() {
+            let late = |s: &TensorSpec| side == Side::Input && drawn.iter().any(|d| d.name == s.name);
+            let mut own: Vec<_> = specs.iter().filter(|s| !ports.contains_key(&s.name)).collect();
+            own.sort_by_key(|s| late(s));
+            for spec in own {
                 let bytes = spec.shape.numel() * spec.dtype.bytes();
                 let port = match gpu {
                     Some(_) => Port::Staged(plan.add(side == Side::Input, spec)),
                     None => Port::Owned(Storage::zeros(bytes, &spec.name)?),
                 };
                 ports.insert(spec.name.clone(), port);
+            }
+        }
+        for (spec, streams) in drawn.iter().zip(streams) {
+            if let Some(Port::Staged(input)) = inputs.get(&spec.name) {
+                plan.draw(streams, *input, spec);
             }
         }
         let order = {

@@ -8,6 +8,7 @@ use cudarc::driver::CudaEvent;
 use graph_builder::{DType, TensorSpec};
 use half::{bf16, f16};
 
+use crate::cuda::kernels::{Address, GpuQueue, NormalStream, draw_normal};
 use crate::cuda::{DeviceMemory, Gpu, PinnedMemory};
 use crate::error::Result;
 
@@ -39,6 +40,16 @@ struct Input {
     copying: Option<Copying>,
 }
 
+/// An input that the GPU can draw by itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Drawn {
+    /// The input's number, and that of the [`NormalStream`]s of its rows, which cross the bus in its place.
+    input: usize,
+    streams: usize,
+    /// Rows, and values of one.
+    size: (usize, usize),
+}
+
 /// The entry of an arena of the host, with its copy on the GPU.
 #[derive(Debug)]
 struct Mirror {
@@ -59,6 +70,7 @@ struct Mirror {
 pub(super) struct Staging {
     inputs: Vec<Input>,
     outputs: Vec<Range<usize>>,
+    drawn: Vec<Drawn>,
     mirrored_inputs: Vec<Mirror>,
     mirrored_outputs: Vec<Mirror>,
     host_inputs: PinnedMemory,
@@ -83,14 +95,32 @@ pub(super) struct Staging {
 pub(super) struct Plan {
     inputs: Vec<Range<usize>>,
     outputs: Vec<Range<usize>>,
+    drawn: Vec<Drawn>,
 }
 
 impl Plan {
     /// Gives a port a place; returns its number on its side.
     pub(super) fn add(&mut self, input: bool, spec: &TensorSpec) -> usize {
+        self.place(input, spec.shape.numel() * spec.dtype.bytes())
+    }
+
+    /// Gives the streams of an input that the GPU can draw a place, ahead of the input's own; returns their number.
+    pub(super) fn add_streams(&mut self, spec: &TensorSpec) -> usize {
+        let rows = spec.shape.dims().first().copied().unwrap_or(1);
+        self.place(true, rows * size_of::<NormalStream>())
+    }
+
+    /// The same, for an input that has a place: it is drawn when its streams are new.
+    pub(super) fn draw(&mut self, streams: usize, input: usize, spec: &TensorSpec) {
+        let rows = spec.shape.dims().first().copied().unwrap_or(1);
+        let size = (rows, spec.shape.numel() / rows.max(1));
+        self.drawn.push(Drawn { input, streams, size });
+    }
+
+    fn place(&mut self, input: bool, bytes: usize) -> usize {
         let side = if input { &mut self.inputs } else { &mut self.outputs };
         let start = end(side).next_multiple_of(ALIGNMENT);
-        side.push(start..start + spec.shape.numel() * spec.dtype.bytes());
+        side.push(start..start + bytes);
         side.len() - 1
     }
 }
@@ -115,6 +145,7 @@ impl Staging {
             device_inputs: DeviceMemory::zeros(gpu, end(&plan.inputs), &inputs)?,
             device_outputs: DeviceMemory::zeros(gpu, end(&plan.outputs), &outputs)?,
             outputs: plan.outputs,
+            drawn: plan.drawn,
             mirrored_inputs: Vec::new(),
             mirrored_outputs: Vec::new(),
             ahead: None,
@@ -157,8 +188,37 @@ impl Staging {
         Ok(address)
     }
 
+    /// Whether the GPU can draw an input.
+    pub(super) fn draws(&self, port: usize) -> bool {
+        self.drawn.iter().any(|d| d.input == port)
+    }
+
+    /// Lets the GPU draw an input ahead of the next run, a stream a row; gives the number of rows where there are not as
+    /// many streams.
+    pub(super) fn draw(&mut self, port: usize, streams: &[NormalStream]) -> Result<Option<usize>> {
+        let Some(drawn) = self.drawn.iter().find(|d| d.input == port).copied() else { return Ok(Some(0)) };
+        if streams.len() != drawn.size.0 {
+            return Ok(Some(drawn.size.0));
+        }
+        self.input(drawn.streams)?.copy_from_slice(bytemuck::cast_slice(streams));
+        // What the host may have put there is not wanted any more.
+        self.inputs[port].newest = Newest::Program;
+        Ok(None)
+    }
+
+    /// An input's values as the program would read them now.
+    pub(super) fn read(&self, port: usize) -> Result<Vec<u8>> {
+        let range = self.inputs[port].range.clone();
+        let mut bytes = vec![0; range.len()];
+        self.device_inputs.download(range.start, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// An input's bytes on the host, to be filled for the next run.
     pub(super) fn input(&mut self, port: usize) -> Result<&mut [u8]> {
+        if let Some(streams) = self.drawn.iter().find(|d| d.input == port).map(|d| d.streams) {
+            self.inputs[streams].newest = Newest::Program;
+        }
         if let Some(copying) = self.inputs[port].copying {
             Gpu::wait(if copying == Copying::Ahead { &self.filled } else { &self.direct })?;
             for input in &mut self.inputs {
@@ -210,6 +270,8 @@ impl Staging {
 
     /// Queues bringing every new input to the program; `arena` gives the values and the version of an arena of the host.
     pub(super) fn send<'a>(&mut self, arena: impl Fn(usize) -> (&'a [f32], u64)) -> Result<()> {
+        let new = |d: &&Drawn| self.inputs[d.streams].newest != Newest::Program;
+        let drawn: Vec<Drawn> = self.drawn.iter().filter(new).copied().collect();
         let moved = runs(&self.inputs, Newest::Ahead);
         if let Some(ahead) = self.ahead.as_ref().filter(|_| !moved.is_empty()) {
             self.gpu.order(self.gpu.stream(), &self.filled)?;
@@ -232,6 +294,10 @@ impl Staging {
                 input.copying = Some(Copying::Direct);
             }
             input.newest = Newest::Program;
+        }
+        for Drawn { input, streams, size } in drawn {
+            let (streams, input) = (Address(self.address(true, streams)), Address(self.address(true, input)));
+            draw_normal(&GpuQueue::new(&self.gpu)?, streams, input, size)?;
         }
         for mirror in &mut self.mirrored_inputs {
             let (values, version) = arena(mirror.arena);

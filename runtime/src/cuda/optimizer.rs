@@ -227,7 +227,7 @@ impl DeviceArena {
     /// [`RuntimeError::Kernel`], [`RuntimeError::Cuda`].
     pub fn accumulate(&self, gradients: &Self, scale: f32, first: bool) -> Result<()> {
         /// Elements of a thread, threads of a block, and blocks at most.
-        const GRID: (usize, usize, usize) = (8, 256, 8192);
+        const GRID: (usize, usize, usize) = (4, 256, 8192);
         let (elements, threads, most) = GRID;
         if self.layout() != gradients.layout() {
             let (left, right) = (self.layout().entries().len(), gradients.layout().entries().len());

@@ -1,25 +1,32 @@
 //! Building an engine out of sight.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use graph_builder::{OnnxProgram, OpenProgram};
 use tempfile::TempDir;
 
 use super::{
-    CompiledProgram, Engine, EngineKernels, EngineManifest, EngineNotes, EngineOpenProgram, EngineProgram,
-    EngineWeights, FORMAT, FileStamp, MANIFEST, model_file_name, open_model_file_name,
+    CompiledFile, CompiledProgram, Engine, EngineKernels, EngineManifest, EngineNotes, EngineOpenProgram,
+    EngineProgram, EngineWeights, FORMAT, FileStamp, MANIFEST, model_file_name, open_model_file_name,
 };
 use crate::cuda::kernels::{Architecture, Source};
 use crate::error::{Result, RuntimeError};
-use crate::file::{link_or_copy, sha256_bytes, sync_directory, write_atomically};
+use crate::file::{link_or_copy, sha256_bytes, sha256_file, sync_directory, write_atomically};
+
+/// Begins the names of drafts' directories.
+const DRAFT: &str = ".engine-";
+/// The file in a draft that tells that somebody is at work.
+const LOCK: &str = ".lock";
 
 /// An engine in a temporary directory beside its place: it can be opened and run, and is gone when it is dropped.
 #[derive(Debug)]
 pub struct EngineDraft {
     target: PathBuf,
     work: TempDir,
+    /// Locked as long as the draft is at work.
+    lock: File,
     manifest: EngineManifest,
 }
 
@@ -40,7 +47,10 @@ impl EngineDraft {
         let create = |e| RuntimeError::io("create", &target, e);
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(create)?;
-        let work = tempfile::Builder::new().prefix(".engine-").tempdir_in(parent).map_err(create)?;
+        remove_abandoned(parent);
+        let work = tempfile::Builder::new().prefix(DRAFT).tempdir_in(parent).map_err(create)?;
+        let lock = File::create(work.path().join(LOCK)).map_err(create)?;
+        lock.lock().map_err(create)?;
         let weights = match (weights, weights_name) {
             (Some((file, source)), Some(name)) => Some(place_weights(file, source, work.path(), name)?),
             _ => None,
@@ -53,13 +63,14 @@ impl EngineDraft {
             key,
             programs,
             open_programs: Vec::new(),
+            placements: BTreeMap::new(),
             weights,
             kernels: Vec::new(),
             options,
             versions,
             extra,
         };
-        let draft = Self { target, work, manifest };
+        let draft = Self { target, work, lock, manifest };
         draft.write_manifest()?;
         Ok(draft)
     }
@@ -102,6 +113,7 @@ impl EngineDraft {
             sha256: sha256_bytes(&program.bytes),
             inputs: program.inputs.clone(),
             outputs: program.outputs.clone(),
+            unrepeatable: program.unrepeatable.clone(),
         });
         Ok(())
     }
@@ -120,7 +132,8 @@ impl EngineDraft {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(&stem) {
-                files.insert(name, entry.metadata().map_err(failed)?.len());
+                let bytes = entry.metadata().map_err(failed)?.len();
+                files.insert(name, CompiledFile { bytes, ..CompiledFile::default() });
             }
         }
         if !files.contains_key(model) {
@@ -190,10 +203,13 @@ impl EngineDraft {
     ///
     /// # Errors
     /// [`RuntimeError::Io`].
-    pub fn publish(self) -> Result<EngineManifest> {
+    pub fn publish(mut self) -> Result<EngineManifest> {
+        self.stamp_compiled()?;
         self.write_manifest()?;
-        let Self { target, work, manifest } = self;
+        let Self { target, work, lock, manifest } = self;
         let create = |e| RuntimeError::io("create", &target, e);
+        fs::remove_file(work.path().join(LOCK)).map_err(create)?;
+        drop(lock);
         if target.exists() {
             replace_files(work.path(), &target, &manifest)?;
         } else {
@@ -204,10 +220,39 @@ impl EngineDraft {
         Ok(manifest)
     }
 
+    /// Takes sizes and hashes of what a provider wrote as it is now.
+    fn stamp_compiled(&mut self) -> Result<()> {
+        let mut known: BTreeMap<String, CompiledFile> = BTreeMap::new();
+        let compiled = self.manifest.programs.iter_mut().filter_map(|p| p.compiled.as_mut());
+        for (name, file) in compiled.flat_map(|c| &mut c.files) {
+            // Programs may share it: it is read once.
+            if !known.contains_key(name) {
+                let path = self.work.path().join(name);
+                let bytes = fs::metadata(&path).map_err(|e| RuntimeError::io("read", &path, e))?.len();
+                known.insert(name.clone(), CompiledFile { bytes, sha256: sha256_file(&path)? });
+            }
+            file.clone_from(&known[name]);
+        }
+        Ok(())
+    }
+
     fn write_manifest(&self) -> Result<()> {
         let text = serde_json::to_string_pretty(&self.manifest)
             .map_err(|e| RuntimeError::Engine { path: self.target.clone(), reason: e.to_string() })?;
         write_atomically(self.work.path().join(MANIFEST), |w| writeln!(w, "{text}"))
+    }
+}
+
+/// Removes the drafts that killed builds have left: those that nobody has locked. What cannot be removed stays: it is no
+/// reason not to build.
+fn remove_abandoned(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(DRAFT)) {
+        // Without the file it is another build's that has only just begun.
+        let Ok(lock) = File::open(entry.path().join(LOCK)) else { continue };
+        if lock.try_lock().is_ok() {
+            drop(fs::remove_dir_all(entry.path()));
+        }
     }
 }
 
@@ -257,6 +302,7 @@ fn write_program(work: &Path, batch: usize, program: &OnnxProgram) -> Result<Eng
         inputs: program.inputs.clone(),
         outputs: program.outputs.clone(),
         native_ops: program.native_ops.clone(),
+        unrepeatable: program.unrepeatable.clone(),
         compiled: None,
     })
 }

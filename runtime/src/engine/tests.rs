@@ -91,8 +91,8 @@ fn altered_cut_and_foreign_engines_are_refused() {
     fs::write(&model, &bytes[1..]).unwrap();
     assert!(open().unwrap_err().contains("bytes, engine.json says"));
     let manifest = fs::read_to_string(engine.join(MANIFEST)).unwrap();
-    fs::write(engine.join(MANIFEST), manifest.replace("\"format\": 1", "\"format\": 99")).unwrap();
-    assert!(open().unwrap_err().contains("format 99, this program reads 1"));
+    fs::write(engine.join(MANIFEST), manifest.replace("\"format\": 2", "\"format\": 99")).unwrap();
+    assert!(open().unwrap_err().contains("format 99, this program reads 2"));
     fs::remove_file(engine.join(MANIFEST)).unwrap();
     assert!(open().unwrap_err().contains("engine.json"));
 }
@@ -131,6 +131,12 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
         assert_eq!(files(dir.path()), ["any.bin", "engine"]);
         assert_eq!(manifest.programs[0].compiled.as_ref().unwrap().files.len(), 2);
         let opened = Engine::open(&engine).unwrap();
+        opened.verify().unwrap();
+        // Altered at the same size, which nothing but its hash can tell.
+        fs::write(engine.join("test-b1-compiled_1.engine"), "Engine").unwrap();
+        let altered = Engine::open(&engine).unwrap().verify().unwrap_err().to_string();
+        assert!(altered.contains("test-b1-compiled_1.engine has sha256"), "{altered}");
+        fs::write(engine.join("test-b1-compiled_1.engine"), "engine").unwrap();
 
         // The next engine takes over what does not depend on the weights, and machine code goes with it.
         let place = dir.path().join("next");
@@ -151,6 +157,29 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
         fs::remove_file(engine.join("test-b1-compiled_1.engine")).unwrap();
         assert!(Engine::open(&engine).unwrap_err().to_string().contains("compiled_1.engine"));
     });
+}
+
+#[test]
+fn drafts_of_killed_builds_are_removed_and_no_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let (weights, engine) = (dir.path().join("any.bin"), dir.path().join("engine"));
+    let program = program_with_weights(&weights);
+    let stamp = FileStamp::of(&weights, None).unwrap();
+    let alive =
+        EngineDraft::new(&engine, &[(1, &program)], Some((&weights, stamp.clone())), notes()).unwrap();
+    // A process that is killed holds no lock any more.
+    let killed = dir.path().join(".engine-killed");
+    fs::create_dir(&killed).unwrap();
+    fs::write(killed.join(".lock"), "").unwrap();
+    fs::write(killed.join("step-b1.onnx"), "half").unwrap();
+    let begun = dir.path().join(".engine-begun");
+    fs::create_dir(&begun).unwrap();
+    let second = dir.path().join("second");
+    EngineDraft::new(&second, &[(1, &program)], Some((&weights, stamp)), notes()).unwrap().publish().unwrap();
+    assert!(!killed.exists() && begun.exists());
+    assert_eq!(files(&second), ["engine.json", "test-b1.onnx", "w.bin"]);
+    alive.publish().unwrap();
+    assert_eq!(files(&engine), files(&second));
 }
 
 #[test]

@@ -56,16 +56,13 @@ pub(crate) fn try_out(runtime: &Runtime, provider: &Provider) -> Result<()> {
 }
 
 fn cuda_provider(options: &CudaOptions, stream: *mut ()) -> CUDA {
-    let mut provider = CUDA::default()
+    let provider = CUDA::default()
         .with_device_id(options.ordinal as i32)
         .with_cuda_graph(options.cuda_graph)
         .with_tf32(options.tf32)
         // The arena holds what a run needs, not the next power of two.
         .with_arena_extend_strategy(ort::ep::ArenaExtendStrategy::SameAsRequested)
         .with_conv_algorithm_search(cuda::ConvAlgorithmSearch::Heuristic);
-    if let Some(limit) = options.memory_limit {
-        provider = provider.with_memory_limit(limit);
-    }
     // SAFETY: the session keeps the GPU, whose stream this is.
     unsafe { provider.with_compute_stream(stream) }
 }
@@ -101,11 +98,11 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
     if let Some(level) = options.builder_level {
         provider = provider.with_builder_optimization_level(level);
     }
-    if let Some(folder) = &options.weights_from {
-        provider = provider.with_weight_stripped_engine(true).with_onnx_model_folder_path(text(folder));
-    }
     if let Some(limit) = options.workspace_limit {
         provider = provider.with_max_workspace_size(limit);
+    }
+    if let Some(folder) = &options.weights_from {
+        provider = provider.with_weight_stripped_engine(true).with_onnx_model_folder_path(text(folder));
     }
     for (key, shape) in [
         ("trt_profile_min_shapes", (|p| &p.min) as fn(&ShapeProfile) -> &Vec<usize>),

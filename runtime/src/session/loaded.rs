@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use graph_builder::{DType, Shape, TensorSpec};
+use graph_builder::{DType, NativeCall, NativeKernel, Shape, TensorSpec};
 use ort::session::builder::SessionBuilder;
 use ort::value::{Outlet, TensorElementType, ValueType};
 
@@ -23,8 +23,8 @@ pub(super) struct LoadedFrom<'a> {
     pub(super) unrepeatable: &'a [String],
 }
 
-/// Whether the CUDA provider can run a program whose native ops have the kernels that the function tells.
-pub(super) type CudaCheck<'a> = &'a dyn Fn(&dyn Fn(&str, DType) -> bool) -> Result<()>;
+/// Whether the CUDA provider can run a program whose native ops run as the function tells.
+pub(super) type CudaCheck<'a> = &'a dyn Fn(&dyn Fn(&NativeCall<'_>) -> NativeKernel) -> Result<()>;
 
 /// An axis as a model declares it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,26 +65,9 @@ impl Loaded {
         options: &SessionOptions,
         check_cuda: CudaCheck<'_>,
     ) -> Result<Self> {
-        let load = |options: &SessionOptions, recording| {
+        recorded(options, Some(program.unrepeatable), |options, recording| {
             Self::load_as(runtime, program, weights, options, check_cuda, recording)
-        };
-        if !options.provider.cuda_graph() {
-            return load(options, Recording::Off);
-        }
-        let reason = if program.unrepeatable.is_empty() {
-            match load(options, Recording::On) {
-                // ONNX Runtime's words for control flow, and for nodes that are not on the GPU.
-                Err(RuntimeError::Load { reason, .. }) if reason.contains("graph capture feature") => reason,
-                other => return other,
-            }
-        } else {
-            format!(
-                "it would read tables of the host where they no longer are: {}",
-                program.unrepeatable.join(", ")
-            )
-        };
-        let provider = options.provider.clone().without_cuda_graph();
-        load(&SessionOptions { provider, ..options.clone() }, Recording::Refused(reason))
+        })
     }
 
     fn load_as(
@@ -99,7 +82,10 @@ impl Loaded {
         let kernels = options.native_kernels && !program.native_ops.is_empty();
         // Asked now: what is missing is told by name, not in the words of a failed load.
         if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
-            let native = |op: &str, dtype| options.native_kernels && crate::cuda::kernels::has(op, dtype);
+            let native = |call: &NativeCall<'_>| match options.native_kernels {
+                true => crate::cuda::kernels::kernel_for(call),
+                false => NativeKernel::Body,
+            };
             check_cuda(&native)?;
             if kernels {
                 gpu.loaded()?.require_kernels(gpu)?;
@@ -114,27 +100,25 @@ impl Loaded {
         Self::new(runtime, program.name, inner, weights, gpu, recording)
     }
 
-    /// The model's name is its path.
+    /// The model's name is its path. Where CUDA graphs are asked for and are not safe, it goes without; `unrepeatable`
+    /// is what no recorded run may have, as far as that is known.
     pub(super) fn from_file(
         runtime: &Arc<Runtime>,
         path: &Path,
         options: &SessionOptions,
+        unrepeatable: Option<&[String]>,
     ) -> Result<(String, Self)> {
         std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let name = path.display().to_string();
-        let provider = options.provider.clone().without_cuda_graph();
-        let recording = if options.provider.cuda_graph() {
-            Recording::Refused("a model's file does not tell whether its runs can be recorded".to_owned())
-        } else {
-            Recording::Off
-        };
-        let options = &SessionOptions { provider, ..options.clone() };
-        let (mut builder, gpu) = builder(runtime, options, &name)?;
-        let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
-        let inner =
-            builder.commit_from_file(path).map_err(|e| load_failed(gpu.as_ref(), &name, &e.to_string()))?;
-        drop(turns);
-        let loaded = Self::new(runtime, &name, inner, &Weights::Inside, gpu, recording)?;
+        let loaded = recorded(options, unrepeatable, |options, recording| {
+            let (mut builder, gpu) = builder(runtime, options, &name)?;
+            let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
+            let inner = builder
+                .commit_from_file(path)
+                .map_err(|e| load_failed(gpu.as_ref(), &name, &e.to_string()))?;
+            drop(turns);
+            Self::new(runtime, &name, inner, &Weights::Inside, gpu, recording)
+        })?;
         Ok((name, loaded))
     }
 
@@ -209,6 +193,30 @@ impl Loaded {
         check(program, "input", inputs, &self.inputs, &mut named)?;
         check(program, "output", outputs, &self.outputs, &mut named)
     }
+}
+
+/// Loads so that runs are recorded as CUDA graphs where that is asked for and is safe.
+fn recorded(
+    options: &SessionOptions,
+    unrepeatable: Option<&[String]>,
+    load: impl Fn(&SessionOptions, Recording) -> Result<Loaded>,
+) -> Result<Loaded> {
+    if !options.provider.cuda_graph() {
+        return load(options, Recording::Off);
+    }
+    let reason = match unrepeatable {
+        None => "a model's file does not tell whether its runs can be recorded".to_owned(),
+        Some([]) => match load(options, Recording::On) {
+            // ONNX Runtime's words for control flow, and for nodes that are not on the GPU.
+            Err(RuntimeError::Load { reason, .. }) if reason.contains("graph capture feature") => reason,
+            other => return other,
+        },
+        Some(nodes) => {
+            format!("it would read tables of the host where they no longer are: {}", nodes.join(", "))
+        }
+    };
+    let provider = options.provider.clone().without_cuda_graph();
+    load(&SessionOptions { provider, ..options.clone() }, Recording::Refused(reason))
 }
 
 fn load_failed(gpu: Option<&Arc<Gpu>>, program: &str, reason: &str) -> RuntimeError {

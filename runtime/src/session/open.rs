@@ -4,10 +4,10 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use graph_builder::{OpenProgram, TensorSpec};
+use graph_builder::{NativeCall, NativeKernel, OpenProgram, TensorSpec};
 
 use super::loaded::{Loaded, LoadedFrom};
-use super::{Session, SessionOptions, Weights};
+use super::{Session, SessionOptions, Weights, load_error};
 use crate::error::Result;
 use crate::library::Runtime;
 
@@ -42,20 +42,25 @@ impl OpenSession {
             native_ops: &program.native_ops,
             unrepeatable: &program.unrepeatable,
         };
-        let loaded = Loaded::from_memory(runtime, &from, weights, options, &|_| Ok(()))?;
+        let check = |native: &dyn Fn(&NativeCall<'_>) -> NativeKernel| {
+            program.check_cuda(native).map_err(|e| load_error(&program.name, &e))
+        };
+        let loaded = Loaded::from_memory(runtime, &from, weights, options, &check)?;
         Ok(Self { name: program.name.clone(), loaded: Arc::new(loaded) })
     }
 
-    /// Loads a model file; its external data must lie in the file's directory.
+    /// Loads an engine's model file; its external data must lie in the file's directory. `unrepeatable` is what no
+    /// recorded run may have.
     ///
     /// # Errors
     /// As [`Session::load_file`].
-    pub fn load_file(
+    pub(crate) fn load_known(
         runtime: &Arc<Runtime>,
-        path: impl AsRef<Path>,
+        path: &Path,
         options: &SessionOptions,
+        unrepeatable: Option<&[String]>,
     ) -> Result<Self> {
-        let (name, loaded) = Loaded::from_file(runtime, path.as_ref(), options)?;
+        let (name, loaded) = Loaded::from_file(runtime, path, options, unrepeatable)?;
         Ok(Self { name, loaded: Arc::new(loaded) })
     }
 
@@ -66,12 +71,31 @@ impl OpenSession {
     /// [`RuntimeError::Signature`](crate::RuntimeError::Signature), [`RuntimeError::UnknownName`](crate::RuntimeError)
     /// when the model is not one for these inputs and outputs.
     pub fn at(&self, inputs: &[TensorSpec], outputs: &[TensorSpec]) -> Result<Arc<Session>> {
-        self.loaded.check(&self.name, inputs, outputs)?;
-        Ok(Arc::new(Session {
-            name: self.name.clone(),
-            inputs: inputs.to_vec(),
-            outputs: outputs.to_vec(),
-            loaded: self.loaded.clone(),
-        }))
+        view(&self.name, &self.loaded, inputs, outputs)
     }
+}
+
+impl Session {
+    /// The same model at another batch size: another view where this session is one, see [`OpenSession::at`].
+    ///
+    /// # Errors
+    /// As [`OpenSession::at`]; a model of one batch size is no other one's.
+    pub fn at(&self, inputs: &[TensorSpec], outputs: &[TensorSpec]) -> Result<Arc<Self>> {
+        view(&self.name, &self.loaded, inputs, outputs)
+    }
+}
+
+fn view(
+    name: &str,
+    loaded: &Arc<Loaded>,
+    inputs: &[TensorSpec],
+    outputs: &[TensorSpec],
+) -> Result<Arc<Session>> {
+    loaded.check(name, inputs, outputs)?;
+    Ok(Arc::new(Session {
+        name: name.to_owned(),
+        inputs: inputs.to_vec(),
+        outputs: outputs.to_vec(),
+        loaded: loaded.clone(),
+    }))
 }

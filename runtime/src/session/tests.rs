@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use graph_builder::{Builder, OpenProgram, Shape, Type};
+use graph_builder::{Builder, DType, OpenProgram, Shape, Type};
 
 use super::*;
 use crate::arena::{Arena, ArenaLayout};
@@ -137,6 +137,7 @@ fn an_open_model_is_no_session_and_a_view_must_fit_it() {
             outputs: open.outputs_at(2),
             weights_file: None,
             native_ops: vec![],
+            native_operands: BTreeMap::new(),
             unrepeatable: vec![],
         };
         let error = Session::load(&runtime, &fixed, &Weights::Inside, &options()).unwrap_err().to_string();

@@ -12,7 +12,7 @@ pub(super) const IMAGES: &str = "/v1/images/generations";
 
 /// An answer.
 #[derive(Debug)]
-pub(super) struct Reply {
+pub(crate) struct Reply {
     pub(super) status: u16,
     head: String,
     pub(super) body: Vec<u8>,
@@ -37,7 +37,7 @@ impl Reply {
 
     /// The JSON of an answer with this status.
     #[track_caller]
-    pub(super) fn expect(&self, status: u16) -> Value {
+    pub(crate) fn expect(&self, status: u16) -> Value {
         assert_eq!(self.status, status, "{}", self.text());
         self.json()
     }
@@ -113,7 +113,7 @@ pub(super) fn get(address: SocketAddr, path: &str) -> Reply {
 }
 
 #[track_caller]
-pub(super) fn post(address: SocketAddr, path: &str, body: &Value) -> Reply {
+pub(crate) fn post(address: SocketAddr, path: &str, body: &Value) -> Reply {
     send(address, "POST", path, "content-type: application/json\r\n", body.to_string().as_bytes())
 }
 

@@ -1,7 +1,7 @@
 //! The sampling server on loopback: what it answers, that images do not depend on their company, and how it bears load.
 
 mod api;
-mod client;
+pub(crate) mod client;
 mod hostile;
 mod inference;
 mod load;
@@ -18,7 +18,7 @@ use mudit::execution::Execution;
 use mudit::serve::engine::EngineOptions;
 use mudit::serve::http::Limits;
 use mudit::serve::http::auth::Keys;
-use mudit::serve::model::Source;
+use mudit::serve::model::{Origin, Source};
 use mudit::serve::{ServeOptions, Server};
 use mudit_tests::draws::Draws;
 use mudit_tests::execution::onnx_runtime;
@@ -32,13 +32,14 @@ use crate::tiny;
 const DDPM: &str = "dit-d48-h4-p2";
 
 /// The fixture's model with the reference's weights.
-fn ddpm() -> Source {
+pub(crate) fn ddpm() -> Source {
     let file = fixture(DDPM, "weights.safetensors");
     let model = DitConfig::resolve(&fixture(DDPM, "config.json").display().to_string()).unwrap();
     let layout = parameter_layout(&program(&model, ProgramKind::Denoise, 1, Guidance::Off).unwrap()).unwrap();
     let parameters = Arena::read_safetensors(&layout, &file, false).unwrap().into_shared();
+    let origin = Origin::Parameters(parameters);
     let guided = Guidance::First(3);
-    Source { name: "latents".into(), model, parameters, guided, file, sha256: String::new() }
+    Source { name: "latents".into(), model, origin, guided, file, sha256: String::new() }
 }
 
 /// The tiny flow model on grey 4 × 4 pictures, with names for its three classes.
@@ -54,11 +55,11 @@ fn flow() -> Source {
         }
     }
     let file = Path::new("tiny.safetensors").into();
-    let parameters = arena.into_shared();
-    Source { name: "tiny".into(), model, parameters, guided: Guidance::All, file, sha256: String::new() }
+    let origin = Origin::Parameters(arena.into_shared());
+    Source { name: "tiny".into(), model, origin, guided: Guidance::All, file, sha256: String::new() }
 }
 
-fn options() -> ServeOptions {
+pub(crate) fn options() -> ServeOptions {
     ServeOptions {
         address: SocketAddr::from(([127, 0, 0, 1], 0)),
         engine: EngineOptions {
@@ -77,7 +78,7 @@ fn options() -> ServeOptions {
 }
 
 /// A server that is drained when it goes.
-struct Running {
+pub(crate) struct Running {
     server: Option<Server>,
 }
 
@@ -87,7 +88,7 @@ impl Running {
         Self::of(vec![flow(), ddpm()], options)
     }
 
-    fn of(sources: Vec<Source>, options: ServeOptions) -> Self {
+    pub(crate) fn of(sources: Vec<Source>, options: ServeOptions) -> Self {
         let server = Server::bind(sources, options).unwrap();
         server.load(&onnx_runtime()).unwrap();
         Self { server: Some(server) }

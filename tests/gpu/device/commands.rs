@@ -11,7 +11,7 @@ use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
 use super::{fixture, on_gpu};
 
 /// A checkpoint of the smallest fixture.
-fn checkpoint(folder: &Path) {
+pub(super) fn checkpoint(folder: &Path) {
     let place = folder.join("checkpoint");
     std::fs::create_dir(&place).unwrap();
     for (from, to) in [("config.json", "config.json"), ("weights.safetensors", "model.safetensors")] {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a proof fails by panicking")]
 
 mod commands;
+mod engines;
 #[path = "../kernels/mod.rs"]
 mod kernels;
 mod runs;

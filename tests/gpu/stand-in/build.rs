@@ -12,6 +12,16 @@ const DRIVER: &str = include_str!("driver.c");
 const RUNTIME: &str = include_str!("runtime.c");
 const PRODUCTS: &str = include_str!("products.c");
 const COMPILER: &str = include_str!("compiler.c");
+/// Sources of the machine that runs PTX.
+const PTX: [(&str, &str); 7] = [
+    ("machine.h", include_str!("ptx/machine.h")),
+    ("collective.h", include_str!("ptx/collective.h")),
+    ("traffic.h", include_str!("ptx/traffic.h")),
+    ("memory.cpp", include_str!("ptx/memory.cpp")),
+    ("module.cpp", include_str!("ptx/module.cpp")),
+    ("instructions.cpp", include_str!("ptx/instructions.cpp")),
+    ("launch.cpp", include_str!("ptx/launch.cpp")),
+];
 const EMULATOR: [&str; 2] = [include_str!("emulator/device.h"), include_str!("emulator/emulator.cpp")];
 
 /// Builds everything into `folder`; `provider` is `libonnxruntime_providers_cuda.so`.
@@ -21,8 +31,12 @@ pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
     link(&library("libcuda.so.1"), DRIVER, None, &[])?;
     link(&library("libnvrtc.so.13"), COMPILER, None, &[])?;
     std::thread::scope(|scope| {
+        let machine = scope.spawn(|| ptx_machine(folder));
         let kernels = SOURCES.map(|source| scope.spawn(move || emulated(folder, source)));
-        kernels.into_iter().try_for_each(|k| k.join().map_err(|_| "a compiler's thread panicked")?)
+        kernels
+            .into_iter()
+            .chain([machine])
+            .try_for_each(|k| k.join().map_err(|_| "a compiler's thread panicked")?)
     })?;
     for (name, symbols) in wanted(provider)? {
         let known = match name.split_once(".so") {
@@ -94,9 +108,31 @@ fn emulated(folder: &Path, source: &Source) -> Result<(), String> {
     // Gone, so that a failure does not leave an older library with a newer text.
     drop(fs::remove_file(&library));
     fs::write(&text, whole).map_err(|e| e.to_string())?;
-    // The optimiser makes the proofs fast; sums must not be contracted, as on the host.
+    compile_for_host(&library, &[text])
+}
+
+/// Compiles the machine that runs PTX, unless that was done before.
+fn ptx_machine(folder: &Path) -> Result<(), String> {
+    let (sources, library) = (folder.join("ptx"), folder.join("ptx.so"));
+    let place = |name: &str| sources.join(name);
+    if library.is_file()
+        && PTX.iter().all(|(name, text)| fs::read_to_string(place(name)).is_ok_and(|t| t == *text))
+    {
+        return Ok(());
+    }
+    drop(fs::remove_file(&library));
+    fs::create_dir_all(&sources).map_err(|e| e.to_string())?;
+    for (name, text) in PTX {
+        fs::write(place(name), text).map_err(|e| e.to_string())?;
+    }
+    let units = PTX.iter().filter(|(name, _)| name.ends_with(".cpp")).map(|(name, _)| place(name));
+    compile_for_host(&library, &units.collect::<Vec<_>>())
+}
+
+/// The optimiser makes the proofs fast; sums must not be contracted, as on the host.
+fn compile_for_host(library: &Path, units: &[PathBuf]) -> Result<(), String> {
     let options = ["-O2", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o"];
-    run(Command::new("c++").args(options).arg(&library).arg(&text)).map(drop)
+    run(Command::new("c++").args(options).arg(library).args(units)).map(drop)
 }
 
 /// The stand-in for `device.cuh`, the source, and a way to its kernels by name.

@@ -99,3 +99,45 @@ fn a_replay_on_the_gpu_takes_its_steps_there() {
         assert!(!gradients.is_empty() && gradients.values().all(|g| g.to_f32().iter().all(|v| *v == 0.0)));
     }
 }
+
+#[test]
+fn built_engines_are_run_on_the_gpu() {
+    let Some(stage) = staged("engines in use on the stand-in") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    checkpoint(folder.path());
+    let build = "build-engine --offline --model checkpoint --weights checkpoint/model.safetensors --provider cuda --no-validation \
+                 --precision bf16 --json";
+    let built =
+        succeeds(stage, folder.path(), &format!("{build} --program step-rows,step --buckets 2,4 --out rows"));
+    let built: serde_json::Value = serde_json::from_str(&built).unwrap();
+    // The form for all batch sizes, and each by itself; nothing is on the CPU.
+    let placements = built["manifest"]["placements"].as_object().unwrap();
+    for file in ["step-rows-b2.onnx", "step-rows-b4.onnx", "step-rows.onnx", "step.onnx"] {
+        assert!(placements.contains_key(file), "{file}");
+    }
+    for (file, who) in placements {
+        let providers: Vec<&String> = who["nodes"].as_object().unwrap().keys().collect();
+        assert_eq!(providers, ["CUDAExecutionProvider"], "{file}");
+        assert!(who.get("elsewhere").is_none(), "{file}: {who}");
+    }
+    succeeds(stage, folder.path(), &format!("{build} --program step --batch 3 --out step"));
+    for (engine, provider, cfg) in [
+        ("rows", "cuda", "1"),
+        ("rows", "cuda+graph", "3"),
+        ("step", "cuda", "3"),
+        ("step", "cuda+graph", "3"),
+    ] {
+        let out = format!("{engine}-{provider}-{cfg}.npz");
+        let line = format!(
+            "sample --offline --engine {engine} --provider {provider} --cfg {cfg} --steps 2 --count 3 --out {out}"
+        );
+        succeeds(stage, folder.path(), &line);
+        assert!(folder.path().join(out).is_file());
+    }
+    let refused = mudit(stage, folder.path(), "sample --offline --engine rows --provider cpu");
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && words.contains("--provider cuda") && words.contains("--provider cpu"),
+        "{words}"
+    );
+}

@@ -1,10 +1,11 @@
 /* Stands in for NVIDIA's driver library on a machine without a GPU: one device that says it is of compute capability 8.0.
- * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host; those of NVIDIA's libraries and
+ * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host or as PTX; those of NVIDIA's libraries and
  * of ONNX Runtime compute nothing. What is queued on a stream is done at once, or, on the streams whose numbers (from 1, in
  * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits allow: a wait that is missing then
  * shows in the values. A stream can be recorded, and the recording played. MUDIT_STAND_IN_MEMORY is the size of its memory in bytes; with
  * MUDIT_STAND_IN_BACKWARDS the threads and blocks of a kernel take turns in the opposite order; with
- * MUDIT_STAND_IN_UPDATES_ONLY no kernels run but those of the parameters' update, so that every gradient is zero. */
+ * MUDIT_STAND_IN_UPDATES_ONLY no kernels run but those of the noise and of the parameters' update, so that every gradient
+ * is zero. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -14,11 +15,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801, RECORDING = 900, SPOILT = 901 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, NOT_SUPPORTED = 801, RECORDING = 900, SPOILT = 901 };
 enum { HEADER = 256 };
 static size_t used;
-static void *current;
 static char context;
+/* Each thread must have made the context its own. */
+static __thread void *current;
+#define WANTS_CONTEXT if (!current) return NO_CONTEXT
 
 /* What went over the bus, and how often the host waited; for the proofs. */
 struct counts { uint64_t to_device, to_device_bytes, from_device, from_device_bytes, on_device, waits; };
@@ -27,7 +30,7 @@ void stand_in_counts(struct counts *out) { *out = counts; }
 
 /* Streams: work that was queued and is not done. */
 struct work { void (*run)(void *); struct work *next; _Alignas(16) char data[]; };
-struct stream { int late; uint64_t queued, done; struct work *first, *last; };
+struct stream { int late; bool gone; uint64_t queued, done; struct work *first, *last; };
 struct event { struct stream *stream; uint64_t after; };
 enum { STREAMS = 64 };
 static struct stream streams[STREAMS];
@@ -74,6 +77,7 @@ static struct work *copy_of(void (*run)(void *), const void *data, size_t bytes)
 /* Queues work with a copy of its data. */
 int stand_in_queue(void *stream, void (*run)(void *), const void *data, size_t bytes) {
   struct stream *s = stream;
+  if (s >= streams && s < streams + made && s->gone) return INVALID_HANDLE;
   pthread_mutex_lock(&lock);
   if (recording && stream == recorded) {
     struct work *work = copy_of(run, data, bytes);
@@ -150,13 +154,52 @@ int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
 int cuCtxGetCurrent(void **ctx) { *ctx = current; return OK; }
 int cuCtxSetCurrent(void *ctx) { current = ctx; return OK; }
 int cuCtxSynchronize(void) {
+  WANTS_CONTEXT;
   if (spoils()) return RECORDING;
   counts.waits++;
   drain_all();
   return failed;
 }
 
+/* Blocks of memory by their addresses. */
+struct block { uint64_t begin, end; };
+static struct block *blocks;
+static size_t block_count;
+/* Where the block with an address belongs, or would. */
+static size_t place_of(uint64_t address) {
+  size_t low = 0, high = block_count;
+  while (low < high) {
+    const size_t middle = (low + high) / 2;
+    if (blocks[middle].end <= address) low = middle + 1; else high = middle;
+  }
+  return low;
+}
+static void remember(uint64_t begin, size_t bytes) {
+  pthread_mutex_lock(&lock);
+  const size_t place = place_of(begin);
+  blocks = realloc(blocks, (block_count + 1) * sizeof *blocks);
+  memmove(blocks + place + 1, blocks + place, (block_count++ - place) * sizeof *blocks);
+  blocks[place] = (struct block){begin, begin + bytes};
+  pthread_mutex_unlock(&lock);
+}
+static void forget(uint64_t begin) {
+  pthread_mutex_lock(&lock);
+  const size_t place = place_of(begin);
+  memmove(blocks + place, blocks + place + 1, (--block_count - place) * sizeof *blocks);
+  pthread_mutex_unlock(&lock);
+}
+/* The block that holds an address, for kernels that are watched; whether there is one. */
+bool stand_in_block(uint64_t address, struct block *found) {
+  pthread_mutex_lock(&lock);
+  const size_t place = place_of(address);
+  const bool held = place < block_count && blocks[place].begin <= address;
+  if (held) *found = blocks[place];
+  pthread_mutex_unlock(&lock);
+  return held;
+}
+
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+  WANTS_CONTEXT;
   if (bytes == 0) return INVALID;
   if (spoils()) return RECORDING;
   if (bytes > total() || __atomic_load_n(&used, __ATOMIC_SEQ_CST) > total() - bytes) return OUT_OF_MEMORY;
@@ -168,39 +211,56 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (bytes <= 64 << 20) memset(block + HEADER, getenv("MUDIT_STAND_IN_UPDATES_ONLY") ? 0 : 0xFF, bytes);
   __atomic_add_fetch(&used, bytes, __ATOMIC_SEQ_CST);
   *address = (uint64_t)(uintptr_t)(block + HEADER);
+  remember(*address, bytes);
   return OK;
 }
 int cuMemFree_v2(uint64_t address) {
+  WANTS_CONTEXT;
   if (!address) return OK;
   if (spoils()) return RECORDING;
   drain_all();
+  forget(address);
   char *block = (char *)(uintptr_t)address - HEADER;
   __atomic_sub_fetch(&used, *(size_t *)block, __ATOMIC_SEQ_CST);
   free(block);
   return OK;
 }
-int cuMemGetInfo_v2(size_t *available, size_t *whole) { *whole = total(); *available = total() - used; return OK; }
-int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { *address = aligned_alloc(HEADER, bytes / HEADER * HEADER + HEADER); return *address ? OK : OUT_OF_MEMORY; }
-int cuMemFreeHost(void *address) { drain_all(); free(address); return OK; }
+int cuMemGetInfo_v2(size_t *available, size_t *whole) { WANTS_CONTEXT; *whole = total(); *available = total() - used; return OK; }
+/* Whether bytes of the device lie in one block. */
+static bool held(uint64_t address, size_t bytes) {
+  struct block block;
+  return stand_in_block(address, &block) && bytes <= block.end - address;
+}
+int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { WANTS_CONTEXT; *address = aligned_alloc(HEADER, bytes / HEADER * HEADER + HEADER); return *address ? OK : OUT_OF_MEMORY; }
+int cuMemFreeHost(void *address) { WANTS_CONTEXT; drain_all(); free(address); return OK; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(to, n)) return INVALID;
   __atomic_add_fetch(&counts.to_device, 1, __ATOMIC_SEQ_CST);
   __atomic_add_fetch(&counts.to_device_bytes, n, __ATOMIC_SEQ_CST);
   return stand_in_queue(stream, run_copy, &(struct copy){(void *)(uintptr_t)to, from, n}, sizeof(struct copy));
 }
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(from, n)) return INVALID;
   __atomic_add_fetch(&counts.from_device, 1, __ATOMIC_SEQ_CST);
   __atomic_add_fetch(&counts.from_device_bytes, n, __ATOMIC_SEQ_CST);
   return stand_in_queue(stream, run_copy, &(struct copy){to, (void *)(uintptr_t)from, n}, sizeof(struct copy));
 }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(to, n) || !held(from, n)) return INVALID;
   __atomic_add_fetch(&counts.on_device, 1, __ATOMIC_SEQ_CST);
   return stand_in_queue(stream, run_copy, &(struct copy){(void *)(uintptr_t)to, (void *)(uintptr_t)from, n}, sizeof(struct copy));
 }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void *stream) {
+  WANTS_CONTEXT;
+  if (!held(to, n)) return INVALID;
   return stand_in_queue(stream, run_fill, &(struct copy){(void *)(uintptr_t)to, 0, n, value}, sizeof(struct copy));
 }
 
 int cuStreamCreate(void **stream, unsigned flags) {
+  WANTS_CONTEXT;
   const char *late = getenv("MUDIT_STAND_IN_LATE");
   pthread_mutex_lock(&lock);
   int number = made < STREAMS ? made++ : STREAMS - 1;
@@ -209,8 +269,15 @@ int cuStreamCreate(void **stream, unsigned flags) {
   pthread_mutex_unlock(&lock);
   return OK;
 }
-int cuStreamDestroy_v2(void *stream) { return OK; }
+int cuStreamDestroy_v2(void *stream) {
+  struct stream *s = stream;
+  if (s < streams || s >= streams + made || s->gone) return INVALID_HANDLE;
+  drain(s, s->queued);
+  s->gone = true;
+  return OK;
+}
 int cuStreamSynchronize(void *stream) {
+  WANTS_CONTEXT;
   struct stream *s = stream;
   if (recording && (stream == recorded || !stream) && spoils()) return RECORDING;
   counts.waits++;
@@ -220,10 +287,11 @@ int cuStreamSynchronize(void *stream) {
   pthread_mutex_unlock(&lock);
   return failed;
 }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return stand_in_queue(stream, run_wait, event, sizeof(struct event)); }
-int cuEventCreate(void **event, unsigned flags) { *event = calloc(1, sizeof(struct event)); return OK; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { WANTS_CONTEXT; return stand_in_queue(stream, run_wait, event, sizeof(struct event)); }
+int cuEventCreate(void **event, unsigned flags) { WANTS_CONTEXT; *event = calloc(1, sizeof(struct event)); return OK; }
 int cuEventDestroy_v2(void *event) { free(event); return OK; }
 int cuEventRecord(void *event, void *stream) {
+  WANTS_CONTEXT;
   struct stream *s = stream;
   struct event *e = event;
   pthread_mutex_lock(&lock);
@@ -233,6 +301,7 @@ int cuEventRecord(void *event, void *stream) {
 }
 int cuEventQuery(void *event) { struct event *e = event; return !e->stream || e->stream->done >= e->after ? OK : NOT_READY; }
 int cuEventSynchronize(void *event) {
+  WANTS_CONTEXT;
   if (spoils()) return RECORDING;
   pthread_mutex_lock(&lock);
   counts.waits++;
@@ -240,36 +309,64 @@ int cuEventSynchronize(void *event) {
   pthread_mutex_unlock(&lock);
   return failed;
 }
-/* A module is a source of kernels, compiled for the host beside this library. */
-typedef const char *launch(const char *, const uint32_t *, uint32_t, uint32_t, bool, void **);
-typedef void **keep(const char *, void **);
+/* A module is a source of kernels, compiled for the host beside this library and known by its name, or the PTX of one, which
+ * the library `ptx.so` beside this one runs. */
+typedef const char *launch(const void *, const uint32_t *, uint32_t, uint32_t, bool, void **);
+typedef void **keep(const void *, void **);
+struct module { void *library, *ptx; };
 struct function {
   launch *launch;
   keep *keep;
+  const void *what; /* for those two: its name, or its instructions */
   char name[64];
   int shared;
 };
-
-int cuModuleLoadData(void **module, const char *image) {
-  static const char begin[] = "stand-in ";
+static void *beside(const char *name) {
   Dl_info here;
   char path[4096];
-  if (strncmp(image, begin, sizeof begin - 1) || !dladdr(cuModuleLoadData, &here)) return NO_IMAGE;
-  snprintf(path, sizeof path, "%.*s%s.so", (int)(strrchr(here.dli_fname, '/') + 1 - here.dli_fname), here.dli_fname, image + sizeof begin - 1);
-  *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  return *module ? OK : NO_IMAGE;
+  if (!dladdr(beside, &here)) return 0;
+  snprintf(path, sizeof path, "%.*s%s.so", (int)(strrchr(here.dli_fname, '/') + 1 - here.dli_fname), here.dli_fname, name);
+  return dlopen(path, RTLD_NOW | RTLD_LOCAL);
 }
-int cuModuleGetFunction(struct function **function, void *module, const char *name) {
-  bool (*has)(const char *) = dlsym(module, "mudit_has");
-  if (!has || !has(name)) return NOT_FOUND;
-  *function = calloc(1, sizeof **function);
-  (*function)->launch = dlsym(module, "mudit_launch");
-  (*function)->keep = dlsym(module, "mudit_keep");
-  snprintf((*function)->name, sizeof (*function)->name, "%s", name);
-  (*function)->shared = 48 << 10;
+
+int cuModuleLoadData(struct module **module, const char *image) {
+  WANTS_CONTEXT;
+  static const char begin[] = "stand-in ";
+  const bool compiled = !strncmp(image, begin, sizeof begin - 1);
+  struct module m = {beside(compiled ? image + sizeof begin - 1 : "ptx"), 0};
+  if (!m.library) return NO_IMAGE;
+  if (!compiled) {
+    void *(*load)(const char *, bool (*)(uint64_t, struct block *)) = dlsym(m.library, "ptx_load");
+    if (!(m.ptx = load(image, stand_in_block))) return NO_IMAGE;
+  }
+  *module = malloc(sizeof m);
+  **module = m;
+  return OK;
+}
+int cuModuleGetFunction(struct function **function, struct module *module, const char *name) {
+  WANTS_CONTEXT;
+  struct function f = {.shared = 48 << 10};
+  snprintf(f.name, sizeof f.name, "%s", name);
+  if (module->ptx) {
+    const void *(*find)(void *, const char *) = dlsym(module->library, "ptx_function");
+    uint32_t (*shared)(const void *) = dlsym(module->library, "ptx_shared_bytes");
+    if (!(f.what = find(module->ptx, name))) return NOT_FOUND;
+    f.launch = dlsym(module->library, "ptx_launch");
+    f.keep = dlsym(module->library, "ptx_keep");
+    f.shared -= shared(f.what);
+  } else {
+    bool (*has)(const char *) = dlsym(module->library, "mudit_has");
+    if (!has || !has(name)) return NOT_FOUND;
+    f.launch = dlsym(module->library, "mudit_launch");
+    f.keep = dlsym(module->library, "mudit_keep");
+  }
+  *function = malloc(sizeof f);
+  **function = f;
+  if (!module->ptx) (*function)->what = (*function)->name;
   return OK;
 }
 int cuFuncSetAttribute(struct function *function, int attribute, int value) {
+  WANTS_CONTEXT;
   if (attribute != 8 || value > 166912) return INVALID;
   if (value > function->shared) function->shared = value;
   return OK;
@@ -277,18 +374,20 @@ int cuFuncSetAttribute(struct function *function, int attribute, int value) {
 struct call { struct function *function; uint32_t grid[3], threads, shared; void **arguments; };
 static void run_call(void *data) {
   struct call *c = data;
-  const char *words = c->function->launch(c->function->name, c->grid, c->threads, c->shared, getenv("MUDIT_STAND_IN_BACKWARDS"), c->arguments);
+  const char *words = c->function->launch(c->function->what, c->grid, c->threads, c->shared, getenv("MUDIT_STAND_IN_BACKWARDS"), c->arguments);
   if (words) { complaint = words; failed = FAILED; }
 }
 int cuLaunchKernel(struct function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared, void *stream, void **arguments, void **extra) {
+  WANTS_CONTEXT;
   if (!x || !y || !z || x > 2147483647 || y > 65535 || z > 65535 || threads > 1024 || threads_y != 1 || threads_z != 1 ||
       shared > (unsigned)function->shared)
     return INVALID;
-  const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11);
+  const bool update = !strncmp(function->name, "update_", 7) || !strncmp(function->name, "accumulate_", 11) ||
+                      !strncmp(function->name, "random_", 7);
   if (getenv("MUDIT_STAND_IN_UPDATES_ONLY") && !update) return OK;
   /* What the arguments point to is gone when the kernel runs. */
-  struct call call = {function, {x, y, z}, threads, shared, function->keep(function->name, arguments)};
+  struct call call = {function, {x, y, z}, threads, shared, function->keep(function->what, arguments)};
   stand_in_queue(stream, run_call, &call, sizeof call);
   return failed;
 }
@@ -298,4 +397,6 @@ int cuGetErrorName(int error, const char **text) {
   return OK;
 }
 int cuGetErrorString(int error, const char **text) { return cuGetErrorName(error, text); }
+/* NVRTC looks for it. */
+int cuGetExportTable(const void **table, const void *which) { *table = 0; return NOT_FOUND; }
 int cuTensorMapEncodeTiled(void) { return NOT_SUPPORTED; }

@@ -1,10 +1,10 @@
 //! Engines that carry the kernels of another machine's compiler.
 
-use graph_builder::Weights;
+use graph_builder::{OnnxProgram, Weights};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::cuda::kernels::{Architecture, SOURCES};
 use runtime::engine::{EngineDraft, EngineNotes};
-use runtime::{CudaOptions, Engine, Provider, Runtime, RuntimeOptions, SessionOptions};
+use runtime::{Binding, CudaOptions, Engine, Provider, Recording, Runtime, RuntimeOptions, SessionOptions};
 
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
@@ -34,4 +34,38 @@ fn no_compiler() {
         assert!(refusal.contains("NVRTC") && refusal.contains("nvidia-cuda-nvrtc"), "{refusal}");
     }
     build("for this one", Some(Architecture::SM_80)).unwrap();
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn recorded() {
+    let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let emitted = |batch, guidance| {
+        let graph = program(&model, ProgramKind::StepRows, batch, guidance).unwrap().optimised().unwrap();
+        graph.emit(Weights::Inputs).unwrap()
+    };
+    let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
+    let runtime = Runtime::start(&options).unwrap();
+    let provider = Provider::Cuda(CudaOptions { cuda_graph: true, ..CudaOptions::default() });
+    let options = SessionOptions { provider, ..SessionOptions::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let safe = emitted(2, Guidance::All);
+    assert!(safe.unrepeatable.is_empty(), "{:?}", safe.unrepeatable);
+    let unsafe_ = OnnxProgram { unrepeatable: vec!["the node in question".to_owned()], ..safe.clone() };
+    for (name, program, refused) in [("safe", &safe, false), ("unsafe", &unsafe_, true)] {
+        let place = folder.path().join(name);
+        EngineDraft::new(&place, &[(2, program)], None, EngineNotes::default()).unwrap().publish().unwrap();
+        let session = Engine::open(place).unwrap().session(&runtime, "step-rows", 2, &options).unwrap();
+        match session.recording() {
+            Recording::On => assert!(!refused),
+            Recording::Refused(reason) => {
+                assert!(refused && reason.contains("the node in question"), "{reason}")
+            }
+            Recording::Off => panic!("it was asked for"),
+        }
+        let mut binding = Binding::owned(&session).unwrap();
+        for _ in 0..3 {
+            binding.run().unwrap();
+        }
+    }
 }

@@ -14,6 +14,8 @@ mod engines;
 mod kernels;
 mod networks;
 mod proofs;
+mod sampling;
+mod traffic;
 mod training;
 
 use std::io::Write as _;
@@ -23,6 +25,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use runtime::RuntimeOptions;
+use runtime::cuda::libraries::{NVRTC, find_or_fetch_compiler};
 use runtime::library::locate;
 
 /// For one proof: loading DiT-XL/2's training step takes some ten seconds here.
@@ -112,6 +115,16 @@ fn every_node_of_guided_denoising_is_placed_on_cuda() {
 }
 
 #[test]
+fn every_node_of_guided_steps_is_placed_on_cuda() {
+    proven("proofs::guided_steps_are_placed", &[]);
+}
+
+#[test]
+fn every_node_of_large_batches_is_placed_on_cuda() {
+    proven("proofs::large_batches_are_placed", &[]);
+}
+
+#[test]
 fn every_node_of_the_training_step_is_placed_on_cuda() {
     proven("proofs::train_step_is_placed", &[]);
 }
@@ -179,7 +192,50 @@ fn the_update_has_the_hosts_bits_and_leaves_out_what_is_not_finite() {
     proven("proofs::update", &[]);
 }
 
-/// For proofs of training: every gradient is zero.
+/// Runs proofs whose kernels are what the real NVRTC makes of them, PTX for PTX. Where there is none, says so aloud; with `CI`
+/// set it is fetched.
+#[allow(clippy::print_stderr, reason = "nothing is fetched silently")]
+fn proven_as_ptx(name: &str, variables: &[(&str, &str)]) {
+    let offline = std::env::var_os("CI").is_none();
+    let options = RuntimeOptions { gpu: true, offline, progress: &|line| eprintln!("{line}") };
+    match find_or_fetch_compiler(&options).map(|()| NVRTC.opened()) {
+        Ok(Some(found)) => {
+            let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx-cache");
+            let path = found.path.canonicalize().unwrap();
+            let ptx = [("MUDIT_STAND_IN_NVRTC", path.as_path()), ("MUDIT_CACHE", cache.as_path())];
+            let ptx = ptx.map(|(name, path)| (name, path.to_str().unwrap()));
+            proven(name, &[&ptx, variables].concat());
+        }
+        Err(reason) if offline => {
+            std::io::stderr().write_all(format!("SKIPPED: {name} as PTX: {reason}\n").as_bytes()).unwrap();
+        }
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+#[test]
+fn fused_ops_compute_what_the_interpreter_computes_as_ptx() {
+    proven_as_ptx("proofs::fused_ops", &[]);
+}
+
+#[test]
+fn fused_ops_are_nodes_of_the_cuda_provider_as_ptx() {
+    proven_as_ptx("proofs::fused_nodes", &[]);
+}
+
+#[test]
+fn noise_and_update_have_the_hosts_bits_as_ptx() {
+    proven_as_ptx("proofs::noise", &[]);
+    proven_as_ptx("proofs::update", &[]);
+}
+
+#[test]
+fn kernels_ask_of_memory_what_they_need_as_ptx() {
+    let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join("traffic");
+    proven_as_ptx("traffic::no_more_than_needed", &[(traffic::REPORT, report.to_str().unwrap())]);
+}
+
+/// For proofs of training: no kernels but those of noise and update; every gradient is zero.
 const UPDATES_ONLY: (&str, &str) = ("MUDIT_STAND_IN_UPDATES_ONLY", "1");
 
 #[test]
@@ -200,6 +256,37 @@ fn steps_on_the_device_have_the_hosts_bits() {
 #[test]
 fn a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else() {
     proven("training::a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else", &[UPDATES_ONLY]);
+}
+
+#[test]
+fn the_noise_of_a_step_is_drawn_on_the_device() {
+    for late in ["", "1", "2", "12"] {
+        proven(
+            "training::the_noise_of_a_step_is_drawn_on_the_device",
+            &[UPDATES_ONLY, ("MUDIT_STAND_IN_LATE", late)],
+        );
+    }
+}
+
+#[test]
+fn inputs_are_drawn_on_the_device_or_given_by_the_host() {
+    for late in ["", "1", "2", "12"] {
+        proven(
+            "bindings::inputs_are_drawn_on_the_device_or_given_by_the_host",
+            &[("MUDIT_STAND_IN_LATE", late)],
+        );
+    }
+}
+
+#[test]
+fn noise_of_samples_is_drawn_on_the_device() {
+    proven("sampling::a_samplers_noise_is_drawn_on_the_device", &[]);
+    proven("sampling::a_servers_noise_is_drawn_on_the_device", &[]);
+}
+
+#[test]
+fn products_of_f32_are_rounded_only_when_asked_for() {
+    proven("bindings::products_of_f32_are_rounded_only_when_asked_for", &[]);
 }
 
 #[test]
@@ -228,6 +315,16 @@ fn a_session_that_asks_for_our_kernels_without_their_compiler_is_refused() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(NO_COMPILER);
     proven("proofs::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
     proven("engines::no_compiler", &[("MUDIT_CUDA_LIBRARIES", folder.to_str().unwrap())]);
+}
+
+#[test]
+fn heads_that_no_kernel_takes_are_refused_when_they_are_loaded() {
+    proven("proofs::large_heads", &[]);
+}
+
+#[test]
+fn engines_are_recorded_unless_their_build_found_what_forbids_it() {
+    proven("engines::recorded", &[]);
 }
 
 #[test]

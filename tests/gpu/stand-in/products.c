@@ -6,6 +6,7 @@
 
 enum { OK = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
 enum { F32 = 0, F16 = 2, BF16 = 14 };
+enum { FAST_TF32 = 77 };
 enum { WORKSPACE = 4096 };
 
 struct layout {
@@ -107,6 +108,16 @@ struct product {
   const void *a, *b;
   void *d, *workspace;
 };
+/* An operand as the product reads it: TF32 keeps 10 bits of its fraction. */
+static double operand(const struct product *p, const void *at, uint64_t i) {
+  float value = read_one(p->ld.type, at, i);
+  if (p->ld.type != F32 || p->description.compute != FAST_TF32) return value;
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = (bits + 0x1000) & ~0x1FFFu;
+  memcpy(&value, &bits, 4);
+  return value;
+}
 static void run_product(void *data) {
   const struct product *p = data;
   const int ta = p->description.transposed[0], tb = p->description.transposed[1], type = p->ld.type;
@@ -116,8 +127,8 @@ static void run_product(void *data) {
     for (uint64_t row = 0; row < p->ld.rows; row++) {
       double sum = p->description.epilogue ? read_one(type, p->description.bias, row) : 0;
       for (uint64_t k = 0; k < terms; k++)
-        sum += read_one(type, p->a, ta ? row * p->la.stride + k : k * p->la.stride + row) *
-               read_one(type, p->b, tb ? k * p->lb.stride + column : column * p->lb.stride + k);
+        sum += operand(p, p->a, ta ? row * p->la.stride + k : k * p->la.stride + row) *
+               operand(p, p->b, tb ? k * p->lb.stride + column : column * p->lb.stride + k);
       write_one(type, p->d, column * p->ld.stride + row, sum);
     }
 }

@@ -3,11 +3,14 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use graph_builder::{DType, Precision, Shape};
+use graph_builder::{DType, NativeKernel, OpenProgram, Precision, Shape};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
-use runtime::{Arena, ArenaLayout, Runtime, RuntimeError, RuntimeOptions, Session, Weights};
+use runtime::{
+    Arena, ArenaLayout, OpenSession, Recording, Runtime, RuntimeError, RuntimeOptions, Session,
+    SessionOptions, Weights,
+};
 
 use crate::kernels;
 use crate::kernels::sessions::on_cuda;
@@ -25,25 +28,34 @@ fn runtime() -> Arc<Runtime> {
     Runtime::start(&options).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Loads a program of DiT-XL/2 in every precision with CPU fall-back disabled, by function bodies and by our kernels, and
-/// asserts where its nodes are.
-fn is_placed(kind: ProgramKind, guidance: Guidance) {
+/// Loads programs of DiT-XL/2 with CPU fall-back disabled, by function bodies and by our kernels, and asserts where their
+/// nodes are, and that runs by our kernels are recorded as CUDA graphs when asked for.
+fn is_placed(kind: ProgramKind, guidance: Guidance, batch: usize, precisions: &[Precision]) {
     let runtime = runtime();
-    for precision in Precision::ALL {
-        is_placed_in(&runtime, precision, kind, guidance);
+    for precision in precisions {
+        is_placed_in(&runtime, *precision, kind, guidance, batch);
     }
 }
 
 #[allow(clippy::print_stdout, reason = "a proof tells its figures")]
-fn is_placed_in(runtime: &Arc<Runtime>, precision: Precision, kind: ProgramKind, guidance: Guidance) {
+fn is_placed_in(
+    runtime: &Arc<Runtime>,
+    precision: Precision,
+    kind: ProgramKind,
+    guidance: Guidance,
+    batch: usize,
+) {
     let model = DitConfig::resolve("DiT-XL/2").unwrap();
-    let graph = program(&model, kind, 2, guidance).unwrap().optimised().unwrap();
+    let graph = program(&model, kind, batch, guidance).unwrap().optimised().unwrap();
     let emitted = graph.in_precision(precision).unwrap().emit(graph_builder::Weights::Inputs).unwrap();
-    emitted.check_cuda(&|_, _| false).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
+    emitted.check_cuda(&|_| NativeKernel::Body).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
     for native_kernels in [false, true] {
-        let options = on_cuda(native_kernels);
+        let provider = if native_kernels { "cuda+graph" } else { "cuda" };
+        let options = SessionOptions { provider: provider.parse().unwrap(), ..on_cuda(native_kernels) };
         let session = Session::load(runtime, &emitted, &Weights::Inside, &options)
             .unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
+        let recording = if native_kernels { Recording::On } else { Recording::Off };
+        assert_eq!(session.recording(), &recording, "{kind} {precision}");
         let placement = session.placement().unwrap_or_else(|e| panic!("{e}"));
         let elsewhere: Vec<_> =
             placement.elsewhere("CUDAExecutionProvider").map(ToString::to_string).collect();
@@ -55,26 +67,45 @@ fn is_placed_in(runtime: &Arc<Runtime>, precision: Precision, kind: ProgramKind,
         assert_eq!(ours.iter().copied().collect::<BTreeSet<_>>(), expected, "{kind} {precision}");
         let (all, most) = (placement.nodes.len(), if native_kernels { 2000 } else { 20_000 });
         assert!((200..most).contains(&all), "{kind} {precision}: {all} nodes");
-        println!("{kind} {precision}: {all} nodes, {} of them ours", ours.len());
+        println!("{kind} {precision}, {guidance:?}, batch {batch}: {all} nodes, {} of them ours", ours.len());
+    }
+}
+
+const LOW: [Precision; 2] = [Precision::Bf16, Precision::F16];
+/// As the published samples are guided.
+const GUIDED: Guidance = Guidance::First(3);
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn step_is_placed() {
+    is_placed(ProgramKind::Step, Guidance::Off, 2, &Precision::ALL);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn guided_steps_are_placed() {
+    is_placed(ProgramKind::Step, GUIDED, 2, &LOW);
+    is_placed(ProgramKind::StepRows, GUIDED, 2, &LOW);
+}
+
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn large_batches_are_placed() {
+    for kind in [ProgramKind::Step, ProgramKind::DenoiseCfg] {
+        is_placed(kind, GUIDED, 64, &LOW);
     }
 }
 
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
-fn step_is_placed() {
-    is_placed(ProgramKind::Step, Guidance::Off);
-}
-
-#[test]
-#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn denoise_cfg_is_placed() {
-    is_placed(ProgramKind::DenoiseCfg, Guidance::First(3));
+    is_placed(ProgramKind::DenoiseCfg, GUIDED, 2, &Precision::ALL);
 }
 
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn train_step_is_placed() {
-    is_placed(ProgramKind::TrainStep, Guidance::Off);
+    is_placed(ProgramKind::TrainStep, Guidance::Off, 2, &Precision::ALL);
 }
 
 fn layout() -> Arc<ArenaLayout> {
@@ -182,4 +213,31 @@ fn recorded_runs() {
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn scratch() {
     kernels::memory::scratch_stays_where_it_is(&Gpu::open(0).unwrap());
+}
+
+/// A model whose heads are too large for the kernels is refused before ONNX Runtime sees it, with op and layer; by function
+/// bodies it runs.
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn large_heads() {
+    let resolved = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let model = |hidden_size| DitConfig { hidden_size, num_heads: 2, depth: 1, ..resolved.clone() };
+    let emitted = |hidden_size, batch| {
+        let graph = program(&model(hidden_size), ProgramKind::Step, batch, Guidance::Off).unwrap();
+        graph.optimised().unwrap().emit(graph_builder::Weights::Inputs).unwrap()
+    };
+    let open = |hidden_size| {
+        OpenProgram::of((97, &emitted(hidden_size, 97)), (101, &emitted(hidden_size, 101))).unwrap()
+    };
+    let (runtime, inside) = (runtime(), Weights::Inside);
+    let load = |native| Session::load(&runtime, &emitted(272, 3), &inside, &on_cuda(native)).map(drop);
+    let load_open = |size| OpenSession::load(&runtime, &open(size), &inside, &on_cuda(true)).map(drop);
+    for (way, refused) in [("a program", load(true)), ("an open one", load_open(272))] {
+        let text = refused.unwrap_err().to_string();
+        for part in ["Attention of `blocks.0.attn", "136 features a head; at most 128 are taken"] {
+            assert!(text.contains(part), "{way}: {text}");
+        }
+    }
+    load(false).unwrap();
+    load_open(256).unwrap();
 }

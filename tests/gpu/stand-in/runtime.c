@@ -19,7 +19,15 @@ _Bool stand_in_records(void *);
 int stand_in_record(void *, int);
 int stand_in_recorded(void **);
 int stand_in_play(void *, void *);
+int cuCtxSetCurrent(void *);
+int cuDevicePrimaryCtxRetain(void **, int);
 static char object;
+/* The runtime makes the context a thread's own when the thread first asks for something. */
+static void begin(void) {
+  void *context;
+  cuDevicePrimaryCtxRetain(&context, 0);
+  cuCtxSetCurrent(context);
+}
 
 int cudaGetDeviceCount(int *count) { *count = 1; return OK; }
 int cudaGetDevice(int *device) { *device = 0; return OK; }
@@ -29,6 +37,7 @@ int cudaRuntimeGetVersion(int *version) { *version = 13000; return OK; }
 int cudaDeviceGetAttribute(int *value, int attribute, int device) { return cuDeviceGetAttribute(value, attribute, device); }
 /* CUDA 13's record has 1008 bytes; these are the places of what the provider reads. */
 int cudaGetDeviceProperties(char *record, int device) {
+  begin();
   size_t free_bytes;
   memset(record, 0, 1008);
   strcpy(record, "stand-in");
@@ -49,26 +58,27 @@ int cudaGetDeviceProperties(char *record, int device) {
   *(int *)(record + 688) = 32;         /* blocks of a multiprocessor */
   return OK;
 }
-int cudaMalloc(void **address, size_t n) { uint64_t a; int e = cuMemAlloc_v2(&a, n ? n : 1); if (!e) *address = (void *)(uintptr_t)a; return e; }
+int cudaMalloc(void **address, size_t n) { begin(); uint64_t a; int e = cuMemAlloc_v2(&a, n ? n : 1); if (!e) *address = (void *)(uintptr_t)a; return e; }
 int cudaMallocFromPoolAsync(void **address, size_t n, void *pool, void *stream) { return cudaMalloc(address, n); }
-int cudaFree(void *address) { return cuMemFree_v2((uint64_t)(uintptr_t)address); }
+int cudaFree(void *address) { begin(); return cuMemFree_v2((uint64_t)(uintptr_t)address); }
 int cudaFreeAsync(void *address, void *stream) { return cudaFree(address); }
 int cudaMallocHost(void **address, size_t n) { *address = aligned_alloc(256, (n + 256) / 256 * 256); return *address ? OK : 2; }
 int cudaHostAlloc(void **address, size_t n, unsigned flags) { return cudaMallocHost(address, n); }
 int cudaFreeHost(void *address) { free(address); return OK; }
-int cudaMemGetInfo(size_t *available, size_t *whole) { return cuMemGetInfo_v2(available, whole); }
+int cudaMemGetInfo(size_t *available, size_t *whole) { begin(); return cuMemGetInfo_v2(available, whole); }
 int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) {
+  begin();
   switch (kind) {
     case 1: return cuMemcpyHtoDAsync_v2((uint64_t)(uintptr_t)to, from, n, stream);
     case 2: return cuMemcpyDtoHAsync_v2(to, (uint64_t)(uintptr_t)from, n, stream);
     default: return cuMemcpyDtoDAsync_v2((uint64_t)(uintptr_t)to, (uint64_t)(uintptr_t)from, n, stream);
   }
 }
-int cudaMemcpy(void *to, const void *from, size_t n, int kind) { cuCtxSynchronize(); return cudaMemcpyAsync(to, from, n, kind, 0); }
-int cudaMemset(void *to, int value, size_t n) { cuCtxSynchronize(); memset(to, value, n); return OK; }
-int cudaMemsetAsync(void *to, int value, size_t n, void *stream) { return cuMemsetD8Async((uint64_t)(uintptr_t)to, value, n, stream); }
-int cudaDeviceSynchronize(void) { return cuCtxSynchronize(); }
-int cudaStreamSynchronize(void *stream) { return cuStreamSynchronize(stream); }
+int cudaMemcpy(void *to, const void *from, size_t n, int kind) { begin(); cuCtxSynchronize(); return cudaMemcpyAsync(to, from, n, kind, 0); }
+int cudaMemset(void *to, int value, size_t n) { begin(); cuCtxSynchronize(); memset(to, value, n); return OK; }
+int cudaMemsetAsync(void *to, int value, size_t n, void *stream) { begin(); return cuMemsetD8Async((uint64_t)(uintptr_t)to, value, n, stream); }
+int cudaDeviceSynchronize(void) { begin(); return cuCtxSynchronize(); }
+int cudaStreamSynchronize(void *stream) { begin(); return cuStreamSynchronize(stream); }
 int cudaStreamCreate(void **stream) { *stream = &object; return OK; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { *stream = &object; return OK; }
 int cudaStreamIsCapturing(void *stream, int *status) { *status = stand_in_records(stream); return OK; }

@@ -15,6 +15,7 @@ use runtime::{AdamW, Arena, ArenaLayout, Provider, Runtime, RuntimeOptions};
 use train_engine::checkpoint::{self, State};
 use train_engine::config::TrainConfig;
 use train_engine::data::{Batch, GaussianImages};
+use train_engine::random::{Purpose, Stream};
 use train_engine::signals::StopSignal;
 use train_engine::step::StepLoss;
 use train_engine::trainer::{self, MemoryPlan, Observer, Outcome, RunInfo, StepReport, Trainer};
@@ -224,14 +225,41 @@ fn a_step_moves_a_batch_and_its_losses_over_the_bus_and_nothing_else() {
         let crossed = Counts::during(|| drop(trainer.step(&batch(2)).unwrap()));
         let graph = trainer.compiled().graph();
         let entries = graph.parameters().iter().filter(|p| p.trainable).count();
-        // Images and noise, times and labels at multiples of 256 bytes in one piece; the update's 40 bytes a parameter.
-        let inputs = 2 * BATCH * SIDE * SIDE * 4 + 256 + BATCH * 8;
+        // Where the noise comes from, images, times and labels at multiples of 256 bytes in one piece; the update's 40 bytes
+        // a parameter. The noise itself would be 2048 bytes more.
+        let inputs = 256 + BATCH * SIDE * SIDE * 4 + 256 + BATCH * 8;
         let table = entries * 40;
         assert_eq!(crossed.to_device, 2, "{precision}: {crossed:?}");
         assert_eq!(crossed.to_device_bytes, (inputs + table) as u64, "{precision}: {crossed:?}");
         // Losses, and what the update decided.
         assert_eq!(crossed.from_device, 2, "{precision}: {crossed:?}");
         assert!(crossed.from_device_bytes <= 3 * 256 + 16, "{precision}: {crossed:?}");
+    }
+}
+
+/// Every micro-batch has the host's noise, whether it was sent ahead or not, though none crosses the bus.
+#[test]
+#[ignore = "run by the parent's tests in a process that knows the stand-ins"]
+fn the_noise_of_a_step_is_drawn_on_the_device() {
+    for (accumulate, provider) in [(1, "cuda"), (4, "cuda"), (2, "cuda+graph")] {
+        let config = config(provider, Precision::Bf16, accumulate);
+        let mut trainer = Trainer::new(&onnx_runtime(), &config, &model()).unwrap_or_else(|e| panic!("{e}"));
+        for step in [0, 1, 7] {
+            trainer.enqueue(&batch(step)).unwrap();
+            trainer.complete().unwrap();
+            // The last micro-batch's is still there.
+            let rows = BATCH / accumulate;
+            let want = (BATCH - rows..BATCH).flat_map(|row| {
+                let mut values = vec![0.0; SIDE * SIDE];
+                Stream::new(config.train.seed, Purpose::Noise, step, row as u64).fill_normal(&mut values);
+                values
+            });
+            let got = trainer.compiled().input("noise").unwrap();
+            assert!(got.iter().map(|z| z.to_bits()).eq(want.map(f32::to_bits)), "{accumulate}, step {step}");
+            if step == 0 {
+                trainer.prepare(&batch(1)).unwrap();
+            }
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::data::{BatchPlan, Dataset, Loader};
 use crate::error::{Result, TrainError};
 use crate::signals::StopSignal;
 use crate::step::StepShape;
-use crate::trainer::Trainer;
+use crate::trainer::{MemoryPlan, Trainer};
 
 /// Windows of a trial's curve, at most.
 const WINDOWS: u64 = 64;
@@ -26,6 +26,8 @@ pub const WEIGHTS: &str = "weights";
 pub enum News<'a> {
     /// A step is about to be compiled.
     Compiling(&'a Trial),
+    /// On a GPU: what that step will take of its memory. Nothing has been allocated yet.
+    Planned(&'a MemoryPlan),
     /// A trial begins.
     Started(&'a Trial),
     /// A step of it is done; its loss.
@@ -153,7 +155,8 @@ impl Work<'_> {
             news(News::Compiling(trial));
             let start = Instant::now();
             *compiled = None; // its memory first
-            let trainer = Trainer::shared(self.runtime, &trial.config, &trial.model)?;
+            let mut planned = |plan: &MemoryPlan| news(News::Planned(plan));
+            let trainer = Trainer::shared_planned(self.runtime, &trial.config, &trial.model, &mut planned)?;
             let cost = step_cost(&trial.config, &trial.model)?;
             *compiled = Some(Compiled { shape: trial.shape.clone(), trainer, cost });
             compile_seconds = start.elapsed().as_secs_f64();

@@ -2,18 +2,22 @@
 
 use std::fmt;
 
-use graph_builder::Graph;
+use graph_builder::{Graph, Weights};
 use models::{DitConfig, Guidance, ProgramKind, Recompute, optimised_program};
 use runtime::cuda::Gpu;
-use runtime::{Device, RuntimeError};
+use runtime::cuda::kernels::scratch_bytes;
+use runtime::{Device, Provider, RuntimeError};
 
 use crate::config::TrainConfig;
 use crate::error::{Result, TrainError};
 
+/// Begins the names of what is there for sample pictures.
+const PICTURES: &str = "pictures";
+
 /// Bytes of each part of a training run on a GPU.
 ///
-/// What the state takes is exact. Activations are those alive at once in the order of the graph; the libraries' own
-/// memory (some hundred megabytes for context, code and workspaces) comes on top.
+/// What the state takes is exact. Activations are those alive at once in the order of the graph; kernels' own values count
+/// with the most that they may be. The libraries' own memory (some hundred megabytes for context and code) comes on top.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// The CUDA driver's number of the GPU.
@@ -30,20 +34,52 @@ pub struct MemoryPlan {
     pub batch: u64,
     /// Values inside the program, at their peak.
     pub activations: u64,
+    /// Values inside this project's kernels.
+    pub scratch: u64,
+}
+
+/// What a run keeps on the GPU for the program that draws its sample pictures.
+///
+/// # Errors
+/// [`TrainError::Model`], [`TrainError::Runtime`] when the program cannot be emitted or run there.
+pub(super) fn pictures(graph: &Graph) -> Result<Vec<(&'static str, u64)>> {
+    let inputs: usize = graph.inputs().map(|(_, ty)| ty.bytes()).sum();
+    let outputs: usize = graph.outputs().iter().map(|(_, id)| graph.node(*id).ty.bytes()).sum();
+    let parameters: usize = graph.parameters().iter().map(|p| p.numel() * p.dtype.bytes()).sum();
+    let inside = graph.activation_peak().bytes + graph.constant_bytes() + scratch(graph)?;
+    Ok(vec![
+        ("pictures: the average once more", parameters as u64),
+        ("pictures: their values", (inputs + outputs) as u64 + inside),
+    ])
+}
+
+fn scratch(graph: &Graph) -> Result<u64> {
+    let program = graph.emit(Weights::Inputs).map_err(models::ModelError::from)?;
+    Ok(scratch_bytes(&program)? as u64)
 }
 
 impl MemoryPlan {
-    /// The plan of a run whose program is `graph`; `None` on the CPU.
+    /// The plan of a run whose program is `graph`, and that keeps `more` there besides; `None` on the CPU.
     ///
     /// # Errors
     /// [`TrainError::Runtime`] when the GPU cannot be asked.
-    pub(super) fn before(config: &TrainConfig, graph: &Graph) -> Result<Option<Self>> {
+    pub(super) fn before(
+        config: &TrainConfig,
+        graph: &Graph,
+        more: &[(&'static str, u64)],
+    ) -> Result<Option<Self>> {
         let Device::Cuda { ordinal } = config.train.provider.device() else { return Ok(None) };
         let (free, total) = Gpu::open(ordinal)?.memory()?;
-        Ok(Some(Self::of(config, graph, ordinal, (free as u64, total as u64))))
+        Ok(Some(Self::of(config, graph, more, ordinal, (free as u64, total as u64))?))
     }
 
-    fn of(config: &TrainConfig, graph: &Graph, gpu: usize, (free, total): (u64, u64)) -> Self {
+    fn of(
+        config: &TrainConfig,
+        graph: &Graph,
+        more: &[(&'static str, u64)],
+        gpu: usize,
+        (free, total): (u64, u64),
+    ) -> Result<Self> {
         let train = &config.train;
         let (all, trainable) = graph.parameter_counts();
         let f32s = |n: usize| (n * size_of::<f32>()) as u64;
@@ -63,10 +99,11 @@ impl MemoryPlan {
             state.push(("sum of gradients, f32", f32s(trainable)));
         }
         state.push(("constants", graph.constant_bytes()));
+        state.extend(more);
         let inputs: usize = graph.inputs().map(|(_, ty)| ty.bytes()).sum();
         let outputs = graph.outputs().iter().filter(|(name, _)| !name.starts_with("grad."));
         let outputs: usize = outputs.map(|(_, id)| graph.node(*id).ty.bytes()).sum();
-        Self {
+        Ok(Self {
             gpu,
             total,
             free,
@@ -74,7 +111,9 @@ impl MemoryPlan {
             state,
             batch: (2 * inputs + outputs) as u64,
             activations: graph.activation_peak().bytes,
-        }
+            // TensorRT runs function bodies.
+            scratch: if matches!(train.provider, Provider::Cuda(_)) { scratch(graph)? } else { 0 },
+        })
     }
 
     /// Bytes that do not depend on the batch.
@@ -84,14 +123,14 @@ impl MemoryPlan {
 
     /// All bytes.
     pub fn bytes(&self) -> u64 {
-        self.state_bytes() + self.batch + self.activations
+        self.state_bytes() + self.batch + self.activations + self.scratch
     }
 
     /// Refuses a run that does not fit: its state and batch alone, or the whole by more than the plan may err.
     pub(super) fn check(&self) -> Result<()> {
         /// Part of the activations that ONNX Runtime may spare by another order of the nodes.
         const MARGIN: u64 = 10;
-        let sure = self.state_bytes() + self.batch + self.activations - self.activations / MARGIN;
+        let sure = self.bytes() - self.activations / MARGIN;
         if sure <= self.free {
             return Ok(());
         }
@@ -165,7 +204,9 @@ impl MemoryPlan {
             let graph = optimised_program(model, kind, images, Guidance::Off, recompute, train.precision)?;
             let mut config = config.clone();
             config.train.batch_size = images * train.accumulate;
-            Ok(Self::of(&config, &graph, self.gpu, (self.free, self.total)))
+            let more: Vec<_> =
+                self.state.iter().filter(|(name, _)| name.starts_with(PICTURES)).copied().collect();
+            Self::of(&config, &graph, &more, self.gpu, (self.free, self.total))
         };
         let one = plan(1)?.bytes();
         if one > self.free {
@@ -195,6 +236,7 @@ impl fmt::Display for MemoryPlan {
         }
         row(f, &format!("batch of {}, two inputs deep", self.images), self.batch)?;
         row(f, "activations at their peak", self.activations)?;
+        row(f, "values inside kernels", self.scratch)?;
         write!(f, "  {:<34}{:>12.1} MB", "together", self.bytes() as f64 / 1e6)?;
         if self.bytes() > self.free {
             write!(f, ": more than is free")?;
@@ -210,6 +252,7 @@ mod tests {
     /// A small model's plan with so many bytes free.
     fn plan(batch: usize, free: u64) -> (MemoryPlan, TrainConfig, DitConfig) {
         let mut config = TrainConfig::default();
+        config.train.provider = "cuda".parse().unwrap();
         (config.train.batch_size, config.train.precision) = (batch, graph_builder::Precision::Bf16);
         let model =
             DitConfig { hidden_size: 32, num_heads: 2, depth: 2, ..DitConfig::preset("DiT-S/4").unwrap() };
@@ -217,7 +260,7 @@ mod tests {
         let graph =
             optimised_program(&model, kind, batch, Guidance::Off, Recompute::None, config.train.precision)
                 .unwrap();
-        (MemoryPlan::of(&config, &graph, 0, (free, free)), config, model)
+        (MemoryPlan::of(&config, &graph, &[], 0, (free, free)).unwrap(), config, model)
     }
 
     #[test]
@@ -228,8 +271,27 @@ mod tests {
         assert_eq!(bytes("parameters, f32"), bytes("average"));
         assert!(bytes("moments") > 3 * bytes("gradients"), "most gradients are bf16");
         assert!(plan.activations > 0 && plan.batch > 0);
-        assert_eq!(plan.bytes(), plan.state_bytes() + plan.batch + plan.activations);
+        assert!(plan.scratch > 0);
+        assert_eq!(plan.bytes(), plan.state_bytes() + plan.batch + plan.activations + plan.scratch);
         assert!(plan.to_string().contains("together") && !plan.to_string().contains("more than is free"));
+    }
+
+    #[test]
+    fn pictures_count_with_parameters_and_values_and_stay_in_the_advice() {
+        let (plan, config, model) = plan(20, 1 << 40);
+        let graph =
+            models::program(&model, ProgramKind::Step, 6, Guidance::All).unwrap().optimised().unwrap();
+        let more = pictures(&graph).unwrap();
+        assert_eq!(more[0].1, graph.parameter_counts().0 as u64 * 4);
+        assert!(more[1].1 > graph.activation_peak().bytes);
+        let train = ProgramKind::TrainStep;
+        let precision = config.train.precision;
+        let graph = optimised_program(&model, train, 20, Guidance::Off, Recompute::None, precision).unwrap();
+        let with = MemoryPlan::of(&config, &graph, &more, 0, (1 << 40, 1 << 40)).unwrap();
+        assert_eq!(with.bytes(), plan.bytes() + more[0].1 + more[1].1);
+        let tight = MemoryPlan { free: plan.bytes(), ..with };
+        let images = tight.largest(&config, &model, Recompute::None).unwrap().unwrap();
+        assert!(images < 20, "{images}: pictures take their part");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::loss_scale::LossScale;
 use crate::mup::{MupTable, Stamp, draw_parameters};
 use crate::random::{Purpose, Stream};
 use crate::schedule::{ema_decay, learning_rate_factor};
-use crate::step::{CompiledStep, StepArenas, StepInputs, StepLoss, StepShape, neutral};
+use crate::step::{CompiledStep, NOISE, StepArenas, StepInputs, StepLoss, StepShape, neutral};
 
 pub use memory::MemoryPlan;
 use state::OptimizerSettings;
@@ -59,7 +59,7 @@ impl Trainer {
     /// # Errors
     /// [`TrainError::Model`], [`TrainError::Runtime`], [`TrainError::BadValue`].
     pub fn new(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
-        Self::compile(runtime, config, model, model, &mut |_| {})
+        Self::compile(runtime, config, model, model, None, &mut |_| {})
     }
 
     /// A trainer whose step other runs of its [`StepShape`] can use after it; see [`restart`](Self::restart).
@@ -67,17 +67,29 @@ impl Trainer {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn shared(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
-        Self::compile(runtime, config, model, &neutral(model), &mut |_| {})
+        Self::shared_planned(runtime, config, model, &mut |_| {})
     }
 
-    /// [`new`](Self::new); on a GPU, `planned` sees the plan of its memory before any is allocated.
-    fn planned(
+    /// [`shared`](Self::shared); on a GPU, `planned` sees the plan of its memory before any is allocated.
+    pub(crate) fn shared_planned(
         runtime: &Arc<Runtime>,
         config: &TrainConfig,
         model: &DitConfig,
         planned: &mut dyn FnMut(&MemoryPlan),
     ) -> Result<Self> {
-        Self::compile(runtime, config, model, model, planned)
+        Self::compile(runtime, config, model, &neutral(model), None, planned)
+    }
+
+    /// [`new`](Self::new) beside the program that draws sample pictures; on a GPU, `planned` sees the plan of its memory
+    /// before any is allocated.
+    fn planned(
+        runtime: &Arc<Runtime>,
+        config: &TrainConfig,
+        model: &DitConfig,
+        pictures: Option<&Graph>,
+        planned: &mut dyn FnMut(&MemoryPlan),
+    ) -> Result<Self> {
+        Self::compile(runtime, config, model, model, pictures, planned)
     }
 
     fn compile(
@@ -85,6 +97,7 @@ impl Trainer {
         config: &TrainConfig,
         model: &DitConfig,
         compiled: &DitConfig,
+        pictures: Option<&Graph>,
         planned: &mut dyn FnMut(&MemoryPlan),
     ) -> Result<Self> {
         refuse_precision(config)?;
@@ -100,7 +113,9 @@ impl Trainer {
                 train.precision,
                 &options,
                 &mut |prepared| {
-                    plan = MemoryPlan::before(config, &prepared.graph)?;
+                    let on_gpu = pictures.filter(|_| train.provider.is_gpu());
+                    let more = on_gpu.map_or(Ok(Vec::new()), memory::pictures)?;
+                    plan = MemoryPlan::before(config, &prepared.graph, &more)?;
                     plan.iter().for_each(&mut *planned);
                     plan.as_ref().map_or(Ok(()), MemoryPlan::check)
                 },
@@ -262,10 +277,15 @@ impl Trainer {
         let image = batch.x0.len() / batch.y.len().max(1);
         let micro = self.step.batch;
         let rows = micro_batch * micro..(micro_batch + 1) * micro;
-        let binding = self.step.binding();
+        let (config, model, binding) = (&self.config, &self.model, self.step.binding());
         binding.set_input("x0", &batch.x0[rows.start * image..rows.end * image])?;
-        let noise = binding.input_f32("noise")?;
-        let (t, y) = draw(&self.config, &self.model, batch, rows, noise);
+        if binding.draws(NOISE) {
+            let streams: Vec<_> = noise(config, batch, rows.clone()).map(|s| s.on_device()).collect();
+            binding.draw(NOISE, &streams)?;
+        } else {
+            fill_noise(config, batch, rows.clone(), binding.input_f32(NOISE)?);
+        }
+        let (t, y) = draw(config, model, batch, rows);
         binding.set_input("t", &t)?;
         Ok(binding.set_input("y", &y)?)
     }
@@ -345,8 +365,10 @@ impl Trainer {
         loss: &StepLoss,
         grad_norm: f64,
     ) -> Result<PathBuf> {
-        let mut noise = vec![0.0; batch.x0.len()];
-        let (t, y) = draw(&self.config, &self.model, batch, 0..batch.y.len(), &mut noise);
+        // On a GPU it was drawn there, from the same streams and to the same bits, and the next batch's may have replaced it.
+        let (mut noise, rows) = (vec![0.0; batch.x0.len()], 0..batch.y.len());
+        fill_noise(&self.config, batch, rows.clone(), &mut noise);
+        let (t, y) = draw(&self.config, &self.model, batch, rows);
         let inputs = StepInputs { x0: &batch.x0, noise: &noise, t: &t, y: &y };
         evidence::save(run_dir, &*self.state, &self.model, batch, &inputs, loss, grad_norm)
     }
@@ -372,22 +394,28 @@ impl Trainer {
     }
 }
 
-/// Times and labels of some rows of a batch; fills their noise.
-fn draw(
-    config: &TrainConfig,
-    model: &DitConfig,
-    batch: &Batch,
-    rows: Range<usize>,
-    noise: &mut [f32],
-) -> (Vec<f32>, Vec<i64>) {
+/// The streams of the noise of some rows of a batch.
+fn noise(config: &TrainConfig, batch: &Batch, rows: Range<usize>) -> impl Iterator<Item = Stream> {
+    let (seed, step) = (config.train.seed, batch.step);
+    rows.map(move |row| Stream::new(seed, Purpose::Noise, step, row as u64))
+}
+
+/// Draws the noise of some rows of a batch on the host.
+fn fill_noise(config: &TrainConfig, batch: &Batch, rows: Range<usize>, out: &mut [f32]) {
+    let image = out.len() / rows.len().max(1);
+    for (mut stream, out) in noise(config, batch, rows).zip(out.chunks_mut(image.max(1))) {
+        stream.fill_normal(out);
+    }
+}
+
+/// Times and labels of some rows of a batch.
+fn draw(config: &TrainConfig, model: &DitConfig, batch: &Batch, rows: Range<usize>) -> (Vec<f32>, Vec<i64>) {
     let (train, objective) = (&config.train, &config.objective);
-    let image = noise.len() / rows.len().max(1);
     let drop = train.label_drop.unwrap_or(model.class_dropout_prob);
     let stream = |purpose, row: usize| Stream::new(train.seed, purpose, batch.step, row as u64);
     let mut t = Vec::with_capacity(rows.len());
     let mut y = Vec::with_capacity(rows.len());
-    for (row, noise) in rows.zip(noise.chunks_mut(image.max(1))) {
-        stream(Purpose::Noise, row).fill_normal(noise);
+    for row in rows {
         let mut draw = stream(Purpose::Timestep, row);
         t.push(match (model.objective, objective.time) {
             (Objective::Ddpm, _) => draw.below(TRAINING_STEPS as u64) as f32,

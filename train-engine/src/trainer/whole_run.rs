@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use graph_builder::Graph;
 use models::DitConfig;
 use runtime::memory::peak_resident_bytes;
 use runtime::{Recording, Runtime, SharedArena};
@@ -69,6 +70,13 @@ pub enum Outcome {
 
 /// What a caller wants to be told during a run. Nothing here can change a result.
 pub trait Observer {
+    /// The program that will draw sample pictures from a copy of the average, after all passes: its memory is planned for.
+    ///
+    /// # Errors
+    /// Whatever stops the run.
+    fn pictures(&self, _model: &DitConfig) -> Result<Option<Graph>> {
+        Ok(None)
+    }
     /// On a GPU: what the run will take of its memory. Nothing has been allocated yet.
     fn planned(&mut self, _plan: &MemoryPlan) {}
     /// The run starts or goes on.
@@ -118,7 +126,9 @@ pub fn run(
     let text = config.to_toml()?;
     runtime::file::write_atomically(run_dir.join(RUN_CONFIG_FILE), |out| out.write_all(text.as_bytes()))?;
 
-    let mut trainer = Trainer::planned(runtime, config, &model, &mut |plan| observer.planned(plan))?;
+    let pictures = if config.sample.every_steps > 0 { observer.pictures(&model)? } else { None };
+    let mut planned = |plan: &MemoryPlan| observer.planned(plan);
+    let mut trainer = Trainer::planned(runtime, config, &model, pictures.as_ref(), &mut planned)?;
     if let Some((path, state)) = &found {
         trainer.read(path)?;
         trainer.loss_scale = state.loss_scale.or(trainer.loss_scale);

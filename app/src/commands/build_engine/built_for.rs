@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
+use clap::Args;
 use models::ProgramKind;
 use runtime::cuda::kernels::{Architecture, COMMON, Compiler, SOURCES};
 use runtime::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT, NVRTC, find_or_fetch_compiler};
@@ -15,6 +16,7 @@ use runtime::{Device, Engine, Provider, RuntimeError, RuntimeOptions};
 
 use crate::Usage;
 use crate::console;
+use crate::execution::keep_f32;
 
 /// Who the engine is built for; nobody when programs are only emitted.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +42,30 @@ impl fmt::Display for BuiltFor {
     }
 }
 
+/// How TensorRT builds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
+pub(super) struct ForTensorRt {
+    /// TensorRT: keep the weights out of what is built, so that new weights need no new build.
+    #[arg(long)]
+    refittable: bool,
+    /// TensorRT: effort of its builder, from 0 (short build) to 5 (fast engine). Default TensorRT's own, 3.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=5))]
+    builder_level: Option<u8>,
+    /// TensorRT: most memory of the GPU that one of its kernels may use for itself, in GiB. Default all.
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u16).range(1..))]
+    workspace: Option<u16>,
+}
+
+impl ForTensorRt {
+    /// The options that were given, as they are written.
+    fn given(self) -> Vec<(&'static str, String)> {
+        let level = self.builder_level.map(|level| ("builder-level", level.to_string()));
+        let workspace = self.workspace.map(|gib| ("workspace", gib.to_string()));
+        let refittable = self.refittable.then(|| ("refittable", true.to_string()));
+        [refittable, level, workspace].into_iter().flatten().collect()
+    }
+}
+
 /// Where the engine will run.
 #[derive(Debug)]
 pub(super) struct Target {
@@ -48,7 +74,7 @@ pub(super) struct Target {
     architecture: Option<Architecture>,
     /// The GPU of this machine, where it is one of those.
     here: Option<GpuInfo>,
-    refittable: bool,
+    tensorrt: ForTensorRt,
 }
 
 impl Target {
@@ -59,12 +85,22 @@ impl Target {
     pub(super) fn find(
         built_for: &BuiltFor,
         wanted: Option<Architecture>,
-        refittable: bool,
+        tensorrt: ForTensorRt,
     ) -> anyhow::Result<Self> {
-        let provider = built_for.0.clone();
-        if refittable && !matches!(provider, Some(Provider::TensorRt(_))) {
-            let text = "--refittable is for --provider tensorrt: the programs of others take new weights as they are";
-            return Err(Usage(text.into()).into());
+        let mut provider = built_for.0.clone();
+        match (&mut provider, tensorrt.given().first()) {
+            (Some(Provider::TensorRt(options)), _) => {
+                options.builder_level = tensorrt.builder_level;
+                options.workspace_limit = tensorrt.workspace.map(|gib| usize::from(gib) << 30);
+            }
+            (_, Some((option, _))) => {
+                let text = format!("--{option} says how TensorRT builds: give --provider tensorrt");
+                return Err(Usage(text).into());
+            }
+            _ => {}
+        }
+        if let Some(provider) = &provider {
+            keep_f32(provider)?;
         }
         let Some(Device::Cuda { ordinal }) = provider.as_ref().map(Provider::device) else {
             if let Some(wanted) = wanted {
@@ -74,13 +110,13 @@ impl Target {
             if let Some(provider) = &provider {
                 provider.check()?;
             }
-            return Ok(Self { provider, architecture: None, here: None, refittable });
+            return Ok(Self { provider, architecture: None, here: None, tensorrt });
         };
         let gpu = Gpu::open(ordinal).ok().map(|gpu| gpu.info().clone());
         let found = gpu.as_ref().map(architecture).transpose()?;
         match (&provider, wanted) {
             (Some(Provider::Cuda(_)), Some(wanted)) if found != Some(wanted) => {
-                return Ok(Self { provider, architecture: Some(wanted), here: None, refittable });
+                return Ok(Self { provider, architecture: Some(wanted), here: None, tensorrt });
             }
             (Some(Provider::TensorRt(_)), Some(wanted)) if found.is_some_and(|found| wanted > found) => {
                 let found = found.map_or(String::new(), |f| f.to_string());
@@ -95,7 +131,7 @@ impl Target {
         if let Some(provider) = &provider {
             provider.check()?;
         }
-        Ok(Self { provider, architecture: wanted.or(found), here: gpu, refittable })
+        Ok(Self { provider, architecture: wanted.or(found), here: gpu, tensorrt })
     }
 
     /// The architecture, where no GPU of this machine can try the engine out.
@@ -108,11 +144,11 @@ impl Target {
         self.architecture.filter(|_| matches!(self.provider, Some(Provider::Cuda(_))))
     }
 
-    /// Whether a program is compiled once for all of several batch sizes: TensorRT would otherwise keep a copy of the
-    /// weights on the GPU for each.
+    /// Whether there is one form of a program for all of several batch sizes, beside those for each: whoever loads it at
+    /// several holds its weights once.
     pub(super) fn opens(&self, kind: ProgramKind, batches: &[usize]) -> bool {
         let several = batches.iter().min() != batches.iter().max();
-        matches!(self.provider, Some(Provider::TensorRt(_))) && several && !kind.feeds_parameters()
+        self.provider.is_some() && several && !kind.feeds_parameters()
     }
 
     /// Device and libraries, as far as they decide what the engine is.
@@ -121,7 +157,9 @@ impl Target {
         key.set("architecture", architecture);
         let libraries: &[&CudaLibrary] = match &self.provider {
             Some(Provider::TensorRt(_)) => {
-                key.set("refittable", self.refittable);
+                for (option, value) in self.tensorrt.given() {
+                    key.set(option, value);
+                }
                 FOR_TENSORRT
             }
             _ => FOR_CUDA,
@@ -152,7 +190,7 @@ impl Target {
 
     /// Takes over what TensorRT built without weights for an engine that differs in the weights alone; whether it did.
     pub(super) fn take_compiled(&self, engine: &Engine, draft: &mut EngineDraft) -> anyhow::Result<bool> {
-        if !self.refittable {
+        if !self.tensorrt.refittable {
             return Ok(false);
         }
         // What was filled with the old weights stays behind.
@@ -182,7 +220,7 @@ impl Target {
             timing_cache: cache_directory().map(|cache| cache.join("tensorrt")),
             context_file: written.as_ref().map(|file| directory.join(file)),
             engine_prefix: Some(stem),
-            weights_from: self.refittable.then(|| directory.to_path_buf()),
+            weights_from: self.tensorrt.refittable.then(|| directory.to_path_buf()),
             hardware_compatible: self.architecture < found,
             profiles,
             ..options.clone()
@@ -209,7 +247,8 @@ mod tests {
     fn target(options: TensorRtOptions, wanted: (u32, u32), refittable: bool) -> Target {
         let here = GpuInfo { ordinal: 0, name: "GPU".into(), compute_capability: (9, 0), memory_bytes: 1 };
         let architecture = Some(Architecture::of(wanted.0, wanted.1).unwrap());
-        Target { provider: Some(Provider::TensorRt(options)), architecture, here: Some(here), refittable }
+        let tensorrt = ForTensorRt { refittable, ..ForTensorRt::default() };
+        Target { provider: Some(Provider::TensorRt(options)), architecture, here: Some(here), tensorrt }
     }
 
     #[test]
@@ -242,8 +281,8 @@ mod tests {
         }
         assert!(all.opens(ProgramKind::Step, &[1, 4]) && !all.opens(ProgramKind::TrainStep, &[1, 4]));
         assert!(!all.opens(ProgramKind::Step, &[4]));
-        let on_cpu = Target { provider: Some(Provider::default()), ..all };
-        assert!(!on_cpu.opens(ProgramKind::Step, &[1, 4]));
+        let emitted = Target { provider: None, ..all };
+        assert!(!emitted.opens(ProgramKind::Step, &[1, 4]));
         let (refitted, written) = options(&target(TensorRtOptions::default(), (9, 0), true), true);
         assert!(written.is_none() && refitted.context_file.is_none());
         assert_eq!(refitted.weights_from.as_deref(), Some(place));
@@ -252,12 +291,15 @@ mod tests {
     #[test]
     fn options_that_name_gpus_need_a_provider_that_has_some() {
         let sm_90 = Some(Architecture::SM_90);
-        for (provider, wanted, refittable, part) in [
-            ("cpu", sm_90, false, "--provider cuda"),
-            ("none", sm_90, false, "--provider cuda"),
-            ("cuda", None, true, "--provider tensorrt"),
+        let none = ForTensorRt::default();
+        for (provider, wanted, tensorrt, part) in [
+            ("cpu", sm_90, none, "--provider cuda"),
+            ("none", sm_90, none, "--provider cuda"),
+            ("cuda", None, ForTensorRt { refittable: true, ..none }, "--refittable"),
+            ("cpu", None, ForTensorRt { builder_level: Some(5), ..none }, "--builder-level"),
+            ("none", None, ForTensorRt { workspace: Some(4), ..none }, "--workspace"),
         ] {
-            let error = Target::find(&provider.parse().unwrap(), wanted, refittable).unwrap_err();
+            let error = Target::find(&provider.parse().unwrap(), wanted, tensorrt).unwrap_err();
             assert!(error.is::<Usage>() && error.to_string().contains(part), "{provider}: {error}");
         }
         assert!("gpu".parse::<BuiltFor>().unwrap_err().contains("or none"));

@@ -1,35 +1,38 @@
 //! `mudit build-engine`: programs of a model as ONNX files with their weights and a manifest, tried out before they are seen.
 
 mod built_for;
+mod difference;
 mod open;
 mod parameters;
+mod programs;
 mod stages;
+mod trial;
 mod validation;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
-use graph_builder::{Graph, OnnxProgram, Precision, Weights};
+use graph_builder::{OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
-use runtime::cuda::kernels::{self, Architecture};
-use runtime::engine::{
-    EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, model_file_name, open_model_file_name,
-};
-use runtime::{Engine, Provider, SessionOptions};
+use runtime::cuda::kernels::Architecture;
+use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference};
+use runtime::{Engine, EngineManifest, Provider};
 use serde_json::json;
 use train_engine::mup::MupTable;
 
-use self::built_for::{BuiltFor, Target};
-use self::open::{PlannedOpen, profiles};
-use self::parameters::{Parameters, Source};
-use self::stages::{Stage, Stages};
-use self::validation::{Case, Report};
-use super::{Machine, guided_channels, triton};
+use self::built_for::{BuiltFor, ForTensorRt, Target};
+use self::open::PlannedOpen;
+use self::parameters::Source;
+use self::programs::{Planned, initializers, place};
+use self::stages::Stage;
+use self::validation::Report;
+use super::{Machine, triton};
 use crate::Usage;
+use crate::built::BuiltEngine;
 use crate::console;
+use crate::sampler::{channels, channels_text};
 
 /// Another program's layout of the directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -42,7 +45,7 @@ enum Export {
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 pub struct BuildEngineArgs {
-    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, or a checkpoint directory.
+    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint directory, or an engine of the model.
     #[arg(long)]
     model: String,
     /// Programs to build: denoise, denoise-cfg, step, step-rows, loss, train-step.
@@ -58,7 +61,7 @@ pub struct BuildEngineArgs {
     #[arg(long, value_delimiter = ',')]
     buckets: Vec<usize>,
     /// Channels that guidance changes: a number, `all`, or `off` for a `step` without guidance.
-    #[arg(long, default_value = "3", value_parser = guided_channels, alias = "guided-channels")]
+    #[arg(long, default_value = "3", value_parser = channels, alias = "guided-channels")]
     cfg_channels: Guidance,
     /// Element type of the computation: f32, bf16 or f16; other than f32 for GPUs only.
     #[arg(long, default_value = "f32")]
@@ -70,9 +73,8 @@ pub struct BuildEngineArgs {
     /// this machine's is not tried out here; TensorRT builds on the GPU itself.
     #[arg(long = "for", value_name = "SM")]
     architecture: Option<Architecture>,
-    /// TensorRT: keep the weights out of what is built, so that new weights need no new build.
-    #[arg(long)]
-    refittable: bool,
+    #[command(flatten)]
+    tensorrt: ForTensorRt,
     /// Write a model repository for another server instead of an engine: a model for each program and batch size.
     #[arg(long, value_enum)]
     export: Option<Export>,
@@ -92,25 +94,11 @@ pub struct BuildEngineArgs {
     machine: Machine,
 }
 
-/// A program to be built.
-struct Planned {
-    kind: ProgramKind,
-    batch: usize,
-    /// In the precision asked for.
-    graph: Graph,
-}
-
-impl Planned {
-    fn file(&self) -> String {
-        model_file_name(&self.kind.to_string(), self.batch)
-    }
-}
-
 impl BuildEngineArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let start = Instant::now();
         let target = self.check()?;
-        let model = DitConfig::resolve(&self.model)?;
+        let model = model(&self.model)?;
         let weights = match &self.weights {
             Some(file) => Some(Source::open(&model, file, self.precision)?),
             None => None,
@@ -170,6 +158,7 @@ impl BuildEngineArgs {
         for report in reports {
             console::out(&format!("  {report}"))?;
         }
+        self.tell_who_runs(&manifest)?;
         if let Some(architecture) = target.elsewhere() {
             console::out(&format!("  not tried out: this machine has no GPU of {architecture}"))?;
         }
@@ -203,58 +192,7 @@ impl BuildEngineArgs {
             );
             return Err(Usage(text).into());
         }
-        Target::find(&self.provider, self.architecture, self.refittable)
-    }
-
-    fn batches(&self) -> Vec<usize> {
-        match (self.batch, self.buckets.as_slice()) {
-            (Some(n), _) => vec![n],
-            (None, []) => vec![1],
-            (None, buckets) => buckets.to_vec(),
-        }
-    }
-
-    fn graph(&self, model: &DitConfig, kind: ProgramKind, batch: usize) -> anyhow::Result<Graph> {
-        let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
-        Ok(graph.in_precision(self.precision)?)
-    }
-
-    /// The programs in every batch size, as graphs.
-    fn plan(&self, model: &DitConfig) -> anyhow::Result<Vec<Planned>> {
-        let mut planned: Vec<Planned> = Vec::new();
-        for &kind in &self.programs {
-            for batch in self.batches() {
-                // Asked for twice, built once.
-                if planned.iter().any(|p| (p.kind, p.batch) == (kind, batch)) {
-                    continue;
-                }
-                planned.push(Planned { kind, batch, graph: self.graph(model, kind, batch)? });
-            }
-        }
-        Ok(planned)
-    }
-
-    /// The programs that are compiled once for all batch sizes.
-    fn plan_open(&self, model: &DitConfig, target: &Target) -> anyhow::Result<Vec<PlannedOpen>> {
-        let kinds = self.programs.iter().filter(|kind| target.opens(**kind, &self.batches()));
-        kinds.map(|&kind| PlannedOpen::new(kind, |n| self.graph(model, kind, n))).collect()
-    }
-
-    /// What is ahead.
-    fn stages(&self, planned: &[Planned], carried: Option<&Source<'_>>, target: &Target) -> Stages {
-        let elsewhere = target.elsewhere().is_some();
-        let tried = if self.provider.0.is_some() && !elsewhere { planned.len() } else { 0 };
-        let batches = self.batches();
-        let open = self.programs.iter().filter(|kind| target.opens(**kind, &batches)).count();
-        // One that is compiled for all batch sizes is loaded once.
-        let shared = open * (batches.len() - 1);
-        Stages::new([
-            (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
-            (Stage::Emit, planned.len()),
-            (Stage::Kernels, usize::from(target.kernels().is_some())),
-            (Stage::Load, tried.saturating_sub(shared)),
-            (Stage::Validate, tried),
-        ])
+        Target::find(&self.provider, self.architecture, self.tensorrt)
     }
 
     /// Everything that decides what the engine is. Programs count without their weights, which count by themselves: so
@@ -304,7 +242,19 @@ impl BuildEngineArgs {
                 "engine": self.out, "manifest": engine.manifest(), "up_to_date": true, "differences": none,
             }));
         }
+        self.tell_who_runs(engine.manifest())?;
         console::out(&format!("`{}` is up to date ({seconds:.2} s)", self.out.display()))
+    }
+
+    /// The build has noted it, so an engine that is there tells it, too.
+    fn tell_who_runs(&self, manifest: &EngineManifest) -> anyhow::Result<()> {
+        if !self.explain {
+            return Ok(());
+        }
+        if manifest.placements.is_empty() {
+            return console::out("who runs which nodes is not known: nobody has loaded the programs");
+        }
+        manifest.placements.iter().try_for_each(|(file, who)| console::out(&format!("{file}: {who}")))
     }
 
     fn export_triton(
@@ -325,25 +275,6 @@ impl BuildEngineArgs {
         models.iter().try_for_each(|m| console::out(&m.display().to_string()))
     }
 
-    fn emit(
-        &self,
-        planned: &[Planned],
-        weights: Option<&Parameters>,
-        stages: &mut Stages,
-    ) -> anyhow::Result<Vec<(usize, OnnxProgram)>> {
-        let mut built = Vec::new();
-        for p in planned {
-            stages.begin(Stage::Emit, &p.file());
-            let how = initializers(weights.filter(|_| !p.kind.feeds_parameters()));
-            let emitted = p.graph.emit(how)?;
-            if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
-                emitted.check_cuda(&kernels::has)?;
-            }
-            built.push((p.batch, emitted));
-        }
-        Ok(built)
-    }
-
     fn notes(&self, model: &DitConfig, key: EngineKey) -> anyhow::Result<EngineNotes> {
         let graph = program(model, ProgramKind::Loss, 1, Guidance::Off)?;
         let hyperparameters: BTreeMap<_, _> = HYPERPARAMETERS.into_iter().collect();
@@ -352,7 +283,7 @@ impl BuildEngineArgs {
             options: json!({
                 "provider": self.provider.to_string(),
                 "precision": self.precision.to_string(),
-                "guided_channels": format!("{:?}", self.cfg_channels),
+                "guided_channels": channels_text(self.cfg_channels),
             }),
             versions: BTreeMap::from([
                 ("mudit".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
@@ -363,77 +294,16 @@ impl BuildEngineArgs {
             }),
         })
     }
+}
 
-    /// Loads each program, compares its answers with the reference's and times a run. Nothing, where nobody here can
-    /// run them.
-    fn try_out(
-        &self,
-        target: &Target,
-        model: &DitConfig,
-        draft: &mut EngineDraft,
-        refitted: bool,
-        stages: &mut Stages,
-    ) -> anyhow::Result<Vec<Report>> {
-        let Some(provider) = self.provider.0.as_ref().filter(|_| target.elsewhere().is_none()) else {
-            return Ok(Vec::new());
-        };
-        let runtime = self.machine.runtime_for(provider)?;
-        let manifest = draft.engine()?.manifest().clone();
-        let open = |name: &str| manifest.open_programs.iter().any(|p| p.name == name);
-        let mut reports = Vec::new();
-        for group in manifest.programs.chunk_by(|a, b| a.name == b.name && open(&a.name)) {
-            let [first, ..] = group else { continue };
-            let shared = open(&first.name);
-            let (file, shapes) = if shared {
-                (open_model_file_name(&first.name), profiles(group))
-            } else {
-                (first.file.clone(), Vec::new())
-            };
-            stages.begin(Stage::Load, &file);
-            let start = Instant::now();
-            let (provider, compiled) = target.building(&file, shapes, draft.directory(), refitted)?;
-            let options = SessionOptions {
-                threads: self.machine.threads,
-                provider,
-                record_placement: self.explain,
-                ..SessionOptions::default()
-            };
-            let (engine, batches) = (draft.engine()?, group.iter().map(|p| p.batch).collect::<Vec<_>>());
-            let sessions = if shared && !refitted {
-                let session = engine.open_session(&runtime, &first.name, &options)?;
-                group.iter().map(|p| session.at(&p.inputs, &p.outputs)).collect::<Result<Vec<_>, _>>()?
-            } else {
-                engine.sessions(&runtime, &first.name, &batches, &options)?
-            };
-            let load_seconds = start.elapsed().as_secs_f64();
-            if let Some(file) = compiled {
-                draft.add_compiled(&first.name, &batches, &file)?;
-            }
-            if self.explain
-                && !self.json
-                && let Some(session) = sessions.first()
-            {
-                let placement = session.placement()?;
-                let places =
-                    placement.by_provider().into_iter().map(|(who, nodes)| format!("{nodes} nodes on {who}"));
-                console::out(&format!("{file}: {}", places.collect::<Vec<_>>().join(", ")))?;
-            }
-            for (p, session) in group.iter().zip(&sessions) {
-                let case = Case {
-                    model,
-                    kind: p.name.parse()?,
-                    batch: p.batch,
-                    guidance: self.cfg_channels,
-                    precision: self.precision,
-                    weights: self.weights.as_deref(),
-                };
-                stages.begin(Stage::Validate, &p.file);
-                let place = || format!("trying {}", p.file);
-                reports.push(case.run(session, load_seconds, !self.no_validation).with_context(place)?);
-            }
-        }
-        Ok(reports)
-    }
+/// The model that is meant; an engine knows its own.
+fn model(text: &str) -> anyhow::Result<DitConfig> {
+    let place = Path::new(text);
+    Ok(if BuiltEngine::is_at(place) {
+        BuiltEngine::open(place)?.model().clone()
+    } else {
+        DitConfig::resolve(text)?
+    })
 }
 
 /// The ONNX Runtime that loads the programs: the pinned version, or a library that the user names.
@@ -442,16 +312,4 @@ fn onnx_runtime() -> String {
         Ok(path) if !path.is_empty() => path,
         _ => runtime::library::PINNED_VERSION.to_owned(),
     }
-}
-
-/// The parameters of a program: constants in a file, or inputs.
-fn initializers(weights: Option<&Parameters>) -> Weights<'_> {
-    weights.map_or(Weights::Inputs, |w| Weights::External { file: &w.name, tensors: &w.tensors })
-}
-
-fn place(source: &Source<'_>, stages: &mut Stages) -> anyhow::Result<Parameters> {
-    if !source.fits() {
-        stages.begin(Stage::Convert, "");
-    }
-    source.place()
 }

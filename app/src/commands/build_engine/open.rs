@@ -1,4 +1,4 @@
-//! One program for all batch sizes, where the provider compiles it once for all of them.
+//! One form of a program for all batch sizes.
 
 use graph_builder::{Graph, OpenProgram, Weights};
 use models::ProgramKind;
@@ -35,8 +35,10 @@ impl PlannedOpen {
 }
 
 /// The shapes that an engine of one program at several batch sizes serves: one profile, from the smallest to the largest,
-/// with the kernels that are best at the largest. TensorRT can have a profile for each batch size, but ONNX Runtime 1.31
-/// never leaves the first when it runs.
+/// with the kernels that are best at the largest, where a server under load is and throughput is decided. TensorRT can have
+/// a profile for each batch size, and ONNX Runtime's provider builds them all, but its execution context stays on the
+/// first: inputs of another's shapes fail (microsoft/onnxruntime's pull request 31624, open in September 2026, is to
+/// change that).
 pub(super) fn profiles(programs: &[EngineProgram]) -> Vec<ShapeProfile> {
     let smallest = programs.iter().min_by_key(|p| p.batch);
     let largest = programs.iter().max_by_key(|p| p.batch);
@@ -96,6 +98,7 @@ mod tests {
                 inputs,
                 outputs: Vec::new(),
                 native_ops: Vec::new(),
+                unrepeatable: Vec::new(),
                 compiled: None,
             }
         };

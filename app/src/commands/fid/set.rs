@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use models::{Guidance, Solver, SolverKind, Spacing};
+use models::{Solver, SolverKind, Spacing};
 use runtime::Runtime;
 use runtime::file::sha256_file;
 use train_engine::signals::StopSignal;
 
+use super::super::sample;
 use super::super::solving::Solving;
 use super::super::weights::{self, Loaded, Which};
-use super::super::{guided_channels, sample};
 use crate::Usage;
 use crate::console;
 use crate::execution::{Execution, Placed};
@@ -23,7 +23,7 @@ use crate::fid::plan::{Images, Plan, Recipe, Shard};
 use crate::fid::source::sampled::{Classes, Sampled};
 use crate::fid::source::{self, First, OpenOptions, Source};
 use crate::render::progress::{Job, Progress};
-use crate::sampler::{Sampler, Settings};
+use crate::sampler::{Sampler, Settings, channels, channels_text};
 
 /// Options of every command that reads images.
 #[derive(Clone, Debug, Args)]
@@ -141,11 +141,7 @@ pub(in super::super) fn recipe(
         eta: solver.eta,
         shift: solver.shift,
         cfg: settings.guidance,
-        cfg_channels: match settings.guided {
-            Guidance::Off => "off".to_owned(),
-            Guidance::First(n) => n.to_string(),
-            Guidance::All => "all".to_owned(),
-        },
+        cfg_channels: channels_text(settings.guided),
         classes: None,
         seed,
         count,
@@ -192,7 +188,7 @@ fn sampled(recipe: &Recipe, runtime: &Arc<Runtime>) -> anyhow::Result<Sampled> {
     let settings = Settings {
         solver,
         guidance: recipe.cfg,
-        guided: guided_channels(&recipe.cfg_channels).map_err(|_| usage("guidance"))?,
+        guided: channels(&recipe.cfg_channels).map_err(|_| usage("guidance"))?,
         batch: recipe.batch,
         execution: Execution {
             provider: recipe.provider.parse().map_err(|_| usage("provider"))?,

@@ -111,6 +111,7 @@ pub(in crate::commands) fn work(
             "compiling: width {}, depth {}, batch {}",
             trial.model.hidden_size, trial.model.depth, trial.config.train.batch_size
         )),
+        News::Planned(plan) => progress.say(&plan.to_string()),
         News::Started(_) => in_trial = 0,
         News::Stepped(_, loss) => {
             in_trial += 1;

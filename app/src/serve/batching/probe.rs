@@ -9,7 +9,7 @@ use train_engine::random::{Purpose, Stream};
 
 use super::stepper::{Slot, Stepper};
 
-/// The batch size whose results the others are compared with: the smallest that holds a guided image.
+/// Rows that a guided image takes: the batch size whose results the others are compared with has as many or more.
 pub const REFERENCE: usize = 2;
 
 /// What the probe found.
@@ -33,7 +33,7 @@ struct Subject {
 
 /// Compares each of `buckets` with the reference.
 ///
-/// `values` is the size of an image, `null` the null class of a model that can be guided. With `deterministic`, batch
+/// `reference` is a batch size of [`REFERENCE`] rows or more, `values` the size of an image, `null` the null class of a model that can be guided. With `deterministic`, batch
 /// sizes that give other bits are not in use; otherwise all are.
 ///
 /// # Errors
@@ -41,6 +41,7 @@ struct Subject {
 pub fn probe(
     stepper: &mut dyn Stepper,
     model: usize,
+    reference: usize,
     buckets: &[usize],
     values: usize,
     guided: bool,
@@ -54,7 +55,7 @@ pub fn probe(
     let mut compared = 0;
     for subject in &subjects {
         let mut want = vec![subject.slot(values)];
-        stepper.step(model, REFERENCE, &mut want)?;
+        stepper.step(model, reference, &mut want)?;
         let want = bits(&want[0].x);
         for &bucket in buckets {
             for (place, mut batch) in batches(subject, bucket, values) {

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use models::{COEFFICIENTS, DitConfig, Guidance, ProgramKind, SolverPlan, SolverStep, program};
+use runtime::cuda::kernels::NormalStream;
 use runtime::{Binding, Runtime, SessionOptions};
 use train_engine::random::{Purpose, Stream};
 
-use crate::execution::{Execution, Placed};
+use crate::built::ProgramSource;
+use crate::execution::Execution;
 
 /// An image on its way. Nothing in it depends on its neighbours in a batch.
 #[derive(Clone, Debug)]
@@ -93,8 +95,8 @@ pub struct Recipe {
     pub runtime: Arc<Runtime>,
     /// The model.
     pub model: DitConfig,
-    /// Its parameters, shared by all programs.
-    pub parameters: Placed,
+    /// Its programs.
+    pub programs: ProgramSource,
     /// Channels that guidance changes.
     pub guided: Guidance,
     /// Who computes a step, and in what.
@@ -102,20 +104,31 @@ pub struct Recipe {
 }
 
 impl RowProgram {
-    /// Compiles and binds the program for batches of `rows` rows.
+    /// Compiles or loads the program for batches of `rows` rows, and binds it.
     ///
     /// # Errors
     /// ONNX Runtime refuses the program, or there is no memory.
     pub fn new(recipe: &Recipe, rows: usize) -> anyhow::Result<Self> {
         let model = &recipe.model;
         let null_class = model.null_class().map(|n| n as i64);
-        let guided = if null_class.is_some() { recipe.guided } else { Guidance::Off };
-        let graph = program(model, ProgramKind::StepRows, rows, guided)?;
         // Requests, decoding and PNG want the cores between the ops: threads that spin there slow the server down.
         let options = SessionOptions { spinning: false, ..recipe.execution.session_options() };
-        let binding = recipe.parameters.load(&recipe.runtime, &graph, &recipe.execution, &options)?;
+        let guided = if null_class.is_some() { recipe.guided } else { Guidance::Off };
+        let graph = || program(model, ProgramKind::StepRows, rows, guided);
+        let wanted = (ProgramKind::StepRows, rows);
+        let Recipe { runtime, programs, execution, .. } = recipe;
+        let binding = programs.binding(runtime, wanted, graph, execution, &options)?;
         let values = model.in_channels * model.input_size * model.input_size;
-        Ok(Self { binding, rows, values, null_class, paired: guided != Guidance::Off })
+        let paired = binding.session().inputs().iter().any(|input| input.name == "pair");
+        Ok(Self { binding, rows, values, null_class, paired })
+    }
+
+    /// Values of an input of the program that the last step has read.
+    ///
+    /// # Errors
+    /// The program has no such input in f32.
+    pub fn read_input(&self, name: &str) -> anyhow::Result<Vec<f32>> {
+        Ok(self.binding.read_input(name)?)
     }
 
     /// Makes one step of all slots; the rows that they leave are computed for nothing.
@@ -165,11 +178,18 @@ impl RowProgram {
                 x[row * values..(row + 1) * values].copy_from_slice(&slot.x);
             }
         }
-        let noise = self.binding.input_f32("noise")?;
-        noise.fill(0.0);
-        for (slot, &row) in slots.iter().zip(&first_rows).filter(|(slot, _)| slot.plan.needs_noise) {
-            Stream::new(slot.seed, Purpose::SampleNoise, slot.done as u64, 0)
-                .fill_normal(&mut noise[row * values..(row + 1) * values]);
+        let noisy = || slots.iter().zip(&first_rows).filter(|(slot, _)| slot.plan.needs_noise);
+        let stream = |slot: &Slot| Stream::new(slot.seed, Purpose::SampleNoise, slot.done as u64, 0);
+        if self.binding.draws("noise") {
+            let mut streams = vec![NormalStream::ZEROS; n];
+            noisy().for_each(|(slot, &row)| streams[row] = stream(slot).on_device());
+            self.binding.draw("noise", &streams)?;
+        } else {
+            let noise = self.binding.input_f32("noise")?;
+            noise.fill(0.0);
+            for (slot, &row) in noisy() {
+                stream(slot).fill_normal(&mut noise[row * values..(row + 1) * values]);
+            }
         }
         let history = self.binding.input_f32("history")?;
         history.fill(0.0);

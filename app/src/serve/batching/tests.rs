@@ -285,7 +285,8 @@ fn the_probe_finds_a_stepper_that_looks_at_its_neighbours() {
         }
     }
     let judge = |bad, deterministic| {
-        probe::probe(&mut Company(bad), 0, &[1, 2, 4, 8], VALUES, true, deterministic).unwrap()
+        probe::probe(&mut Company(bad), 0, probe::REFERENCE, &[1, 2, 4, 8], VALUES, true, deterministic)
+            .unwrap()
     };
     let good = judge(false, true);
     assert!(good.exact && good.buckets == [1, 2, 4, 8] && good.compared > 20, "{good:?}");

@@ -54,7 +54,7 @@ fn describe(app: &App, index: usize) -> Value {
         "id": name, "object": "model", "created": 0, "owned_by": "mudit", "task": "class-to-image",
         "size": source.size(), "classes": model.num_classes, "class_names": model.class_names,
         "unconditional": guided, "latent_shape": source.shape(), "decoder": decoder(model.in_channels),
-        "objective": model.objective.name(), "precision": "f32",
+        "objective": model.objective.name(), "precision": app.execution.precision,
         "samplers": usable, "default_sampler": sampler.name(),
         "default_steps": usable.iter().map(|k| ((*k).to_owned(), json!(steps(k)))).collect::<serde_json::Map<_, _>>(),
         "max_steps": app.limits.steps, "max_images": app.limits.images, "max_partial_images": MOST_PREVIEWS,

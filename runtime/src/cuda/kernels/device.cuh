@@ -36,6 +36,13 @@ DEVICE float exp2_fast(float x) {
     return y;
 }
 
+// x / y to 2 ulp, where y is not negative; 0 where y is larger than 2^126.
+DEVICE float divide_fast(float x, float y) {
+    float z;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
 DEVICE u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 
 // Four 8x8 matrices of 16-bit elements from shared memory: lane 8i + j names row j of matrix i and receives of each

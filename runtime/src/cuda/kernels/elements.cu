@@ -12,14 +12,15 @@ const float K = 0.044715f;
 // x / (1 + e^(-2u)) with u the argument of tanh.
 DEVICE float gelu(float x) {
     const float u = C * x * (1.0f + K * (x * x));
-    return x / (1.0f + exp_fast(-2.0f * u));
+    return divide_fast(x, 1.0f + exp_fast(-2.0f * u));
 }
 
 // With s = 1 / (1 + e^(-2u)) the derivative is s + 2 x s (1 - s) u', where 1 - s = e^(-2u) s: no difference of nearly
 // equal numbers. Outside +-20 it is 0 or 1 to the last bit.
 DEVICE float gelu_slope(float x) {
+    // Keeps what is no number, as minimum and maximum would not.
     x = x < -10.0f ? -10.0f : x > 10.0f ? 10.0f : x;
-    const float square = x * x, u = C * x * (1.0f + K * square), e = exp_fast(-2.0f * u), s = 1.0f / (1.0f + e);
+    const float square = x * x, u = C * x * (1.0f + K * square), e = exp_fast(-2.0f * u), s = divide_fast(1.0f, 1.0f + e);
     return s + 2.0f * x * s * (e * s) * (C * (1.0f + 3.0f * K * square));
 }
 

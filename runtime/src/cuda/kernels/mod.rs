@@ -7,6 +7,7 @@ mod compile;
 mod gpu_queue;
 mod loaded;
 mod native;
+mod noise;
 pub(crate) mod operator;
 mod products;
 mod queue;
@@ -16,7 +17,7 @@ mod update;
 use std::fmt;
 use std::str::FromStr;
 
-use graph_builder::DType;
+use graph_builder::{DType, NativeCall, NativeKernel};
 
 use crate::error::RuntimeError;
 use crate::kernels::Op;
@@ -25,14 +26,38 @@ pub use compile::{Compiled, Compiler, KernelInfo};
 pub use gpu_queue::GpuQueue;
 pub(crate) use loaded::Loaded;
 pub use native::{NativeOp, Place};
+pub use noise::{NormalStream, draw_normal};
 pub use queue::{Address, Arguments, Launch, Product, Queue};
+pub use scratch::scratch_bytes;
 pub use update::{Control, Piece, Segment, UpdatePlaces, UpdatePlan};
 
 pub use crate::kernels::AttributeSource;
 
-/// Whether a `mudit` op has kernels in an element type.
-pub fn has(op: &str, dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::Bf16 | DType::F16) && Op::ALL.iter().any(|known| known.name() == op)
+/// Whether a use of a `mudit` op has a CUDA kernel, and whether that takes its operands.
+pub fn kernel_for(call: &NativeCall<'_>) -> NativeKernel {
+    let ours = Op::ALL.iter().any(|op| op.name() == call.op());
+    if !ours || !matches!(call.dtype(), DType::F32 | DType::Bf16 | DType::F16) {
+        return NativeKernel::Body;
+    }
+    let shapes: Vec<Vec<i64>> =
+        call.shapes().iter().map(|shape| shape.dims().iter().map(|&d| d as i64).collect()).collect();
+    let shapes: Vec<&[i64]> = shapes.iter().map(Vec::as_slice).collect();
+    match NativeOp::new(call.op(), call.dtype(), call) {
+        Ok(op) => op.refusal(&shapes).map_or(NativeKernel::Own, NativeKernel::Unfit),
+        Err(e) => NativeKernel::Unfit(e.to_string()),
+    }
+}
+
+impl AttributeSource for NativeCall<'_> {
+    fn float(&self, name: &str) -> Option<f32> {
+        Self::float(self, name)
+    }
+    fn int(&self, name: &str) -> Option<i64> {
+        Self::int(self, name)
+    }
+    fn text(&self, name: &str) -> Option<String> {
+        Self::text(self, name)
+    }
 }
 
 /// An architecture of GPUs.
@@ -125,8 +150,6 @@ pub static UPDATE: Source = source!(
         "update_f32_f16",
         "update_bf16_f16",
         "update_f16_f16",
-        "round_bf16",
-        "round_f16",
         "accumulate_f32",
         "accumulate_bf16",
         "accumulate_f16",

@@ -21,6 +21,8 @@ const ATTENTION_ROWS: (usize, u32) = (64, 128);
 const PLAIN_ROWS: usize = 8;
 /// Largest head of `attention_plain.cu`.
 const PLAIN_SIZE: usize = 128;
+/// Most blocks of a launch along its second and third axis.
+const GRID: usize = 65_535;
 /// More blocks than a GPU runs at once, of kernels that walk on by themselves.
 const MANY_BLOCKS: usize = 1 << 16;
 
@@ -118,14 +120,39 @@ impl NativeOp {
         self.op.shapes(&self.attributes, inputs)
     }
 
+    /// Why the kernels cannot take operands of these shapes; `None` when they can.
+    pub fn refusal(&self, inputs: &[&[i64]]) -> Option<String> {
+        if self.shapes(inputs).is_none() {
+            return Some(format!("operands of shapes {inputs:?} are not as the op's contract says"));
+        }
+        let most = |what: &str, got: i64, most: usize| {
+            (got > most as i64).then(|| format!("{got} {what}; at most {most} are taken"))
+        };
+        let heads = self.attributes.heads;
+        match self.op {
+            Op::Attention | Op::AttentionGrad => {
+                let size = inputs[0][2] / 3 / heads as i64;
+                most("features a head", size, PLAIN_SIZE)
+                    .or_else(|| most("heads", heads as i64, GRID))
+                    .or_else(|| most("samples", inputs[0][0], GRID))
+            }
+            Op::LayerNormModulateGrad => most("samples", inputs[0][0], GRID),
+            Op::GateResidualGrad => most("samples", inputs[1][0], GRID),
+            _ => None,
+        }
+    }
+
     /// Enqueues the op's kernels.
     ///
     /// # Errors
     /// [`RuntimeError::InvalidValue`] for operands that do not fit; the queue's.
     pub fn enqueue(&self, queue: &dyn Queue, inputs: &[Place], outputs: &[Address]) -> Result<()> {
         let shapes: Vec<&[i64]> = inputs.iter().map(|p| &*p.shape).collect();
+        if let Some(reason) = self.refusal(&shapes) {
+            return Err(self.unfit(&reason));
+        }
         let answers = self.shapes(&shapes).filter(|a| a.len() == outputs.len());
-        let answers = answers.ok_or_else(|| self.unfit(&format!("operands of shapes {shapes:?}")))?;
+        let answers = answers.ok_or_else(|| self.unfit(&format!("{} answers", outputs.len())))?;
         if answers.iter().flatten().any(|&d| d == 0) {
             return Ok(());
         }
@@ -138,6 +165,11 @@ impl NativeOp {
             expected: "operands as the op's contract says".to_owned(),
             got: got.to_owned(),
         }
+    }
+
+    /// Elements of an access of 16 bytes.
+    fn lanes(&self) -> usize {
+        16 / self.dtype.bytes()
     }
 
     fn suffix(&self) -> &'static str {
@@ -200,9 +232,9 @@ impl Call<'_> {
         self.launch(&ROWS, kernel, grid, THREADS as u32, 0, arguments)
     }
 
-    /// A kernel of `elements.cu` over `count` elements.
-    fn elements(&self, kernel: &str, count: usize, arguments: Arguments) -> Result<()> {
-        let blocks = count.div_ceil(THREADS).min(MANY_BLOCKS);
+    /// A kernel of `elements.cu` over `count` elements; a thread takes `each` at a time.
+    fn elements(&self, kernel: &str, count: usize, each: usize, arguments: Arguments) -> Result<()> {
+        let blocks = count.div_ceil(THREADS * each).min(MANY_BLOCKS);
         self.launch(&ELEMENTS, kernel, [blocks, 1, 1], THREADS as u32, 0, arguments)
     }
 
@@ -275,7 +307,7 @@ impl Call<'_> {
                 let count = numel(&self.answers[0]);
                 let arguments = Arguments::default().address(self.x(0)).address(self.outputs[0]);
                 let kernel = if self.op.op == Op::Patchify { "patchify_{}" } else { "unpatchify_{}" };
-                self.elements(kernel, count, arguments.with(patches).with(count as u64))
+                self.elements(kernel, count, 1, arguments.with(patches).with(count as u64))
             }
             Op::GeluGrad => self.gelu_grad([self.x(0), self.x(1), self.outputs[0]], numel(&self.answers[0])),
             Op::SoftmaxGrad | Op::LayerNormGrad => {
@@ -303,7 +335,8 @@ impl Call<'_> {
             return Ok(x);
         }
         let to = self.queue.scratch(count * self.op.dtype.bytes())?;
-        self.elements("gelu_{}", count, Arguments::default().address(x).address(to).with(count as u64))?;
+        let arguments = Arguments::default().address(x).address(to).with(count as u64);
+        self.elements("gelu_{}", count, self.op.lanes(), arguments)?;
         Ok(to)
     }
 
@@ -348,13 +381,12 @@ impl Call<'_> {
         let rows = (samples * tokens) as usize;
         let arguments = Arguments::default().address(x).address(gate).address(y).address(self.outputs[0]);
         let arguments = arguments.with(word(rows)).with(tokens as u32).with(width as u32);
-        let blocks = (rows * width as usize).div_ceil(THREADS).min(MANY_BLOCKS);
-        self.rows("gate_residual_{}", [blocks, 1, 1], arguments)
+        self.rows("gate_residual_{}", [rows.div_ceil(WARPS), 1, 1], arguments)
     }
 
     fn gelu_grad(&self, [x, ct, out]: [Address; 3], count: usize) -> Result<()> {
         let arguments = Arguments::default().address(x).address(ct).address(out).with(count as u64);
-        self.elements("gelu_grad_{}", count, arguments)
+        self.elements("gelu_grad_{}", count, self.op.lanes(), arguments)
     }
 
     fn attention(&self) -> Result<()> {
@@ -364,9 +396,6 @@ impl Call<'_> {
         // The padded head, where the matrix units are used: their copies are of 8 elements.
         let padded = [64, 80].into_iter().find(|&p| size <= p);
         let padded = padded.filter(|_| self.op.dtype != DType::F32 && size.is_multiple_of(8));
-        if padded.is_none() && size > PLAIN_SIZE {
-            return Err(self.op.unfit(&format!("a head of {size} features; at most {PLAIN_SIZE} are taken")));
-        }
         let (source, rows, threads) = match padded {
             Some(_) => (&ATTENTION, ATTENTION_ROWS.0, ATTENTION_ROWS.1),
             None => (&ATTENTION_PLAIN, PLAIN_ROWS, THREADS as u32),

@@ -19,7 +19,7 @@ use crate::cuda::libraries::CUBLAS_LT;
 use crate::error::{Result, RuntimeError};
 
 /// Most memory that a product may ask for beside its matrices.
-const MOST_WORKSPACE: usize = 32 << 20;
+pub(super) const MOST_WORKSPACE: usize = 32 << 20;
 /// Alignments beyond this make no difference.
 const WIDEST_ALIGNMENT: u64 = 256;
 

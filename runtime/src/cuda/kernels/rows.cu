@@ -61,20 +61,20 @@ DEVICE void layer_norm_modulate(const T *x, const T *shift, const T *scale, T *y
 
 // The sums of a row that layer norm's gradient takes: mean(ct), mean(ct x^), the cotangent times 1 + scale where there
 // is a scale.
-template <u32 V, class T>
+template <u32 V, bool SCALED, class T>
 DEVICE void projections(const T *x, const T *scale, const T *ct, u32 width, float mean, float r, float &ct_mean,
                         float &projection) {
     float sum = 0.0f, product = 0.0f;
     for (u32 i = lane() * V; i < width; i += WARP * V) {
-        float xs[V], cts[V], scales[V];
+        float xs[V], cts[V], scales[V] = {};
         load(x + i, xs);
         load(ct + i, cts);
-        if (scale) {
+        if constexpr (SCALED) {
             load(scale + i, scales);
         }
 #pragma unroll
         for (u32 j = 0; j < V; j++) {
-            const float inner = scale ? cts[j] * (1.0f + scales[j]) : cts[j];
+            const float inner = SCALED ? cts[j] * (1.0f + scales[j]) : cts[j];
             sum += inner;
             product += inner * ((xs[j] - mean) * r);
         }
@@ -83,27 +83,28 @@ DEVICE void projections(const T *x, const T *scale, const T *ct, u32 width, floa
     projection = warp_sum(product) / (float)width;
 }
 
-// dx = r (inner - mean(inner) - x^ mean(inner x^)) of a row, plus the residual where there is one.
-template <u32 V, class T>
+// dx = r (inner - mean(inner) - x^ mean(inner x^)) of a row, plus the residual where there is one. Which of both is there is
+// known to the compiler: it would cut the store up otherwise.
+template <u32 V, bool SCALED, bool ADDED, class T>
 DEVICE void layer_norm_grad_row(const T *x, const T *scale, const T *ct, const T *residual, T *dx, u32 width,
                                 float mean, float r) {
     float ct_mean, projection;
-    projections<V>(x, scale, ct, width, mean, r, ct_mean, projection);
+    projections<V, SCALED>(x, scale, ct, width, mean, r, ct_mean, projection);
     for (u32 i = lane() * V; i < width; i += WARP * V) {
-        float xs[V], cts[V], scales[V], rest[V];
+        float xs[V], cts[V], scales[V] = {}, rest[V] = {};
         load(x + i, xs);
         load(ct + i, cts);
-        if (scale) {
+        if constexpr (SCALED) {
             load(scale + i, scales);
         }
-        if (residual) {
+        if constexpr (ADDED) {
             load(residual + i, rest);
         }
 #pragma unroll
         for (u32 j = 0; j < V; j++) {
-            const float inner = scale ? cts[j] * (1.0f + scales[j]) : cts[j];
+            const float inner = SCALED ? cts[j] * (1.0f + scales[j]) : cts[j];
             xs[j] = r * ((inner - ct_mean) - ((xs[j] - mean) * r) * projection);
-            if (residual) {
+            if constexpr (ADDED) {
                 xs[j] += rest[j];
             }
         }
@@ -117,7 +118,8 @@ DEVICE void layer_norm_grad(const T *x, const T *ct, T *dx, u32 rows, u32 width,
         const u64 at = (u64)row * width;
         float mean, r;
         moments<V>(x + at, width, epsilon, mean, r);
-        layer_norm_grad_row<V>(x + at, (const T *)0, ct + at, (const T *)0, dx + at, width, mean, r);
+        const T *none = 0;
+        layer_norm_grad_row<V, false, false>(x + at, none, ct + at, none, dx + at, width, mean, r);
     }
 }
 
@@ -134,7 +136,11 @@ DEVICE void layer_norm_modulate_grad(const T *x, const T *scale, const T *ct, co
         const u64 at = start + (u64)row * width;
         float mean, r;
         moments<V>(x + at, width, epsilon, mean, r);
-        layer_norm_grad_row<V>(x + at, scale, ct + at, residual ? residual + at : residual, dx + at, width, mean, r);
+        if (residual) {
+            layer_norm_grad_row<V, true, true>(x + at, scale, ct + at, residual + at, dx + at, width, mean, r);
+        } else {
+            layer_norm_grad_row<V, true, false>(x + at, scale, ct + at, residual, dx + at, width, mean, r);
+        }
         if (lane() == 0) {
             means[row] = mean;
             rs[row] = r;
@@ -162,20 +168,19 @@ DEVICE void layer_norm_modulate_grad(const T *x, const T *scale, const T *ct, co
 
 template <u32 V, class T>
 DEVICE void gate_residual(const T *x, const T *gate, const T *y, T *out, u32 rows, u32 tokens, u32 width) {
-    const u32 across = width / V;
-    const u64 count = (u64)rows * across;
-    for (u64 n = (u64)blockIdx.x * THREADS + threadIdx.x; n < count; n += (u64)gridDim.x * THREADS) {
-        const u32 row = (u32)(n / across), i = (u32)(n - (u64)row * across) * V;
-        const u64 at = (u64)row * width + i;
-        float xs[V], ys[V], gates[V];
-        load(x + at, xs);
-        load(y + at, ys);
-        load(gate + (u64)(row / tokens) * width + i, gates);
+    for (u32 row = blockIdx.x * WARPS + warp(); row < rows; row += gridDim.x * WARPS) {
+        const u64 at = (u64)row * width, condition = (u64)(row / tokens) * width;
+        for (u32 i = lane() * V; i < width; i += WARP * V) {
+            float xs[V], ys[V], gates[V];
+            load(x + at + i, xs);
+            load(y + at + i, ys);
+            load(gate + condition + i, gates);
 #pragma unroll
-        for (u32 j = 0; j < V; j++) {
-            xs[j] += gates[j] * ys[j];
+            for (u32 j = 0; j < V; j++) {
+                xs[j] += gates[j] * ys[j];
+            }
+            store(out + at + i, xs);
         }
-        store(out + at, xs);
     }
 }
 

@@ -39,7 +39,7 @@ template <class T> struct Vector {
     static const u32 LANES = 16 / sizeof(T);
 };
 
-// V elements, V a multiple of the lanes of an access or 1; addresses fit the access.
+// V elements: 1, or a multiple of 4; addresses fit the accesses.
 template <u32 V> DEVICE void load(const float *from, float (&to)[V]) {
     if constexpr (V == 1) {
         to[0] = from[0];
@@ -55,13 +55,14 @@ template <u32 V> DEVICE void load(const float *from, float (&to)[V]) {
     }
 }
 
+// To global memory; the compiler cuts a plain store of 16 bytes up in some places, and each piece would take its sectors.
 template <u32 V> DEVICE void store(float *to, const float (&from)[V]) {
     if constexpr (V == 1) {
         to[0] = from[0];
     } else {
 #pragma unroll
         for (u32 i = 0; i + 4 <= V; i += 4) {
-            *(float4 *)(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+            __stcg((float4 *)(to + i), make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]));
         }
     }
 }
@@ -69,6 +70,12 @@ template <u32 V> DEVICE void store(float *to, const float (&from)[V]) {
 template <class T, u32 V> DEVICE void load(const T *from, float (&to)[V]) {
     if constexpr (V == 1) {
         to[0] = widen(from[0]);
+    } else if constexpr (V == 4) {
+        const uint2 words = *(const uint2 *)from;
+        to[0] = Half<T>::low(words.x);
+        to[1] = Half<T>::high(words.x);
+        to[2] = Half<T>::low(words.y);
+        to[3] = Half<T>::high(words.y);
     } else {
 #pragma unroll
         for (u32 i = 0; i + 8 <= V; i += 8) {
@@ -86,6 +93,8 @@ template <class T, u32 V> DEVICE void load(const T *from, float (&to)[V]) {
 template <class T, u32 V> DEVICE void store(T *to, const float (&from)[V]) {
     if constexpr (V == 1) {
         narrow(from[0], to[0]);
+    } else if constexpr (V == 4) {
+        __stcg((uint2 *)to, make_uint2(Half<T>::pack(from[0], from[1]), Half<T>::pack(from[2], from[3])));
     } else {
 #pragma unroll
         for (u32 i = 0; i + 8 <= V; i += 8) {
@@ -94,7 +103,7 @@ template <class T, u32 V> DEVICE void store(T *to, const float (&from)[V]) {
             for (u32 j = 0; j < 4; j++) {
                 word[j] = Half<T>::pack(from[i + 2 * j], from[i + 2 * j + 1]);
             }
-            *(uint4 *)(to + i) = make_uint4(word[0], word[1], word[2], word[3]);
+            __stcg((uint4 *)(to + i), make_uint4(word[0], word[1], word[2], word[3]));
         }
     }
 }

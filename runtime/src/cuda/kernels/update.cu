@@ -3,7 +3,8 @@
 // Compiled without fused multiply-add, in the order of operations of the host's update: the same bits come out.
 
 const u32 THREADS = 256;
-const u32 ELEMENTS = 8;
+// Of one access of a thread: those of a warp lie side by side in f32, and no sector of memory is asked for twice.
+const u32 ELEMENTS = 4;
 
 // One parameter, in elements of the arenas; rates as the host rounds them.
 struct Segment {
@@ -53,12 +54,12 @@ template <class G> DEVICE void squares(const Segment *segments, const Piece *pie
     const Piece piece = pieces[blockIdx.x];
     const G *g = gradients + segments[piece.segment].gradient + piece.start;
     double sum = 0.0;
-    const u32 whole = aligned(g) ? piece.count / ELEMENTS * ELEMENTS : 0;
-    for (u32 i = threadIdx.x * ELEMENTS; i < whole; i += THREADS * ELEMENTS) {
-        float values[ELEMENTS];
+    const u32 LANES = Vector<G>::LANES, whole = aligned(g) ? piece.count / LANES * LANES : 0;
+    for (u32 i = threadIdx.x * LANES; i < whole; i += THREADS * LANES) {
+        float values[LANES];
         load(g + i, values);
 #pragma unroll
-        for (u32 j = 0; j < ELEMENTS; j++) {
+        for (u32 j = 0; j < LANES; j++) {
             sum += (double)values[j] * (double)values[j];
         }
     }
@@ -178,27 +179,6 @@ UPDATE(f16, f16, bf16, bf16)
 UPDATE(f32, float, f16, f16)
 UPDATE(bf16, bf16, f16, f16)
 UPDATE(f16, f16, f16, f16)
-
-// Rounds `count` values to the compute type.
-template <class C> DEVICE void round_to(const float *from, C *to, u64 count) {
-    const u64 whole = aligned(from) && aligned(to) ? count / ELEMENTS * ELEMENTS : 0;
-    const u64 thread = (u64)blockIdx.x * THREADS + threadIdx.x, threads = (u64)gridDim.x * THREADS;
-    for (u64 i = thread * ELEMENTS; i < whole; i += threads * ELEMENTS) {
-        float values[ELEMENTS];
-        load(from + i, values);
-        store(to + i, values);
-    }
-    for (u64 i = whole + thread; i < count; i += threads) {
-        narrow(from[i], to[i]);
-    }
-}
-
-#define ROUND(NAME, C)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS) round_##NAME(const float *from, C *to, u64 count) {          \
-        round_to(from, to, count);                                                                                     \
-    }
-ROUND(bf16, bf16)
-ROUND(f16, f16)
 
 // Sum over micro-batches, in f32.
 template <class G> DEVICE void accumulate(const G *gradients, float *sum, float scale, u32 first, u64 count) {

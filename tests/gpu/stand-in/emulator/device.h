@@ -28,14 +28,20 @@ typedef unsigned long long u64;
 struct uint3 {
     u32 x, y, z;
 };
+struct alignas(8) uint2 {
+    u32 x, y;
+};
 struct alignas(16) uint4 {
     u32 x, y, z, w;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <class T> inline void __stcg(T *to, T value) { *to = value; }
 
 inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
 inline u64 min(u64 a, u64 b) { return a < b ? a : b; }
@@ -116,6 +122,8 @@ DEVICE float exp2_fast(float x) {
     const float y = exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y;
 }
+
+DEVICE float divide_fast(float x, float y) { return y > 0x1p126f ? 0.0f : x / y; }
 
 inline void load_eight(u32 (&to)[4], const void *row, bool transposed) {
     if ((uintptr_t)row % 16 != 0) {

@@ -70,7 +70,8 @@ if [ -z "${MUDIT_PROOF_BIN:-}" ]; then
   build || { echo "the build failed" >&2; exit 1; }
 fi
 if [ "$try" ]; then gpu=cpu device=cpu providers=cpu; else
-  export MUDIT_NEEDS_GPU=1
+  # NVIDIA_TF32_OVERRIDE: TensorRT would round f32 products.
+  export MUDIT_NEEDS_GPU=1 NVIDIA_TF32_OVERRIDE=0
   gpu=cuda device=cuda providers=cuda
   if "$bin/mudit" doctor | grep -q 'provider tensorrt *ok'; then providers=cuda,tensorrt; fi
 fi

@@ -100,7 +100,7 @@ curves() {
 }
 speed() {
   local options=(--worker "$bin/mudit-speed-worker" --providers "$providers" --device $device --out "$results/gpu-speed")
-  [ $peers = no ] || options+=(--python "$python")
+  if [ $peers = yes ] && command -v "$python" > /dev/null; then options+=(--python "$python"); fi
   if [ "$try" ]; then
     options+=(--try --rounds 2 --threads 1)
     [ $# -gt 1 ] || set -- - guided-XL2-b64 train-XL2-b256 copy-XL2 update-XL2

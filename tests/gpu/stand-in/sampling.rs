@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use mudit::built::ProgramSource;
 use mudit::execution::{Execution, Placed};
 use mudit::sampler::{NoiseSource, Sampler, Settings};
 use mudit::serve::batching::stepper::{Recipe, RowProgram, Slot};
@@ -39,7 +40,9 @@ fn onnx_runtime() -> Arc<Runtime> {
 fn normals(streams: impl Iterator<Item = Option<Stream>>, values: usize) -> Vec<u32> {
     let row = |stream: Option<Stream>| {
         let mut row = vec![0.0; values];
-        stream.into_iter().for_each(|mut s| s.fill_normal(&mut row));
+        if let Some(mut stream) = stream {
+            stream.fill_normal(&mut row);
+        }
         row.into_iter().map(f32::to_bits)
     };
     streams.flat_map(row).collect()
@@ -91,7 +94,7 @@ fn a_servers_noise_is_drawn_on_the_device() {
     let (model, execution) = (model(), execution());
     let recipe = Recipe {
         runtime: onnx_runtime(),
-        parameters: placed(&model, &execution),
+        programs: ProgramSource::Compiled(placed(&model, &execution)),
         guided: Guidance::First(3),
         execution,
         model: model.clone(),

@@ -56,10 +56,10 @@ python=${PYTHON:-$PWD/target/gpu-peers/bin/python}
 
 # --- programs ------------------------------------------------------------------------------------------------------------
 build() {
-  local chosen=(--locked -p mudit -p mudit-tests -p runtime --features mudit-tests/peers) folder=${CARGO_TARGET_DIR:-target}/debug log
+  local chosen=(--locked -p mudit-tests -p runtime --features mudit-tests/peers) folder=${CARGO_TARGET_DIR:-target}/debug log
   if [ -z "$try" ]; then chosen+=(--release) folder=${folder%debug}release; fi
   mkdir -p "$bin"
-  cargo build "${chosen[@]}" --bins || return 1
+  cargo build "${chosen[@]}" -p mudit --bins || return 1
   log=$(cargo test "${chosen[@]}" --lib --test gpu --no-run 2>&1) || { echo "$log"; return 1; }
   for program in mudit mudit-speed-worker mudit-under-test; do cp -f "$folder/$program" "$bin/" || return 1; done
   # Cargo says where it put the tests.
@@ -70,7 +70,8 @@ if [ -z "${MUDIT_PROOF_BIN:-}" ]; then
   build || { echo "the build failed" >&2; exit 1; }
 fi
 if [ "$try" ]; then gpu=cpu device=cpu providers=cpu; else
-  export MUDIT_NEEDS_GPU=1
+  # NVIDIA_TF32_OVERRIDE: TensorRT would round f32 products.
+  export MUDIT_NEEDS_GPU=1 NVIDIA_TF32_OVERRIDE=0
   gpu=cuda device=cuda providers=cuda
   if "$bin/mudit" doctor | grep -q 'provider tensorrt *ok'; then providers=cuda,tensorrt; fi
 fi
@@ -93,14 +94,17 @@ answers_XL2() {
   else answers --model DiT-XL/2 --batch 8 --out "$1"; fi
 }
 curves() {
-  local small=(--model DiT-S/2) 
+  local small=(--model DiT-S/2)
   [ -z "$try" ] || small=(--model DiT-S/8@16x16x4:10 --batch 8 --threads 1 --precisions f32)
   peer curves.py --mudit "$bin/mudit" --device $device --provider $gpu "${small[@]}" --out "$1"
 }
 speed() {
   local options=(--worker "$bin/mudit-speed-worker" --providers "$providers" --device $device --out "$results/gpu-speed")
-  [ $peers = no ] || options+=(--python "$python")
-  [ -z "$try" ] || options+=(--try --rounds 2 --threads 2)
+  if [ $peers = yes ] && command -v "$python" > /dev/null; then options+=(--python "$python"); fi
+  if [ "$try" ]; then
+    options+=(--try --rounds 2 --threads 1)
+    [ $# -gt 1 ] || set -- - guided-XL2-b64 train-XL2-b256 copy-XL2 update-XL2
+  fi
   python3 -B tests/gpu/speed.py "${options[@]}" "${@:2}"
 }
 

@@ -31,8 +31,9 @@ LOSS_SCALE = 2.0**16
 
 
 def exact():
-    """No TF32 anywhere: PyTorch would use it in convolutions."""
+    """Products of f32 in f32: PyTorch would use TF32 in convolutions, and several of it in an attention kernel."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # narrow types have the flash kernel
 
 
 def make(model, batch, seed):
@@ -128,7 +129,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", required=True, help="a preset, such as DiT-S/2@8x8x4:10")
     ap.add_argument("--precisions", default="f32,bf16,f16")
-    ap.add_argument("--provider", default="cuda", help="mudit's providers, separated by commas; the first also trains")
+    ap.add_argument("--provider", default="cuda", help="mudit's, separated by commas; tensorrt does not train")
     ap.add_argument("--device", default="cuda", help="PyTorch's")
     ap.add_argument("--worker", default=os.path.join(ROOT, "target/release/mudit-speed-worker"))
     ap.add_argument("--batch", type=int, default=8)
@@ -171,11 +172,12 @@ def main():
                 except RuntimeError as error:
                     rows, kept = [(f"failed: {error}", float("inf"), 0.0, 0.0, False)], False
                 else:
-                    rows, kept = judge(precision, distances(found, wanted), theirs, sorted(wanted.keys() - found.keys()))
+                    due = {"out"} if provider.startswith("tensorrt") else wanted.keys()
+                    rows, kept = judge(precision, distances(found, wanted), theirs, sorted(due - found.keys()))
                     del found
                 good &= kept
                 for what, ours, peer, limit, ok in rows:
-                    lines.append(f"| {precision} | {shown} | {what} | {ours:.1e} | {peer:.1e} | {limit:.1e} | {'kept' if ok else '**PASSED**'} |")
+                    lines.append(f"| {precision} | {shown} | {what} | {ours:.1e} | {peer:.1e} | {limit:.1e} | {'kept' if ok else '**too far**'} |")
                     print(lines[-1], flush=True)
     if args.out:
         with open(args.out, "w") as file:

@@ -9,7 +9,7 @@ use ort::session::builder::SessionBuilder;
 use ort::value::{Outlet, TensorElementType, ValueType};
 
 use super::{Recording, SessionOptions, Weights, builder, load_error, ran_out};
-use crate::cuda::Gpu;
+use crate::cuda::{Gpu, kernels};
 use crate::error::{Result, RuntimeError, nearest};
 use crate::library::Runtime;
 use crate::provider::Provider;
@@ -82,9 +82,8 @@ impl Loaded {
         let kernels = options.native_kernels && !program.native_ops.is_empty();
         // Asked now: what is missing is told by name, not in the words of a failed load.
         if let (Provider::Cuda(_), Some(gpu)) = (&options.provider, &gpu) {
-            let native = |call: &NativeCall<'_>| match options.native_kernels {
-                true => crate::cuda::kernels::kernel_for(call),
-                false => NativeKernel::Body,
+            let native = |call: &NativeCall<'_>| {
+                if options.native_kernels { kernels::kernel_for(call) } else { NativeKernel::Body }
             };
             check_cuda(&native)?;
             if kernels {

@@ -127,8 +127,12 @@ pub(crate) fn more_rows() -> Vec<Row> {
         ("heads of 64", [1, 70, 2, 64]),
         ("heads of 72", [2, 70, 2, 72]),
         ("a tile and more", [1, 140, 1, 16]),
+        ("scores turned round", [1, 70, 1, 64]),
     ] {
         let build: [Build; 2] = match heads {
+            1 if case == "scores turned round" => {
+                [|_, a| a[0].attention(1, -0.25), |_, a| a[0].attention_grad(a[1], 1, -0.25)]
+            }
             1 => [|_, a| a[0].attention(1, 0.25), |_, a| a[0].attention_grad(a[1], 1, 0.25)],
             _ => [|_, a| a[0].attention(2, 0.125), |_, a| a[0].attention_grad(a[1], 2, 0.125)],
         };

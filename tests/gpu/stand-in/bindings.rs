@@ -199,7 +199,9 @@ fn streams(k: u64) -> [Option<Stream>; 2] {
 fn normals(streams: [Option<Stream>; 2]) -> Vec<f32> {
     let mut values = vec![0.0; 6];
     for (stream, row) in streams.into_iter().zip(values.chunks_mut(3)) {
-        stream.into_iter().for_each(|mut stream| stream.fill_normal(row));
+        if let Some(mut stream) = stream {
+            stream.fill_normal(row);
+        }
     }
     values
 }

@@ -301,7 +301,7 @@ fn a_run_on_the_device_goes_on_on_the_host_and_back() {
 
 #[test]
 fn a_run_that_does_not_fit_says_what_would() {
-    let memory = [UPDATES_ONLY, ("MUDIT_STAND_IN_MEMORY", "2500000")];
+    let memory = [UPDATES_ONLY, ("MUDIT_STAND_IN_MEMORY", "73800000")];
     proven("training::a_run_that_does_not_fit_says_what_would", &memory);
 }
 

@@ -3,31 +3,31 @@
 //! Every draw is a pure function of (seed, purpose, step, row), so a run that is cut at any moment and started again
 //! ends with the same bytes as one that was not.
 
+mod draws;
 mod given;
 mod memory;
 mod state;
 mod whole_run;
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use graph_builder::{Graph, Precision};
-use models::{DitConfig, Guidance, LOSS_SCALE, Objective, ProgramKind, TRAINING_STEPS, program};
+use models::{DitConfig, Guidance, LOSS_SCALE, ProgramKind, program};
 use runtime::update::UpdateStep;
 use runtime::{Arena, ArenaLayout, Runtime, SessionOptions, SharedArena, UpdateReport};
 
 use crate::checkpoint::{self, State};
-use crate::config::{TimeSampling, TrainConfig};
+use crate::config::TrainConfig;
 use crate::data::Batch;
 use crate::error::{Result, TrainError};
 use crate::evidence;
 use crate::loss_scale::LossScale;
 use crate::mup::{MupTable, Stamp, draw_parameters};
-use crate::random::{Purpose, Stream};
 use crate::schedule::{ema_decay, learning_rate_factor};
 use crate::step::{CompiledStep, NOISE, StepArenas, StepInputs, StepLoss, StepShape, neutral};
 
+use draws::{draw, fill_noise, noise};
 pub use memory::MemoryPlan;
 use state::OptimizerSettings;
 pub(crate) use state::{Part, TrainingState};
@@ -392,43 +392,6 @@ impl Trainer {
         }
         Ok(())
     }
-}
-
-/// The streams of the noise of some rows of a batch.
-fn noise(config: &TrainConfig, batch: &Batch, rows: Range<usize>) -> impl Iterator<Item = Stream> {
-    let (seed, step) = (config.train.seed, batch.step);
-    rows.map(move |row| Stream::new(seed, Purpose::Noise, step, row as u64))
-}
-
-/// Draws the noise of some rows of a batch on the host.
-fn fill_noise(config: &TrainConfig, batch: &Batch, rows: Range<usize>, out: &mut [f32]) {
-    let image = out.len() / rows.len().max(1);
-    for (mut stream, out) in noise(config, batch, rows).zip(out.chunks_mut(image.max(1))) {
-        stream.fill_normal(out);
-    }
-}
-
-/// Times and labels of some rows of a batch.
-fn draw(config: &TrainConfig, model: &DitConfig, batch: &Batch, rows: Range<usize>) -> (Vec<f32>, Vec<i64>) {
-    let (train, objective) = (&config.train, &config.objective);
-    let drop = train.label_drop.unwrap_or(model.class_dropout_prob);
-    let stream = |purpose, row: usize| Stream::new(train.seed, purpose, batch.step, row as u64);
-    let mut t = Vec::with_capacity(rows.len());
-    let mut y = Vec::with_capacity(rows.len());
-    for row in rows {
-        let mut draw = stream(Purpose::Timestep, row);
-        t.push(match (model.objective, objective.time) {
-            (Objective::Ddpm, _) => draw.below(TRAINING_STEPS as u64) as f32,
-            (Objective::Flow, TimeSampling::Uniform) => TRAINING_STEPS as f32 * draw.uniform(),
-            (Objective::Flow, TimeSampling::LogitNormal) => {
-                let logit = objective.time_mean + objective.time_std * f64::from(draw.normal());
-                (TRAINING_STEPS as f64 / (1.0 + (-logit).exp())) as f32
-            }
-        });
-        let null = model.null_class().filter(|_| stream(Purpose::LabelDrop, row).chance(drop));
-        y.push(null.map_or(batch.y[row], |null| null as i64));
-    }
-    (t, y)
 }
 
 /// The CPU provider computes in f32.

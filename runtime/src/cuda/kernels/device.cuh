@@ -43,22 +43,23 @@ DEVICE float divide_fast(float x, float y) {
     return z;
 }
 
+// Where something is in shared memory, as the instructions below take it.
 DEVICE u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 
 // Four 8x8 matrices of 16-bit elements from shared memory: lane 8i + j names row j of matrix i and receives of each
 // matrix the elements (lane / 4, 2 (lane % 4) + {0, 1}).
-DEVICE void load_matrices(u32 (&to)[4], const void *row) {
+DEVICE void load_matrices(u32 (&to)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
 // The same, each matrix transposed.
-DEVICE void load_matrices_transposed(u32 (&to)[4], const void *row) {
+DEVICE void load_matrices_transposed(u32 (&to)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
@@ -79,11 +80,12 @@ DEVICE void multiply_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Begins a copy of 16 bytes to shared memory, of zeros where `present` is false; both addresses are multiples of 16.
-DEVICE void copy_begin(void *to, const void *from, bool present) {
+// Begins a copy of 16 bytes to shared memory, of zeros where `present` is false: `from` is not read then. Both addresses are
+// multiples of 16.
+DEVICE void copy_begin(u32 to, const void *from, bool present) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
-                 : "r"(shared_address(to)), "l"(from), "r"(present ? 16 : 0)
+                 : "r"(to), "l"(from), "r"(present ? 16 : 0)
                  : "memory");
 }
 

@@ -33,12 +33,20 @@ DEVICE void block_of(const Stream &stream, u32 number, u32 (&words)[4]) {
     philox(words, stream.key[0], stream.key[1]);
 }
 
-// Natural logarithm of m / 2^32 for a whole number m of 1..=2^32.
-DEVICE double ln(double m) {
-    // m = f 2^e with f from sqrt(1/2) to sqrt(2).
-    u64 whole = (u64)m;
+// A polynomial by its coefficients, the constant one first.
+DEVICE double polynomial(const double (&c)[8], double z) {
+    const double z2 = z * z;
+    const double low = (c[0] + c[1] * z) + (c[2] + c[3] * z) * z2;
+    const double high = (c[4] + c[5] * z) + (c[6] + c[7] * z) * z2;
+    return low + high * (z2 * z2);
+}
+
+// Natural logarithm of (k + 1) / 2^32.
+DEVICE double ln(u32 k) {
+    // k + 1 = f 2^e with f from sqrt(1/2) to sqrt(2).
+    u64 whole = (u64)k + 1;
     u32 exponent = 0;
-    double f = m;
+    double f = (double)k + 1.0;
 #pragma unroll
     for (u32 step = 32; step; step >>= 1) {
         if (whole >> step) {
@@ -51,43 +59,30 @@ DEVICE double ln(double m) {
         f *= 0.5;
         exponent++;
     }
+    const double terms[8] = {1.0 / 3.0,  1.0 / 5.0,  1.0 / 7.0,  1.0 / 9.0,
+                             1.0 / 11.0, 1.0 / 13.0, 1.0 / 15.0, 1.0 / 17.0};
     const double s = (f - 1.0) / (f + 1.0), z = s * s;
-    const double terms[11] = {1.0 / 23.0, 1.0 / 21.0, 1.0 / 19.0, 1.0 / 17.0, 1.0 / 15.0, 1.0 / 13.0,
-                              1.0 / 11.0, 1.0 / 9.0,  1.0 / 7.0,  1.0 / 5.0,  1.0 / 3.0};
-    double series = 0.0;
-#pragma unroll
-    for (u32 i = 0; i < 11; i++) {
-        series = series * z + terms[i];
-    }
-    return ((double)exponent - 32.0) * 0.693147180559945309417 + (2.0 * s + 2.0 * s * (z * series));
+    return ((double)exponent - 32.0) * 0.693147180559945309417 + (2.0 * s + 2.0 * s * (z * polynomial(terms, z)));
 }
 
 // Sine and cosine of k / 2^32 of a full turn.
 DEVICE void sin_cos(u32 k, double &sine, double &cosine) {
-    const double sines[9] = {-1.0 / 121645100408832000.0, 1.0 / 355687428096000.0, -1.0 / 1307674368000.0,
-                             1.0 / 6227020800.0,          -1.0 / 39916800.0,       1.0 / 362880.0,
-                             -1.0 / 5040.0,               1.0 / 120.0,             -1.0 / 6.0};
-    const double cosines[9] = {-1.0 / 6402373705728000.0, 1.0 / 20922789888000.0, -1.0 / 87178291200.0,
-                               1.0 / 479001600.0,         -1.0 / 3628800.0,       1.0 / 40320.0,
-                               -1.0 / 720.0,              1.0 / 24.0,             -1.0 / 2.0};
+    const double sines[8] = {-1.0 / 6.0,        1.0 / 120.0,        -1.0 / 5040.0,          1.0 / 362880.0,
+                             -1.0 / 39916800.0, 1.0 / 6227020800.0, -1.0 / 1307674368000.0, 1.0 / 355687428096000.0};
+    const double cosines[8] = {-1.0 / 2.0,       1.0 / 24.0,        -1.0 / 720.0,         1.0 / 40320.0,
+                               -1.0 / 3628800.0, 1.0 / 479001600.0, -1.0 / 87178291200.0, 1.0 / 20922789888000.0};
     // The nearest quarter turn, and what is left: an eighth of a turn at most, without an error.
     const u32 quarter = (k + (1u << 29)) >> 30;
     const double x = (double)(int)(k - (quarter << 30)) * (6.28318530717958647692 * (1.0 / 4294967296.0));
     const double z = x * x;
-    double odd = 0.0, even = 0.0;
-#pragma unroll
-    for (u32 i = 0; i < 9; i++) {
-        odd = odd * z + sines[i];
-        even = even * z + cosines[i];
-    }
-    const double s = x + x * (z * odd), c = 1.0 + z * even;
+    const double s = x + x * (z * polynomial(sines, z)), c = 1.0 + z * polynomial(cosines, z);
     sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
     cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
 }
 
 // The pair that two words give; the radius takes (0, 1], so that its logarithm is finite.
 DEVICE void normal_pair(u32 first, u32 second, float &a, float &b) {
-    const double radius = sqrt(-2.0 * ln((double)first + 1.0));
+    const double radius = sqrt(-2.0 * ln(first));
     double sine, cosine;
     sin_cos(second, sine, cosine);
     a = (float)(radius * cosine);

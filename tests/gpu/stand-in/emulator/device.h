@@ -125,8 +125,11 @@ DEVICE float exp2_fast(float x) {
 
 DEVICE float divide_fast(float x, float y) { return y > 0x1p126f ? 0.0f : x / y; }
 
-inline void load_eight(u32 (&to)[4], const void *row, bool transposed) {
-    if ((uintptr_t)row % 16 != 0) {
+inline u32 shared_address(const void *at) { return (u32)((const unsigned char *)at - emulator::shared); }
+
+inline void load_eight(u32 (&to)[4], u32 at, bool transposed) {
+    const void *const row = emulator::shared + at;
+    if (at % 16 != 0) {
         emulator::fail("a row of a matrix that does not begin at a multiple of 16 bytes");
     }
     const void *const *rows = emulator::offer(row);
@@ -142,8 +145,8 @@ inline void load_eight(u32 (&to)[4], const void *row, bool transposed) {
     emulator::release();
 }
 
-DEVICE void load_matrices(u32 (&to)[4], const void *row) { load_eight(to, row, false); }
-DEVICE void load_matrices_transposed(u32 (&to)[4], const void *row) { load_eight(to, row, true); }
+DEVICE void load_matrices(u32 (&to)[4], u32 row) { load_eight(to, row, false); }
+DEVICE void load_matrices_transposed(u32 (&to)[4], u32 row) { load_eight(to, row, true); }
 
 inline float widen_bf16(u16 bits) { return emulator::from_bits((u32)bits << 16); }
 
@@ -188,8 +191,9 @@ struct Copies {
 Copies &copies();
 } // namespace emulator
 
-DEVICE void copy_begin(void *to, const void *from, bool present) {
-    if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) {
+DEVICE void copy_begin(u32 at, const void *from, bool present) {
+    void *const to = emulator::shared + at;
+    if (at % 16 != 0 || (uintptr_t)from % 16 != 0) {
         emulator::fail("a copy between addresses that are no multiples of 16 bytes");
     }
     emulator::Copies &copies = emulator::copies();

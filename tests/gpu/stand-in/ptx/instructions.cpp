@@ -141,7 +141,7 @@ const std::map<std::string, Run> &table() {
         CONVERT("cvt.u64.u16", u16, u64, a), CONVERT("cvt.u64.u32", u32, u64, a), CONVERT("cvt.f32.f16", u16, f32, widen_f16(a)),
         CONVERT("cvt.f64.f32", f32, f64, a), CONVERT("cvt.rn.f32.f64", f64, f32, a), CONVERT("cvt.rn.f32.s32", s32, f32, a),
         CONVERT("cvt.rn.f32.u32", u32, f32, a), CONVERT("cvt.rn.f64.s32", s32, f64, a), CONVERT("cvt.rn.f64.u32", u32, f64, a),
-        CONVERT("cvt.rni.s32.f64", f64, s32, nearbyint(a)), CONVERT("cvt.sat.f32.f32", f32, f32, a > 0 ? fminf(a, 1) : 0),
+        CONVERT("cvt.rni.s32.f64", f64, s32, nearbyint(a)), CONVERT("cvt.rzi.u64.f64", f64, u64, a > 0 ? trunc(a) : 0), CONVERT("cvt.sat.f32.f32", f32, f32, a > 0 ? fminf(a, 1) : 0),
         {"cvt.rn.bf16x2.f32", [](Thread &t, const Instruction &i) { t.set<u32>(i, 0, pack_bf16(t.get<f32>(i, 1), t.get<f32>(i, 2))); }},
         {"cvt.rn.f16x2.f32", [](Thread &t, const Instruction &i) { t.set<u32>(i, 0, pack_f16(t.get<f32>(i, 1), t.get<f32>(i, 2))); }},
         {"shfl.sync.bfly.b32", shuffle_butterfly}, {"bar.warp.sync", nothing_else}, {"bar.sync", nothing_else},

@@ -145,6 +145,19 @@ impl ServeArgs {
                 report.in_use.row_seconds() * 1e3,
                 report.warm_up_seconds
             ));
+            let others = &report.determinism.other_bits;
+            if let Some(largest) = others.values().copied().reduce(f32::max) {
+                let rows: Vec<String> = others.keys().map(ToString::to_string).collect();
+                let fate = if report.determinism.exact {
+                    "are not used; --no-deterministic uses them"
+                } else {
+                    "are used"
+                };
+                console::note(&format!(
+                    "serve: {name}: batches of {} rows give a step other bits (by {largest:.1e} at most) and {fate}",
+                    rows.join(", ")
+                ));
+            }
         }
         if self.json {
             console::json(&json!({"url": url, "models": names, "reports": server.reports()}))?;

@@ -220,7 +220,7 @@ impl Staging {
             self.inputs[streams].newest = Newest::Program;
         }
         if let Some(copying) = self.inputs[port].copying {
-            Gpu::wait(if copying == Copying::Ahead { &self.filled } else { &self.direct })?;
+            self.gpu.wait(if copying == Copying::Ahead { &self.filled } else { &self.direct })?;
             for input in &mut self.inputs {
                 input.copying = input.copying.filter(|c| *c != copying);
             }
@@ -238,7 +238,7 @@ impl Staging {
 
     /// Waits for the outputs of the last run.
     pub(super) fn wait(&self) -> Result<()> {
-        Gpu::wait(&self.done)
+        self.gpu.wait(&self.done)
     }
 
     /// Queues bringing the new inputs to the block for the next run, on the stream for transfers.
@@ -343,8 +343,8 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         // Copies of this block may be queued; a driver that is shutting down has none.
-        drop(self.wait().and_then(|()| Gpu::wait(&self.filled)));
-        drop(Gpu::wait(&self.direct));
+        drop(self.wait().and_then(|()| self.gpu.wait(&self.filled)));
+        drop(self.gpu.wait(&self.direct));
     }
 }
 

@@ -1,5 +1,8 @@
 //! GPUs: the driver's context, and the one stream on which everything runs.
-#![allow(unsafe_code, reason = "switches off cudarc's tracking of memory that one stream alone uses")]
+#![allow(
+    unsafe_code,
+    reason = "asks the driver, and switches off cudarc's tracking of memory that one stream alone uses"
+)]
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -62,6 +65,11 @@ impl fmt::Debug for Gpu {
     }
 }
 
+/// What the kernels are written for: A100 and newer.
+const OLDEST: (i32, i32) = (8, 0);
+/// CUDA 13, as `cuDriverGetVersion` counts.
+const OLDEST_DRIVER: i32 = 13_000;
+
 static OPEN: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
 
 impl Gpu {
@@ -86,6 +94,10 @@ impl Gpu {
             let (stream, transfers) = (context.new_stream()?, context.new_stream()?);
             Ok((info, context, stream, transfers))
         })?;
+        if info.compute_capability < OLDEST {
+            let (major, minor) = OLDEST;
+            return Err(unavailable(format!("{info} is too old: sm_{major}{minor} or newer is needed")));
+        }
         let (turns, loaded, given) = (Turns::default(), OnceLock::new(), Mutex::default());
         let gpu = Arc::new(Self { info, context, stream, transfers, turns, loaded, given });
         open.insert(ordinal, gpu.clone());
@@ -141,7 +153,7 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         let mark = self.event()?;
         self.record(&mark, &self.stream)?;
-        Self::wait(&mark)
+        self.wait(&mark)
     }
 
     /// A mark for a stream.
@@ -160,8 +172,9 @@ impl Gpu {
     }
 
     /// Waits on the host until a stream has come to its mark.
-    pub(crate) fn wait(event: &CudaEvent) -> Result<()> {
+    pub(crate) fn wait(&self, event: &CudaEvent) -> Result<()> {
         guarded("wait for the GPU", || {
+            self.context.bind_to_thread()?;
             let before = exchange_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
             let waited = event.synchronize();
             exchange_mode(before)?;
@@ -225,6 +238,15 @@ fn info(ordinal: usize, context: &CudaContext) -> std::result::Result<GpuInfo, D
 fn count() -> Result<usize> {
     if let Some(complaint) = DRIVER.complaint() {
         return Err(unavailable(complaint));
+    }
+    let driver = guarded("ask for the driver's version", || {
+        let mut version = 0;
+        // SAFETY: a place for the answer.
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map(|()| version)
+    })?;
+    if driver < OLDEST_DRIVER {
+        let (major, minor) = (driver / 1000, driver % 1000 / 10);
+        return Err(unavailable(format!("the driver is for CUDA {major}.{minor}, CUDA 13 is needed")));
     }
     let count = guarded("ask for the number of GPUs", CudaContext::device_count)
         .map_err(|e| unavailable(format!("the driver does not work: {e}")))?;

@@ -101,7 +101,10 @@ libraries! {
     /// Fourier transforms; not used by mudit's programs.
     CUFFT: "cuFFT", ["libcufft.so.12"], [], INSTALL_CUDA, |l| property(l, c"cufftGetProperty");
     /// The compiler of mudit's CUDA kernels.
-    NVRTC: "NVRTC", ["libnvrtc.so.13"], ["libnvrtc-builtins.so.13.0"], INSTALL_CUDA, nvrtc_version;
+    NVRTC: "NVRTC", ["libnvrtc.so.13"],
+        ["libnvrtc-builtins.so.13.0", "libnvrtc-builtins.so.13.1", "libnvrtc-builtins.so.13.2", "libnvrtc-builtins.so.13.3",
+         "libnvrtc-builtins.so.13.4", "libnvrtc-builtins.so.13.5", "libnvrtc-builtins.so.13.6"],
+        INSTALL_CUDA, nvrtc_version;
     /// Convolutions and attention.
     CUDNN: "cuDNN", ["libcudnn.so.9"],
         ["libcudnn_graph.so.9", "libcudnn_ops.so.9", "libcudnn_heuristic.so.9", "libcudnn_engines_precompiled.so.9",
@@ -162,6 +165,23 @@ impl CudaLibrary {
     /// The version that the open library tells.
     pub fn version(&self) -> Option<String> {
         self.opened().and_then(|o| (self.version)(o))
+    }
+
+    /// Refuses another library of that kind than the one found here: the bindings open theirs by names of their own, and
+    /// `version` is what the one they opened says.
+    pub(crate) fn same_as(&self, version: &str) -> Result<()> {
+        let found = self.version().unwrap_or_default();
+        if found == version {
+            return Ok(());
+        }
+        let path = self.opened().map(|o| o.path.display().to_string()).unwrap_or_default();
+        Err(RuntimeError::ProviderUnavailable {
+            provider: "cuda".to_owned(),
+            reason: format!("{} {version} hides version {found} at {path}", self.title),
+            remedy:
+                "take the folder of the other one out of LD_LIBRARY_PATH and of the loader's configuration"
+                    .to_owned(),
+        })
     }
 
     /// Why it cannot be used, if so.

@@ -138,7 +138,7 @@ impl DeviceAdamW {
         self.check(state)?;
         step.check(self.parts.iter().map(|p| p.indices.len()).sum())?;
         let _turn = self.gpu.turn();
-        Gpu::wait(&self.sent)?;
+        self.gpu.wait(&self.sent)?;
         for part in &self.parts {
             let pick = |values: &[f64]| part.indices.iter().map(|&i| values[i]).collect::<Vec<f64>>();
             let (lr, weight_decay) = (pick(step.lr), pick(step.weight_decay));
@@ -183,7 +183,7 @@ impl DeviceAdamW {
     /// # Errors
     /// [`RuntimeError::Cuda`] with the first failure of what was queued.
     pub fn report(&self) -> Result<UpdateReport> {
-        Gpu::wait(&self.decided)?;
+        self.gpu.wait(&self.decided)?;
         let control: Control = bytemuck::pod_read_unaligned(self.control.1.as_slice());
         let finite = control.finite != 0;
         let clip_scale = if finite { f64::from(control.scale) / self.gradient_scale } else { 1.0 };

@@ -1,5 +1,7 @@
 //! What ONNX Runtime holds of a program, and what the model declares of itself.
+#![allow(unsafe_code, reason = "drops a session while it is its thread's turn")]
 
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,7 +48,7 @@ pub(super) struct Loaded {
     inputs: Vec<Declared>,
     outputs: Vec<Declared>,
     // Dropped before the weights, which it may point into.
-    inner: Mutex<ort::session::Session>,
+    inner: ManuallyDrop<Mutex<ort::session::Session>>,
     _weights: Option<Arc<[u8]>>,
     /// The GPU on whose stream it runs.
     pub(super) gpu: Option<Arc<Gpu>>,
@@ -54,6 +56,15 @@ pub(super) struct Loaded {
     /// Bindings made so far.
     graphs: AtomicU32,
     pub(super) runtime: Arc<Runtime>,
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        // A session gives memory back, which spoils what another thread records meanwhile.
+        let _turn = self.gpu.as_ref().map(|gpu| gpu.turn());
+        // SAFETY: dropped here and nowhere else.
+        unsafe { ManuallyDrop::drop(&mut self.inner) };
+    }
 }
 
 impl Loaded {
@@ -137,7 +148,7 @@ impl Loaded {
             Weights::Memory(bytes) => Some(bytes.clone()),
             Weights::Inside | Weights::Directory(_) => None,
         };
-        let (inner, runtime) = (Mutex::new(inner), runtime.clone());
+        let (inner, runtime) = (ManuallyDrop::new(Mutex::new(inner)), runtime.clone());
         Ok(Self {
             inputs,
             outputs,

@@ -60,7 +60,7 @@ static void *recorded;
 static int mode;
 static pthread_t recorder;
 static __thread int own_mode;
-int cuThreadExchangeStreamCaptureMode(int *mode) { const int before = own_mode; own_mode = *mode; *mode = before; return OK; }
+int cuThreadExchangeStreamCaptureMode(int *mode) { WANTS_CONTEXT; const int before = own_mode; own_mode = *mode; *mode = before; return OK; }
 /* What the recording's mode 0 forbids to every thread of mode 0, and each mode but 2 to the thread that records. */
 static bool spoils(void) {
   const bool mine = recording && pthread_equal(pthread_self(), recorder);
@@ -231,7 +231,7 @@ static bool held(uint64_t address, size_t bytes) {
   struct block block;
   return stand_in_block(address, &block) && bytes <= block.end - address;
 }
-int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { WANTS_CONTEXT; *address = aligned_alloc(HEADER, bytes / HEADER * HEADER + HEADER); return *address ? OK : OUT_OF_MEMORY; }
+int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { WANTS_CONTEXT; if (spoils()) return RECORDING; *address = aligned_alloc(HEADER, bytes / HEADER * HEADER + HEADER); return *address ? OK : OUT_OF_MEMORY; }
 int cuMemFreeHost(void *address) { WANTS_CONTEXT; drain_all(); free(address); return OK; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *stream) {
   WANTS_CONTEXT;

@@ -61,6 +61,7 @@ impl Compiler {
         let mut version = (0, 0);
         // SAFETY: two places for the answer.
         check("its version", unsafe { sys::nvrtcVersion(&raw mut version.0, &raw mut version.1) })?;
+        NVRTC.same_as(&format!("{}.{}", version.0, version.1))?;
         Ok(Self { version, cache: cache.map(|c| c.join("kernels")) })
     }
 

@@ -106,6 +106,7 @@ impl Products {
                 remedy: CUBLAS_LT.install.to_owned(),
             });
         }
+        CUBLAS_LT.same_as(&version().map_err(|e| refused("ask for its version", e))?)?;
         gpu.call("make its context current", || Ok(()))?;
         let handle = result::create_handle().map_err(|e| refused("open it", e))?;
         Ok(Self { handle, plans: Mutex::default() })
@@ -127,6 +128,13 @@ impl Products {
     }
 
     fn choose(&self, kind: Kind) -> std::result::Result<Plan, CublasError> {
+        // A sum cut into parts would be cut elsewhere in another batch, and a sample would have other bits there. Gradients
+        // of weights sum over all samples anyway.
+        let whole = !kind.transposed.0;
+        self.choose_with(kind, whole).or_else(|e| if whole { self.choose_with(kind, false) } else { Err(e) })
+    }
+
+    fn choose_with(&self, kind: Kind, whole_sums: bool) -> std::result::Result<Plan, CublasError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let call = Call::new(&kind)?;
         let preference = Preference(result::create_matmul_pref()?);
@@ -141,6 +149,10 @@ impl Products {
             preference.set(attribute, &bytes)?;
         }
         preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &MOST_WORKSPACE)?;
+        if whole_sums {
+            // None of the schemes.
+            preference.set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &0_u32)?;
+        }
         // SAFETY: everything was made just now and is alive.
         let found = unsafe {
             let (first, second, out) = (call.first.0, call.second.0, call.out.0);
@@ -193,6 +205,18 @@ impl Products {
         };
         run().map_err(|e| refused(&format!("multiply {:?}", plan.kind), e))
     }
+}
+
+/// Of the library that the bindings opened.
+fn version() -> std::result::Result<String, CublasError> {
+    use sys::libraryPropertyType as Part;
+    let mut parts = [0; 3];
+    let kinds = [Part::MAJOR_VERSION, Part::MINOR_VERSION, Part::PATCH_LEVEL];
+    for (kind, value) in kinds.into_iter().zip(&mut parts) {
+        // SAFETY: a place for the answer.
+        unsafe { sys::cublasLtGetProperty(kind, value) }.result()?;
+    }
+    Ok(parts.map(|p| p.to_string()).join("."))
 }
 
 fn refused(action: &str, error: CublasError) -> RuntimeError {

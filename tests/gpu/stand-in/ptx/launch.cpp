@@ -76,17 +76,20 @@ bool meet(Block &block, u32 warp) {
 
 // Lets all threads go on that have come to the block's barrier, when all that are left have; whether it did.
 bool open_barrier(Block &block) {
-    bool any = false;
+    const Instruction *barrier = nullptr;
     for (const Thread &t : block.threads) {
         if (t.state != State::AtBlock && t.state != State::Done) {
             return false;
         }
-        any |= t.state == State::AtBlock;
+        if (t.state == State::AtBlock && barrier && t.collective != barrier) {
+            throw Refusal("threads of a block wait at different barriers");
+        }
+        barrier = t.state == State::AtBlock ? t.collective : barrier;
     }
     for (Thread &t : block.threads) {
         t.state = t.state == State::AtBlock ? State::Ready : t.state;
     }
-    return any;
+    return barrier != nullptr;
 }
 
 void run(Block &block, bool backwards) {

@@ -29,7 +29,7 @@ for part in $parts; do
   [[ " build $all " == *" ${part%%:*} "* ]] || { echo "no such part: $part (there are: build $all)" >&2; exit 2; }
 done
 work=$PWD/target/gpu-proof${try:+-try}
-bin=${MUDIT_PROOF_BIN:-$work/bin}
+bin=$(realpath -m "${MUDIT_PROOF_BIN:-$work/bin}")
 mkdir -p "$work"
 results=$([ "$try" ] && echo "$work" || echo "$PWD/tests/results")
 

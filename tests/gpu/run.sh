@@ -173,7 +173,8 @@ report() {
   cat "$work/curves.md" 2>/dev/null
 }
 [ "$parts" = build ] && exit 0
-report > "$results/gpu-proof.md.new" && mv "$results/gpu-proof.md.new" "$results/gpu-proof.md"
+report > "$results/gpu-proof.md.new"
+mv "$results/gpu-proof.md.new" "$results/gpu-proof.md"
 printf '\n'
 sed -n '/^| part/,/^$/p' "$results/gpu-proof.md"
 echo "$results/gpu-proof.md"

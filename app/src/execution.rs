@@ -15,8 +15,8 @@ use runtime::cuda::{DeviceArena, Gpu};
 use runtime::library::cache_directory;
 use runtime::provider::{TF32, tf32_forbidden};
 use runtime::{
-    Arena, ArenaLayout, Binding, BindingBuilder, CudaOptions, Provider, Runtime, RuntimeError, Session, SessionOptions,
-    SharedArena,
+    Arena, ArenaLayout, Binding, BindingBuilder, CudaOptions, Provider, Runtime, RuntimeError, Session,
+    SessionOptions, SharedArena,
 };
 
 use crate::Usage;
@@ -115,7 +115,8 @@ pub fn keep_f32(provider: &Provider) -> anyhow::Result<()> {
     }
     if let Some(value) = env::var_os(TF32) {
         let value = value.display();
-        let text = format!("{TF32}={value} lets TensorRT round f32 products to 10 bits: unset it, or set it to 0");
+        let text =
+            format!("{TF32}={value} lets TensorRT round f32 products to 10 bits: unset it, or set it to 0");
         return Err(Usage(text).into());
     }
     console::note(&format!("TensorRT: starting again with {TF32}=0, so that f32 products are f32"));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use mudit::built::ProgramSource;
 use mudit::execution::{Execution, Placed};
 use mudit::sampler::{NoiseSource, Sampler, Settings};
 use mudit::serve::batching::stepper::{Recipe, RowProgram, Slot};
@@ -93,7 +94,7 @@ fn a_servers_noise_is_drawn_on_the_device() {
     let (model, execution) = (model(), execution());
     let recipe = Recipe {
         runtime: onnx_runtime(),
-        parameters: placed(&model, &execution),
+        programs: ProgramSource::Compiled(placed(&model, &execution)),
         guided: Guidance::First(3),
         execution,
         model: model.clone(),

@@ -78,7 +78,7 @@ fn kernel(op: &str, x: Type, build: impl for<'g> FnOnce(Value<'g>) -> Value<'g>)
 
 #[test]
 fn operands_that_no_kernel_takes_are_told_apart() {
-    let attention = |samples, size, dtype| {
+    let attention = |samples: usize, size: usize, dtype| {
         kernel("Attention", Type::new(dtype, [samples, 2, 3 * size]), |x| x.attention(1, 1.0))
     };
     for dtype in [DType::F32, DType::Bf16, DType::F16] {

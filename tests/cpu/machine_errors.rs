@@ -122,7 +122,7 @@ fn a_gpu_that_is_not_there_is_refused_by_every_command_that_takes_one() {
         }
     }
     // A command for the CPU alone does not pretend.
-    let alone = scene.mudit("coord-check --offline --model checkpoint --widths 16,32 --out x");
+    let alone = scene.mudit("coord-check --offline --model checkpoint --widths 24,48 --out x");
     alone.env("MUDIT_PROVIDER", "cuda").run().refuses(2, &["CPU only", "MUDIT_PROVIDER"]);
     assert!(!scene.path("x").join("engine.json").exists() && !scene.path("x.png").exists());
 }

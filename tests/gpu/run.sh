@@ -70,7 +70,8 @@ if [ -z "${MUDIT_PROOF_BIN:-}" ]; then
   build || { echo "the build failed" >&2; exit 1; }
 fi
 if [ "$try" ]; then gpu=cpu device=cpu providers=cpu; else
-  export MUDIT_NEEDS_GPU=1
+  # NVIDIA_TF32_OVERRIDE: TensorRT would round f32 products.
+  export MUDIT_NEEDS_GPU=1 NVIDIA_TF32_OVERRIDE=0
   gpu=cuda device=cuda providers=cuda
   if "$bin/mudit" doctor | grep -q 'provider tensorrt *ok'; then providers=cuda,tensorrt; fi
 fi
@@ -99,7 +100,7 @@ curves() {
 }
 speed() {
   local options=(--worker "$bin/mudit-speed-worker" --providers "$providers" --device $device --out "$results/gpu-speed")
-  [ $peers = no ] || options+=(--python "$python")
+  if [ $peers = yes ] && command -v "$python" > /dev/null; then options+=(--python "$python"); fi
   if [ "$try" ]; then
     options+=(--try --rounds 2 --threads 1)
     [ $# -gt 1 ] || set -- - guided-XL2-b64 train-XL2-b256 copy-XL2 update-XL2
@@ -172,7 +173,8 @@ report() {
   cat "$work/curves.md" 2>/dev/null
 }
 [ "$parts" = build ] && exit 0
-report > "$results/gpu-proof.md.new" && mv "$results/gpu-proof.md.new" "$results/gpu-proof.md"
+report > "$results/gpu-proof.md.new"
+mv "$results/gpu-proof.md.new" "$results/gpu-proof.md"
 printf '\n'
 sed -n '/^| part/,/^$/p' "$results/gpu-proof.md"
 echo "$results/gpu-proof.md"

@@ -14,7 +14,9 @@ use models::{DitConfig, Guidance, HYPERPARAMETERS, LOSS_SCALE, ProgramKind, prog
 use mudit::execution::{Execution, Placed};
 use mudit_tests::Feeds;
 use mudit_tests::execution::array;
-use runtime::{Arena, HostTensor, Runtime, SharedArena, read_safetensors_file, write_safetensors_file};
+use runtime::{
+    Arena, HostTensor, Provider, Runtime, SharedArena, read_safetensors_file, write_safetensors_file,
+};
 use train_engine::config::TrainConfig;
 use train_engine::step::{StepInputs, parameter_layout, read_lock};
 use train_engine::trainer::Trainer;
@@ -26,8 +28,8 @@ type Tensors = IndexMap<String, HostTensor>;
 /// The factor on the loss where f16 is emulated.
 const EMULATED_SCALE: f64 = 1024.0;
 
-/// Reads `weights.safetensors` and `inputs.safetensors` of a folder; writes `answer.safetensors` there: `out`, and, where
-/// the inputs have a training batch, `mse`, `vb` and `grad.*`.
+/// Reads `weights.safetensors` and `inputs.safetensors` of a folder; writes `answer.safetensors` there: `out` and, but by
+/// TensorRT, `mse`, `vb` and `grad.*`.
 pub(crate) fn write(runtime: &Arc<Runtime>, model: &str, folder: &Path, execution: &Execution) -> Result<()> {
     let dit = DitConfig::resolve(model)?;
     let layout = parameter_layout(&program(&dit, ProgramKind::Denoise, 1, Guidance::Off)?)?;
@@ -41,7 +43,8 @@ pub(crate) fn write(runtime: &Arc<Runtime>, model: &str, folder: &Path, executio
     } else {
         execution.check()?;
         denoise(runtime, &dit, batch, &inputs, &weights, execution, &mut answer)?;
-        if inputs.contains_key("x0") {
+        // TensorRT does not train.
+        if !matches!(execution.provider, Provider::TensorRt(_)) {
             train(runtime, &dit, batch, &inputs, &weights, execution, &mut answer)?;
         }
     }
@@ -78,7 +81,6 @@ fn train(
     execution: &Execution,
     answer: &mut Tensors,
 ) -> Result<()> {
-    let execution = execution.without_constants();
     let mut config = TrainConfig::default();
     config.objective.kind = dit.objective;
     let train = &mut config.train;

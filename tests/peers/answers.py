@@ -37,15 +37,16 @@ def exact():
 
 
 def make(model, batch, seed):
-    """A DiT whose every parameter matters, and a batch whose first sample is at the end of the chain; on the CPU."""
+    """A DiT whose every parameter matters, and a batch, on the CPU. No time is 0: there the loss is a likelihood of bins that
+    f32 computes with one digit, PyTorch's as mudit's."""
     shape = preset(model)
     g = torch.Generator().manual_seed(seed)
     rn = lambda *s: torch.randn(*s, generator=g)
     dit = random_model(SimpleNamespace(side=shape["input_size"], patch=shape["patch"], dim=shape["dim"], depth=shape["depth"],
                                        heads=shape["heads"], classes=shape["num_classes"]), rn)
     image = (batch, shape["channels"], shape["input_size"], shape["input_size"])
-    t, y = torch.randint(0, 1000, (batch,), generator=g), torch.randint(0, shape["num_classes"], (batch,), generator=g)
-    t[0], y[-1] = 0, shape["num_classes"]
+    t, y = torch.randint(1, 1000, (batch,), generator=g), torch.randint(0, shape["num_classes"], (batch,), generator=g)
+    t[0], y[-1] = 1, shape["num_classes"]
     return dit, dict(x=rn(*image), x0=rn(*image), noise=rn(*image), t=t, y=y)
 
 
@@ -129,7 +130,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", required=True, help="a preset, such as DiT-S/2@8x8x4:10")
     ap.add_argument("--precisions", default="f32,bf16,f16")
-    ap.add_argument("--provider", default="cuda", help="mudit's providers, separated by commas; the first also trains")
+    ap.add_argument("--provider", default="cuda", help="mudit's, separated by commas; tensorrt does not train")
     ap.add_argument("--device", default="cuda", help="PyTorch's")
     ap.add_argument("--worker", default=os.path.join(ROOT, "target/release/mudit-speed-worker"))
     ap.add_argument("--batch", type=int, default=8)
@@ -172,7 +173,8 @@ def main():
                 except RuntimeError as error:
                     rows, kept = [(f"failed: {error}", float("inf"), 0.0, 0.0, False)], False
                 else:
-                    rows, kept = judge(precision, distances(found, wanted), theirs, sorted(wanted.keys() - found.keys()))
+                    due = {"out"} if provider.startswith("tensorrt") else wanted.keys()
+                    rows, kept = judge(precision, distances(found, wanted), theirs, sorted(due - found.keys()))
                     del found
                 good &= kept
                 for what, ours, peer, limit, ok in rows:

@@ -26,7 +26,7 @@ PICTURES = 64
 
 
 def batches(shape, batch, steps, seed):
-    """A fixed set of pictures, a smooth pattern for each label with some noise, and every step's draws."""
+    """A fixed set of pictures, smooth patterns with some noise, and every step's draws. No time is 0, as in `answers`."""
     g = torch.Generator().manual_seed(seed)
     side, channels, classes = shape["input_size"], shape["channels"], shape["num_classes"]
     rough = torch.randn(PICTURES, channels, 4, 4, generator=g)
@@ -37,7 +37,7 @@ def batches(shape, batch, steps, seed):
         rows = torch.randint(0, PICTURES, (batch,), generator=g)
         y = torch.where(torch.rand(batch, generator=g) < 0.1, torch.full_like(rows, classes), labels[rows])
         yield dict(x0=pictures[rows], noise=torch.randn(batch, channels, side, side, generator=g),
-                   t=torch.randint(0, 1000, (batch,), generator=g), y=y)
+                   t=torch.randint(1, 1000, (batch,), generator=g), y=y)
 
 
 def by_torch(shape, weights, given, args, precision):

@@ -82,7 +82,7 @@ const DEFAULT_ROWS: usize = 8;
 /// What makes the images, and how it computes.
 enum MadeBy {
     Checkpoint(weights::Loaded, Execution),
-    Engine(BuiltEngine, Execution),
+    Engine(Box<BuiltEngine>, Execution),
 }
 
 impl MadeBy {
@@ -190,7 +190,7 @@ impl SampleArgs {
             (Some(directory), _) => {
                 let engine = weights::open_engine(directory, checkpoint, self.weights)?;
                 let execution = self.target.execution_of(&engine, self.machine)?;
-                Ok(MadeBy::Engine(engine, execution))
+                Ok(MadeBy::Engine(Box::new(engine), execution))
             }
             (None, Some(checkpoint)) => {
                 let execution = self.target.execution(self.machine)?;

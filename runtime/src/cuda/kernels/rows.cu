@@ -1,5 +1,4 @@
-// Ops over rows of the last axis, a warp a row, and the gated residual. A row is read once from memory; later passes
-// find it in the first-level cache.
+// Ops over rows of the last axis, a warp a row, and the gated residual.
 
 const u32 THREADS = 256;
 const u32 WARPS = THREADS / WARP;
@@ -14,40 +13,86 @@ template <class T> DEVICE bool rows_aligned(const T *at, u32 width) {
     return aligned(at) && width % Vector<T>::LANES == 0;
 }
 
+// Elements of a row that a lane holds at most.
+const u32 HELD = 40;
+
+// Calls `visit(i, chunk)` for a lane's chunks of V elements of a row, a warp's width apart, the first element of each being
+// i; CHUNKS of them at most, or any number where that is 0.
+template <u32 V, u32 CHUNKS, class Visit> DEVICE void each(u32 width, const Visit &visit) {
+    if constexpr (CHUNKS == 0) {
+        for (u32 i = lane() * V; i < width; i += WARP * V) {
+            visit(i, 0);
+        }
+    } else {
+#pragma unroll
+        for (u32 chunk = 0; chunk < CHUNKS; chunk++) {
+            const u32 i = (chunk * WARP + lane()) * V;
+            if (i < width) {
+                visit(i, chunk);
+            }
+        }
+    }
+}
+
+// A lane's chunks of a row, in registers where their number is known, else where they were.
+template <u32 V, u32 CHUNKS, class T> struct Row {
+    const T *at;
+    float chunks[CHUNKS == 0 ? 1 : CHUNKS][V];
+
+    DEVICE Row(const T *row, u32 width) : at(row) {
+        if constexpr (CHUNKS > 0) {
+            each<V, CHUNKS>(width, [&](u32 i, u32 chunk) { load(at + i, chunks[chunk]); });
+        }
+    }
+    DEVICE void get(u32 i, u32 chunk, float (&to)[V]) const {
+        if constexpr (CHUNKS == 0) {
+            load(at + i, to);
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < V; j++) {
+                to[j] = chunks[chunk][j];
+            }
+        }
+    }
+};
+
 // Mean and 1 / sqrt(variance + epsilon) of a row, by two passes; the variance is the biased one.
-template <u32 V, class T> DEVICE void moments(const T *x, u32 width, float epsilon, float &mean, float &r) {
+template <u32 V, u32 CHUNKS, class T>
+DEVICE void moments(const Row<V, CHUNKS, T> &x, u32 width, float epsilon, float &mean, float &r) {
     float sum = 0.0f;
-    for (u32 i = lane() * V; i < width; i += WARP * V) {
+    each<V, CHUNKS>(width, [&](u32 i, u32 chunk) {
         float xs[V];
-        load(x + i, xs);
+        x.get(i, chunk, xs);
 #pragma unroll
         for (u32 j = 0; j < V; j++) {
             sum += xs[j];
         }
-    }
-    mean = warp_sum(sum) / (float)width;
+    });
+    const float middle = warp_sum(sum) / (float)width;
     float squares = 0.0f;
-    for (u32 i = lane() * V; i < width; i += WARP * V) {
+    each<V, CHUNKS>(width, [&](u32 i, u32 chunk) {
         float xs[V];
-        load(x + i, xs);
+        x.get(i, chunk, xs);
 #pragma unroll
         for (u32 j = 0; j < V; j++) {
-            squares += (xs[j] - mean) * (xs[j] - mean);
+            squares += (xs[j] - middle) * (xs[j] - middle);
         }
-    }
+    });
+    mean = middle;
     r = 1.0f / sqrtf(warp_sum(squares) / (float)width + epsilon);
 }
 
-template <u32 V, class T>
+template <u32 V, u32 CHUNKS, class T>
 DEVICE void layer_norm_modulate(const T *x, const T *shift, const T *scale, T *y, u32 rows, u32 tokens, u32 width,
                                 float epsilon) {
     for (u32 row = blockIdx.x * WARPS + warp(); row < rows; row += gridDim.x * WARPS) {
         const u64 at = (u64)row * width, condition = (u64)(row / tokens) * width;
+        const Row<V, CHUNKS, T> held(x + at, width);
         float mean, r;
-        moments<V>(x + at, width, epsilon, mean, r);
-        for (u32 i = lane() * V; i < width; i += WARP * V) {
+        moments(held, width, epsilon, mean, r);
+        each<V, CHUNKS>(width, [&](u32 i, u32 chunk) {
             float xs[V], shifts[V], scales[V];
-            load(x + at + i, xs);
+            held.get(i, chunk, xs);
             load(shift + condition + i, shifts);
             load(scale + condition + i, scales);
 #pragma unroll
@@ -55,77 +100,73 @@ DEVICE void layer_norm_modulate(const T *x, const T *shift, const T *scale, T *y
                 xs[j] = ((xs[j] - mean) * r) * (1.0f + scales[j]) + shifts[j];
             }
             store(y + at + i, xs);
-        }
+        });
     }
 }
 
-// The sums of a row that layer norm's gradient takes: mean(ct), mean(ct x^), the cotangent times 1 + scale where there
-// is a scale.
-template <u32 V, bool SCALED, class T>
-DEVICE void projections(const T *x, const T *scale, const T *ct, u32 width, float mean, float r, float &ct_mean,
-                        float &projection) {
-    float sum = 0.0f, product = 0.0f;
-    for (u32 i = lane() * V; i < width; i += WARP * V) {
-        float xs[V], cts[V], scales[V] = {};
-        load(x + i, xs);
-        load(ct + i, cts);
+// dx = r (inner - mean(inner) - x^ mean(inner x^)) of a row, where inner is the cotangent, times 1 + scale where there is a
+// scale; plus the residual where there is one. Which of both is there is known to the compiler: it would cut the store up
+// otherwise.
+template <bool SCALED, bool ADDED, u32 V, u32 CHUNKS, class T>
+DEVICE void layer_norm_grad_row(const Row<V, CHUNKS, T> &x, const T *scale, const T *ct, const T *residual, T *dx,
+                                u32 width, float mean, float r) {
+    // Held too, it would leave room for half as many warps.
+    const auto inner = [&](u32 i, float (&to)[V]) {
+        load(ct + i, to);
         if constexpr (SCALED) {
+            float scales[V];
             load(scale + i, scales);
+#pragma unroll
+            for (u32 j = 0; j < V; j++) {
+                to[j] *= 1.0f + scales[j];
+            }
         }
+    };
+    float sum = 0.0f, product = 0.0f;
+    each<V, CHUNKS>(width, [&](u32 i, u32 chunk) {
+        float xs[V], inners[V];
+        x.get(i, chunk, xs);
+        inner(i, inners);
 #pragma unroll
         for (u32 j = 0; j < V; j++) {
-            const float inner = SCALED ? cts[j] * (1.0f + scales[j]) : cts[j];
-            sum += inner;
-            product += inner * ((xs[j] - mean) * r);
+            sum += inners[j];
+            product += inners[j] * ((xs[j] - mean) * r);
         }
-    }
-    ct_mean = warp_sum(sum) / (float)width;
-    projection = warp_sum(product) / (float)width;
-}
-
-// dx = r (inner - mean(inner) - x^ mean(inner x^)) of a row, plus the residual where there is one. Which of both is there is
-// known to the compiler: it would cut the store up otherwise.
-template <u32 V, bool SCALED, bool ADDED, class T>
-DEVICE void layer_norm_grad_row(const T *x, const T *scale, const T *ct, const T *residual, T *dx, u32 width,
-                                float mean, float r) {
-    float ct_mean, projection;
-    projections<V, SCALED>(x, scale, ct, width, mean, r, ct_mean, projection);
-    for (u32 i = lane() * V; i < width; i += WARP * V) {
-        float xs[V], cts[V], scales[V] = {}, rest[V] = {};
-        load(x + i, xs);
-        load(ct + i, cts);
-        if constexpr (SCALED) {
-            load(scale + i, scales);
-        }
+    });
+    const float ct_mean = warp_sum(sum) / (float)width, projection = warp_sum(product) / (float)width;
+    each<V, CHUNKS>(width, [&](u32 i, u32 chunk) {
+        float xs[V], inners[V], rest[V] = {};
+        x.get(i, chunk, xs);
+        inner(i, inners);
         if constexpr (ADDED) {
             load(residual + i, rest);
         }
 #pragma unroll
         for (u32 j = 0; j < V; j++) {
-            const float inner = SCALED ? cts[j] * (1.0f + scales[j]) : cts[j];
-            xs[j] = r * ((inner - ct_mean) - ((xs[j] - mean) * r) * projection);
+            xs[j] = r * ((inners[j] - ct_mean) - ((xs[j] - mean) * r) * projection);
             if constexpr (ADDED) {
                 xs[j] += rest[j];
             }
         }
         store(dx + i, xs);
-    }
+    });
 }
 
-template <u32 V, class T>
+template <u32 V, u32 CHUNKS, class T>
 DEVICE void layer_norm_grad(const T *x, const T *ct, T *dx, u32 rows, u32 width, float epsilon) {
     for (u32 row = blockIdx.x * WARPS + warp(); row < rows; row += gridDim.x * WARPS) {
         const u64 at = (u64)row * width;
-        float mean, r;
-        moments<V>(x + at, width, epsilon, mean, r);
+        const Row<V, CHUNKS, T> held(x + at, width);
         const T *none = 0;
-        layer_norm_grad_row<V, false, false>(x + at, none, ct + at, none, dx + at, width, mean, r);
+        float mean, r;
+        moments(held, width, epsilon, mean, r);
+        layer_norm_grad_row<false, false>(held, none, ct + at, none, dx + at, width, mean, r);
     }
 }
 
 // Block (part, sample): PART rows of a sample. First a warp a row writes dx and leaves the row's moments; then a
 // thread a column forms the part's share of dshift and dscale, row after row.
-template <u32 V, class T>
+template <u32 V, u32 CHUNKS, class T>
 DEVICE void layer_norm_modulate_grad(const T *x, const T *scale, const T *ct, const T *residual, T *dx, float *shares,
                                      u32 tokens, u32 width, float epsilon) {
     __shared__ float means[PART], rs[PART];
@@ -134,12 +175,13 @@ DEVICE void layer_norm_modulate_grad(const T *x, const T *scale, const T *ct, co
     scale += (u64)blockIdx.y * width;
     for (u32 row = warp(); row < count; row += WARPS) {
         const u64 at = start + (u64)row * width;
+        const Row<V, CHUNKS, T> held(x + at, width);
         float mean, r;
-        moments<V>(x + at, width, epsilon, mean, r);
+        moments(held, width, epsilon, mean, r);
         if (residual) {
-            layer_norm_grad_row<V, true, true>(x + at, scale, ct + at, residual + at, dx + at, width, mean, r);
+            layer_norm_grad_row<true, true>(held, scale, ct + at, residual + at, dx + at, width, mean, r);
         } else {
-            layer_norm_grad_row<V, true, false>(x + at, scale, ct + at, residual, dx + at, width, mean, r);
+            layer_norm_grad_row<true, false>(held, scale, ct + at, residual, dx + at, width, mean, r);
         }
         if (lane() == 0) {
             means[row] = mean;
@@ -279,19 +321,29 @@ template <class T> DEVICE void add_shares(const float *shares, T *first, T *seco
         FUNCTION<1>(__VA_ARGS__);                                                                                      \
     }
 
+// The same, with rows in registers where they fit.
+#define AS_HELD_AS(CONDITION, T, FUNCTION, ...)                                                                        \
+    if (!(CONDITION)) {                                                                                                \
+        FUNCTION<1, 0>(__VA_ARGS__);                                                                                   \
+    } else if (width <= WARP * HELD) {                                                                                 \
+        FUNCTION<Vector<T>::LANES, HELD / Vector<T>::LANES>(__VA_ARGS__);                                              \
+    } else {                                                                                                           \
+        FUNCTION<Vector<T>::LANES, 0>(__VA_ARGS__);                                                                    \
+    }
+
 #define ROWS(NAME, T)                                                                                                  \
     KERNEL layer_norm_modulate_##NAME(const T *x, const T *shift, const T *scale, T *y, u32 rows, u32 tokens,          \
                                       u32 width, float epsilon) {                                                      \
-        AS_WIDE_AS(rows_aligned(x, width) && aligned(shift) && aligned(scale) && aligned(y), T, layer_norm_modulate,   \
+        AS_HELD_AS(rows_aligned(x, width) && aligned(shift) && aligned(scale) && aligned(y), T, layer_norm_modulate,   \
                    x, shift, scale, y, rows, tokens, width, epsilon)                                                   \
     }                                                                                                                  \
     KERNEL layer_norm_grad_##NAME(const T *x, const T *ct, T *dx, u32 rows, u32 width, float epsilon) {                \
-        AS_WIDE_AS(rows_aligned(x, width) && aligned(ct) && aligned(dx), T, layer_norm_grad, x, ct, dx, rows, width,   \
+        AS_HELD_AS(rows_aligned(x, width) && aligned(ct) && aligned(dx), T, layer_norm_grad, x, ct, dx, rows, width,   \
                    epsilon)                                                                                            \
     }                                                                                                                  \
     KERNEL layer_norm_modulate_grad_##NAME(const T *x, const T *scale, const T *ct, const T *residual, T *dx,          \
                                            float *shares, u32 tokens, u32 width, float epsilon) {                      \
-        AS_WIDE_AS(rows_aligned(x, width) && aligned(scale) && aligned(ct) && aligned(residual) && aligned(dx), T,     \
+        AS_HELD_AS(rows_aligned(x, width) && aligned(scale) && aligned(ct) && aligned(residual) && aligned(dx), T,     \
                    layer_norm_modulate_grad, x, scale, ct, residual, dx, shares, tokens, width, epsilon)               \
     }                                                                                                                  \
     KERNEL gate_residual_##NAME(const T *x, const T *gate, const T *y, T *out, u32 rows, u32 tokens, u32 width) {      \

@@ -100,6 +100,48 @@ fn a_replay_on_the_gpu_takes_its_steps_there() {
     }
 }
 
+/// A run's file, and one of a sweep over two widths, on eight images of nothing.
+fn runs(folder: &Path) {
+    let idx = |magic: u32, sizes: &[u32]| {
+        let words = std::iter::once(magic).chain(sizes.iter().copied()).flat_map(u32::to_be_bytes);
+        words.chain(vec![0; sizes.iter().product::<u32>() as usize]).collect::<Vec<u8>>()
+    };
+    std::fs::write(folder.join("train-images-idx3-ubyte"), idx(0x803, &[8, 8, 8])).unwrap();
+    std::fs::write(folder.join("train-labels-idx1-ubyte"), idx(0x801, &[8])).unwrap();
+    let run = "[model]\npatch_size = 4\nhidden_size = 24\ndepth = 1\nnum_heads = 2\nnum_classes = 2\n[mup]\nbase_width = 12\n\
+               [data]\nkind = \"idx\"\npath = \".\"\n[train]\nsteps = 2\nbatch_size = 4\n";
+    std::fs::write(folder.join("run.toml"), run).unwrap();
+    let sweep = "config = \"run.toml\"\nhead_size = 12\n[parameters]\n\"model.hidden_size\" = { values = [24, 48] }\n\
+                 \"train.seed\" = { values = [0, 1] }\n";
+    std::fs::write(folder.join("sweep.toml"), sweep).unwrap();
+}
+
+#[test]
+fn runs_and_sweeps_tell_the_memory_that_they_will_take() {
+    let Some(stage) = staged("plans on the stand-in") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    runs(folder.path());
+    let told = |line: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mudit-under-test"));
+        command.current_dir(folder.path()).args(line.split_whitespace());
+        let done = stage.environment(&mut command).env(UPDATES_ONLY.0, UPDATES_ONLY.1).output().unwrap();
+        let words = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{line}: {words}");
+        words
+    };
+    let run = "train --offline --config run.toml --provider cuda --precision bf16";
+    let plain = told(&format!("{run} --out plain --set sample.every_steps=0"));
+    let pictured = told(&format!("{run} --out pictured --set sample.every_steps=100"));
+    for words in [&plain, &pictured] {
+        assert!(words.contains("memory of GPU 0") && words.contains("values inside kernels"), "{words}");
+    }
+    let pictures = "pictures: the average once more";
+    assert!(!plain.contains(pictures) && pictured.contains(pictures), "{pictured}");
+    // One for each shape of a step, whatever the number of trials.
+    let swept = told("sweep run --offline --config sweep.toml --provider cuda --out s");
+    assert_eq!(swept.matches("memory of GPU 0").count(), 2, "{swept}");
+}
+
 #[test]
 fn built_engines_are_run_on_the_gpu() {
     let Some(stage) = staged("engines in use on the stand-in") else { return };

@@ -114,7 +114,9 @@ impl Trainer {
                 &options,
                 &mut |prepared| {
                     let on_gpu = pictures.filter(|_| train.provider.is_gpu());
-                    let more = on_gpu.map_or(Ok(Vec::new()), memory::pictures)?;
+                    let more = on_gpu.map_or(Ok(Vec::new()), |graph| {
+                        memory::pictures(graph, train.provider.cuda_graph())
+                    })?;
                     plan = MemoryPlan::before(config, &prepared.graph, &more)?;
                     plan.iter().for_each(&mut *planned);
                     plan.as_ref().map_or(Ok(()), MemoryPlan::check)

@@ -1,4 +1,6 @@
-//! Every kernel compiles, for the architectures that are promised, without a GPU.
+//! Every kernel compiles, for the architectures that are promised, without a GPU; and which operands kernels take.
+
+use graph_builder::{Builder, Type, Value, Weights};
 
 use super::*;
 use crate::cuda::libraries;
@@ -62,4 +64,28 @@ fn what_was_compiled_is_kept_and_an_error_names_file_and_line() {
     let wrong = Source { name: "wrong.cu", text: "\nint x = nothing;\n", options: &[], kernels: &[] };
     let error = compiler.compile(&wrong, Architecture::SM_80).unwrap_err().to_string();
     assert!(error.contains("wrong.cu(2)") && error.contains("nothing"), "{error}");
+}
+
+/// How the first `mudit` op of a program on `x` is run.
+fn kernel(op: &str, x: Type, build: impl for<'g> FnOnce(Value<'g>) -> Value<'g>) -> NativeKernel {
+    let b = Builder::new("one op");
+    b.output("y", build(b.input("x", x)));
+    let program = b.finish().unwrap().emit(Weights::Inputs).unwrap();
+    let mut found = None;
+    program.each_native_call(&mut |call| found = (call.op() == op).then(|| kernel_for(call))).unwrap();
+    found.unwrap_or_else(|| panic!("no {op}"))
+}
+
+#[test]
+fn operands_that_no_kernel_takes_are_told_apart() {
+    let attention = |samples: usize, size: usize, dtype| {
+        kernel("Attention", Type::new(dtype, [samples, 2, 3 * size]), |x| x.attention(1, 1.0))
+    };
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        assert_eq!(attention(65_535, 72, dtype), NativeKernel::Own);
+        assert_eq!(attention(1, 128, dtype), NativeKernel::Own);
+        let unfit = |n: &str| NativeKernel::Unfit(n.to_owned());
+        assert_eq!(attention(1, 136, dtype), unfit("136 features a head; at most 128 are taken"));
+        assert_eq!(attention(65_536, 64, dtype), unfit("65536 samples; at most 65535 are taken"));
+    }
 }

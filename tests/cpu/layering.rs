@@ -15,8 +15,17 @@ const ROOMS: [(&str, &str, &[&str]); 6] = [
 ];
 
 /// What the runtime may know of the graph builder: programs, their signatures and types, but no graphs.
-const PROGRAM_TYPES: [&str; 7] =
-    ["DType", "OnnxProgram", "OpenProgram", "OpenSpec", "Shape", "TensorSpec", "Type"];
+const PROGRAM_TYPES: [&str; 9] = [
+    "DType",
+    "NativeCall",
+    "NativeKernel",
+    "OnnxProgram",
+    "OpenProgram",
+    "OpenSpec",
+    "Shape",
+    "TensorSpec",
+    "Type",
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")

@@ -124,7 +124,10 @@ part() {
     *) outcome="**failed** ($code): $(grep -v '^ *$' "$work/$name.log" | tail -1 | tr '|' '/' | cut -c1-300)" ;;
   esac
   if [ "$name" = device ] && [ "$code" = 0 ]; then
-    outcome="passed$(grep -c '^SKIPPED' "$work/$name.log" | sed '/^0$/d; s/.*/, & skipped/')"
+    outcome="passed$(grep -c 'SKIPPED:' "$work/$name.log" | sed '/^0$/d; s/.*/, & skipped/')"
+  fi
+  if [ "$name" = speed ] && [ "$code" = 0 ]; then
+    outcome="passed$(grep -cF '**not met**' "$results/gpu-speed.md" | sed '/^0$/d; s/.*/, & aims **not met**/')"
   fi
   echo "| $name | $outcome | $seconds | $(date +%F) |" > "$work/$name.outcome"
 }

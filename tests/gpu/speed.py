@@ -97,7 +97,7 @@ def prepared(args, title, command, env, failed):
     """A contender that has run, or nothing, and why."""
     contender = Contender(title, command, env)
     try:
-        with deadline(contender, args.setup_timeout):
+        with deadline(contender, args.setup_timeout * (6 if "tensorrt" in title else 1)):
             contender.ready()
             contender.run(2)
     except RuntimeError as error:
@@ -113,7 +113,7 @@ def turn(args, row, contender, failed):
     if contender.name in failed:
         return
     try:
-        with deadline(contender, args.setup_timeout):
+        with deadline(contender, args.setup_timeout * (6 if "tensorrt" in title else 1)):
             contender.samples += contender.run(row.count)[0]
     except (RuntimeError, OSError) as error:
         failed[contender.name] = str(error)

@@ -62,7 +62,7 @@ fn every_fused_op_computes_what_the_interpreter_computes() {
     // Blocks run in any order there.
     let gpu = Gpu::open(0).unwrap();
     kernels::ops::every_fused_op(&gpu, &|_| ());
-    kernels::ops::of_published_shapes(&gpu, graph_builder::DType::Bf16);
+    kernels::ops::of_published_shapes(&gpu, graph_builder::DType::Bf16, true);
     kernels::ops::large_heads_are_refused(&gpu);
     kernels::memory::scratch_stays_where_it_is(&gpu);
 }

@@ -88,8 +88,8 @@ fn run(gpu: &Arc<Gpu>, row: &Row, dtype: DType) -> Option<(Vec<Vec<f64>>, f64)> 
 }
 
 /// Runs the fused ops once in a type, for one image, with the widths and the number of tokens of DiT-XL/2, but two heads, and
-/// narrower linear layers, since the host multiplies.
-pub(crate) fn of_published_shapes(gpu: &Arc<Gpu>, dtype: DType) {
+/// narrower linear layers, since the host multiplies. Where it is asked for, the answers are compared.
+pub(crate) fn of_published_shapes(gpu: &Arc<Gpu>, dtype: DType, compared: bool) {
     let tokens = || unit([1, 256, 1152]);
     let condition = || unit([1, 1, 1152]);
     let (wide, qkv) = (|| unit([1, 256, 4608]), || unit([1, 256, 432]));
@@ -116,7 +116,14 @@ pub(crate) fn of_published_shapes(gpu: &Arc<Gpu>, dtype: DType) {
         }),
     ];
     for row in rows {
-        launched(gpu, &row, dtype).unwrap_or_else(|| panic!("{} is not one of the fused ops", row.name()));
+        let name = row.name();
+        if compared {
+            let (_, error) = run(gpu, &row, dtype).unwrap_or_else(|| panic!("{name} is no fused op"));
+            let limit = tolerance(&row, dtype);
+            assert!(error <= limit, "{name} in {dtype}: relative error {error:e} of {limit:e}");
+        } else {
+            launched(gpu, &row, dtype).unwrap_or_else(|| panic!("{name} is no fused op"));
+        }
     }
 }
 

@@ -125,7 +125,8 @@ fn ptx_machine(folder: &Path) -> Result<(), String> {
     for (name, text) in PTX {
         fs::write(place(name), text).map_err(|e| e.to_string())?;
     }
-    let units = PTX.iter().filter(|(name, _)| name.ends_with(".cpp")).map(|(name, _)| place(name));
+    let units =
+        PTX.iter().map(|(name, _)| place(name)).filter(|file| file.extension().is_some_and(|e| e == "cpp"));
     compile_for_host(&library, &units.collect::<Vec<_>>())
 }
 

@@ -48,7 +48,7 @@ fn no_more_than_needed() {
     drop(std::fs::remove_file(report));
     let gpu = Gpu::open(0).unwrap();
     for dtype in [DType::Bf16, DType::F32] {
-        kernels::ops::of_published_shapes(&gpu, dtype);
+        kernels::ops::of_published_shapes(&gpu, dtype, false);
     }
     kernels::update::update_is_the_hosts(&gpu, &|_| ());
     println!("| kernel | instructions of warps | shared memory: turns / least | global: sectors / least |");

@@ -24,6 +24,7 @@ pub mod console;
 pub mod execution;
 pub mod external;
 pub mod fid;
+mod gpu_memory;
 pub mod profile;
 pub mod render;
 pub mod roof;

@@ -16,7 +16,9 @@ use train_engine::random::{Purpose, Stream};
 
 use crate::Usage;
 use crate::built::BuiltEngine;
+use crate::console;
 use crate::execution::{Execution, Placed};
+use crate::gpu_memory::SamplingPlan;
 
 /// The solver where none is asked for.
 pub fn default_sampler(objective: Objective) -> SolverKind {
@@ -148,13 +150,18 @@ impl Sampler {
     /// Compiles the `step` program of `model` and binds it to `parameters`.
     ///
     /// # Errors
-    /// A solver that does not fit the model's objective, guidance without a null class, a session that does not load.
+    /// A solver that does not fit the model's objective, guidance without a null class, a batch that does not fit a GPU's
+    /// memory, a session that does not load.
     pub fn new(
         runtime: &Arc<Runtime>,
         model: &DitConfig,
         parameters: &Placed,
         settings: &Settings,
     ) -> anyhow::Result<Self> {
+        if let Some(plan) = SamplingPlan::before(settings, model)? {
+            console::note(&plan.to_string());
+            plan.check(settings, model)?;
+        }
         let graph = settings.program(model)?;
         let execution = &settings.execution;
         let binding = parameters.load(runtime, &graph, execution, &execution.session_options())?;

@@ -138,7 +138,7 @@ impl BuildEngineArgs {
             _ => false,
         };
         let reports = self.try_out(&target, &model, &mut draft, refitted, &mut stages)?;
-        stages.end();
+        stages.finish();
         if !reports.is_empty()
             && let Some(extra) = draft.manifest_mut().extra.as_object_mut()
         {

@@ -5,6 +5,7 @@ use models::{DitConfig, ProgramKind, program};
 use runtime::Provider;
 use runtime::cuda::kernels;
 use runtime::engine::model_file_name;
+use runtime::library::cache_directory;
 
 use super::BuildEngineArgs;
 use super::built_for::Target;
@@ -85,6 +86,7 @@ impl BuildEngineArgs {
             (Stage::Load, loads),
             (Stage::Validate, tried),
         ])
+        .remembering(cache_directory(), &format!("{} {}", self.provider, self.precision))
     }
 
     pub(super) fn emit(

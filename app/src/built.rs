@@ -135,7 +135,8 @@ impl BuiltEngine {
     /// How it is run: as it was built for, on another GPU of the kind if `provider` says so.
     ///
     /// # Errors
-    /// [`Usage`] where another provider or precision is asked for than it was built for; what [`Execution::check`] says.
+    /// [`Usage`] where another provider or precision is asked for than it was built for; what
+    /// [`Execution::check_provider`] says.
     pub fn execution(
         &self,
         provider: Option<&Provider>,
@@ -150,7 +151,7 @@ impl BuiltEngine {
         }
         let provider = provider.unwrap_or(&self.provider).clone();
         let execution = Execution { provider, precision: self.precision, threads };
-        execution.check()?;
+        execution.check_provider()?;
         Ok(execution)
     }
 

@@ -53,18 +53,9 @@ impl Execution {
     /// Refuses what cannot be computed here before any work is done.
     ///
     /// # Errors
-    /// [`Usage`] for a precision that the CPU does not have; a provider that is missing, with what installs it.
+    /// [`Usage`] for a precision that the CPU does not have; a provider or a compiler that is missing, with what installs it.
     pub fn check(&self) -> anyhow::Result<()> {
-        if !self.provider.is_gpu() && self.precision != Precision::F32 {
-            let text = format!(
-                "programs on the CPU compute in f32: use --precision f32, or --provider cuda for {}",
-                self.precision
-            );
-            return Err(Usage(text).into());
-        }
-        keep_f32(&self.provider)?;
-        self.provider.check()?;
-        // Engines may carry their kernels; every other program's are compiled here.
+        self.check_provider()?;
         if let (Provider::Cuda(_), Some(reason)) = (&self.provider, NVRTC.complaint()) {
             let remedy = NVRTC.install.to_owned();
             return Err(RuntimeError::ProviderUnavailable {
@@ -75,6 +66,22 @@ impl Execution {
             .into());
         }
         Ok(())
+    }
+
+    /// [`Self::check`] for programs of an engine, which may carry its kernels: no compiler is asked for.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn check_provider(&self) -> anyhow::Result<()> {
+        if !self.provider.is_gpu() && self.precision != Precision::F32 {
+            let text = format!(
+                "programs on the CPU compute in f32: use --precision f32, or --provider cuda for {}",
+                self.precision
+            );
+            return Err(Usage(text).into());
+        }
+        keep_f32(&self.provider)?;
+        Ok(self.provider.check()?)
     }
 
     /// How sessions are loaded.

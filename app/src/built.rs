@@ -11,7 +11,7 @@ use models::{DitConfig, Guidance, ModelError, ProgramKind};
 use runtime::{Binding, Engine, Provider, Runtime, Session, SessionOptions};
 
 use crate::Usage;
-use crate::execution::{Execution, Placed, draw_noise};
+use crate::execution::{Execution, Placed, draw_noise, tell_recording};
 use crate::sampler::{channels, channels_text};
 
 /// Batch sizes that a server is glad of, on the CPU and on GPUs.
@@ -199,6 +199,7 @@ impl BuiltEngine {
         let session = self.engine.shared_session(runtime, kind.name(), batch, &options, beside.as_ref())?;
         loaded.insert(kind.name(), Arc::downgrade(&session));
         drop(loaded);
+        tell_recording(&session);
         let mut builder = Binding::builder(&session);
         draw_noise(&session, &mut builder)?;
         Ok(builder.finish()?)

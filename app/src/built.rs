@@ -11,7 +11,7 @@ use models::{DitConfig, Guidance, ModelError, ProgramKind};
 use runtime::{Binding, Engine, Provider, Runtime, Session, SessionOptions};
 
 use crate::Usage;
-use crate::execution::{Execution, Placed, draw_noise};
+use crate::execution::{Execution, Placed, draw_noise, tell_recording};
 use crate::sampler::{channels, channels_text};
 
 /// Batch sizes that a server is glad of, on the CPU and on GPUs.
@@ -135,7 +135,8 @@ impl BuiltEngine {
     /// How it is run: as it was built for, on another GPU of the kind if `provider` says so.
     ///
     /// # Errors
-    /// [`Usage`] where another provider or precision is asked for than it was built for; what [`Execution::check`] says.
+    /// [`Usage`] where another provider or precision is asked for than it was built for; what
+    /// [`Execution::check_provider`] says.
     pub fn execution(
         &self,
         provider: Option<&Provider>,
@@ -150,7 +151,7 @@ impl BuiltEngine {
         }
         let provider = provider.unwrap_or(&self.provider).clone();
         let execution = Execution { provider, precision: self.precision, threads };
-        execution.check()?;
+        execution.check_provider()?;
         Ok(execution)
     }
 
@@ -198,6 +199,7 @@ impl BuiltEngine {
         let session = self.engine.shared_session(runtime, kind.name(), batch, &options, beside.as_ref())?;
         loaded.insert(kind.name(), Arc::downgrade(&session));
         drop(loaded);
+        tell_recording(&session);
         let mut builder = Binding::builder(&session);
         draw_noise(&session, &mut builder)?;
         Ok(builder.finish()?)

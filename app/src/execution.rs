@@ -1,10 +1,10 @@
 //! Who computes a program, in which element type, and where its parameters are meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
-use std::sync::{Arc, LockResult};
+use std::sync::{Arc, LockResult, Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
 use graph_builder::{DType, ExternalTensor, Graph, Precision, Shape, Type, Weights};
@@ -15,8 +15,8 @@ use runtime::cuda::{DeviceArena, Gpu};
 use runtime::library::cache_directory;
 use runtime::provider::{TF32, tf32_forbidden};
 use runtime::{
-    Arena, ArenaLayout, Binding, BindingBuilder, CudaOptions, Provider, Runtime, RuntimeError, Session,
-    SessionOptions, SharedArena,
+    Arena, ArenaLayout, Binding, BindingBuilder, CudaOptions, Provider, Recording, Runtime, RuntimeError,
+    Session, SessionOptions, SharedArena,
 };
 
 use crate::Usage;
@@ -53,18 +53,9 @@ impl Execution {
     /// Refuses what cannot be computed here before any work is done.
     ///
     /// # Errors
-    /// [`Usage`] for a precision that the CPU does not have; a provider that is missing, with what installs it.
+    /// [`Usage`] for a precision that the CPU does not have; a provider or a compiler that is missing, with what installs it.
     pub fn check(&self) -> anyhow::Result<()> {
-        if !self.provider.is_gpu() && self.precision != Precision::F32 {
-            let text = format!(
-                "programs on the CPU compute in f32: use --precision f32, or --provider cuda for {}",
-                self.precision
-            );
-            return Err(Usage(text).into());
-        }
-        keep_f32(&self.provider)?;
-        self.provider.check()?;
-        // Engines may carry their kernels; every other program's are compiled here.
+        self.check_provider()?;
         if let (Provider::Cuda(_), Some(reason)) = (&self.provider, NVRTC.complaint()) {
             let remedy = NVRTC.install.to_owned();
             return Err(RuntimeError::ProviderUnavailable {
@@ -77,6 +68,44 @@ impl Execution {
         Ok(())
     }
 
+    /// [`Self::check`] for training.
+    ///
+    /// # Errors
+    /// As [`Self::can_train`] and [`Self::check`].
+    pub fn check_training(&self) -> anyhow::Result<()> {
+        self.can_train()?;
+        self.check()
+    }
+
+    /// Refuses a provider that trains nowhere.
+    ///
+    /// # Errors
+    /// [`Usage`] for TensorRT.
+    pub fn can_train(&self) -> anyhow::Result<()> {
+        if !matches!(self.provider, Provider::TensorRt(_)) {
+            return Ok(());
+        }
+        let text = "TensorRT does not train: each step changes the weights, which it lays out anew in minutes of building; use \
+                    --provider cuda";
+        Err(Usage(text.to_owned()).into())
+    }
+
+    /// [`Self::check`] for programs of an engine, which may carry its kernels: no compiler is asked for.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn check_provider(&self) -> anyhow::Result<()> {
+        if !self.provider.is_gpu() && self.precision != Precision::F32 {
+            let text = format!(
+                "programs on the CPU compute in f32: use --precision f32, or --provider cuda for {}",
+                self.precision
+            );
+            return Err(Usage(text).into());
+        }
+        keep_f32(&self.provider)?;
+        Ok(self.provider.check()?)
+    }
+
     /// How sessions are loaded.
     pub fn session_options(&self) -> SessionOptions {
         let provider = match cache_directory() {
@@ -84,18 +113,6 @@ impl Execution {
             None => self.provider.clone(),
         };
         SessionOptions { threads: self.threads, provider, ..SessionOptions::default() }
-    }
-
-    /// The same for parameters that change between runs, with which TensorRT would build anew each time.
-    #[must_use]
-    pub fn without_constants(&self) -> Self {
-        let provider = match &self.provider {
-            Provider::TensorRt(options) => {
-                Provider::Cuda(CudaOptions { ordinal: options.ordinal, ..CudaOptions::default() })
-            }
-            other => other.clone(),
-        };
-        Self { provider, ..self.clone() }
     }
 
     /// Provider and precision in a few words.
@@ -138,6 +155,16 @@ pub(crate) fn draw_noise(session: &Session, builder: &mut BindingBuilder) -> any
         builder.draw_input(&input.name)?;
     }
     Ok(())
+}
+
+/// Tells, once a program, that its runs are not recorded as CUDA graphs though that was asked for.
+pub(crate) fn tell_recording(session: &Session) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let Recording::Refused(reason) = session.recording() else { return };
+    let line = format!("`{}` is not recorded as a CUDA graph: {reason}", session.name());
+    if TOLD.lock().unwrap_or_else(PoisonError::into_inner).insert(line.clone()) {
+        console::note(&line);
+    }
 }
 
 /// A model's parameters where its programs read them. Copies are the same memory.
@@ -254,6 +281,7 @@ impl Placed {
         };
         let program = graph.emit(weights)?;
         let session = Session::load(runtime, &program, &memory, options)?;
+        tell_recording(&session);
         let mut builder = Binding::builder(&session);
         let bound = match &self.0 {
             Place::Host(arena) => {
@@ -293,6 +321,15 @@ mod tests {
         Execution::cpu(1).check().unwrap();
         let text = Execution { precision: Precision::Bf16, ..Execution::default() }.check().unwrap_err();
         assert!(text.is::<Usage>() && text.to_string().contains("--precision f32"), "{text}");
+    }
+
+    #[test]
+    fn tensorrt_trains_nowhere() {
+        let with = |name: &str| Execution { provider: name.parse().unwrap(), ..Execution::default() };
+        with("cpu").check_training().unwrap();
+        with("cuda").can_train().unwrap();
+        let refused = with("tensorrt").check_training().unwrap_err();
+        assert!(refused.is::<Usage>() && refused.to_string().contains("--provider cuda"), "{refused}");
     }
 
     #[test]

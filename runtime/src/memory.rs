@@ -11,8 +11,18 @@ pub fn resident_bytes() -> Option<u64> {
     kilobytes("VmRSS")
 }
 
+/// The memory of this machine that can be had without swapping, in bytes; `None` where the system does not tell (it is
+/// read from `/proc/meminfo`, as Linux keeps it).
+pub fn available_bytes() -> Option<u64> {
+    kilobytes_in("/proc/meminfo", "MemAvailable")
+}
+
 fn kilobytes(key: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    kilobytes_in("/proc/self/status", key)
+}
+
+fn kilobytes_in(file: &str, key: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(file).ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
@@ -31,5 +41,6 @@ mod tests {
         let peak = peak_resident_bytes().unwrap();
         assert!(peak >= before + BYTES as u64 * 9 / 10, "{before} then {peak}");
         assert!(resident_bytes().unwrap() <= peak);
+        assert!(available_bytes().unwrap() > 1 << 20);
     }
 }

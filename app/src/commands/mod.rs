@@ -129,13 +129,24 @@ struct Target {
 impl Target {
     /// How programs are computed; refuses what this machine cannot do.
     fn execution(&self, machine: Machine) -> anyhow::Result<Execution> {
-        let execution = Execution {
+        let execution = self.asked(machine);
+        execution.check()?;
+        Ok(execution)
+    }
+
+    /// [`Self::execution`] of training steps.
+    fn training(&self, machine: Machine) -> anyhow::Result<Execution> {
+        let execution = self.asked(machine);
+        execution.check_training()?;
+        Ok(execution)
+    }
+
+    fn asked(&self, machine: Machine) -> Execution {
+        Execution {
             provider: self.provider.clone().unwrap_or_default(),
             precision: self.precision.unwrap_or_default(),
             threads: machine.threads,
-        };
-        execution.check()?;
-        Ok(execution)
+        }
     }
 
     /// [`Self::execution`] of an engine's programs, which says what is not said here.
@@ -147,7 +158,7 @@ impl Target {
 /// [`Target`] where a configuration file says it otherwise.
 #[derive(Clone, Debug, Default, Args)]
 struct TargetOverrides {
-    /// Who runs the programs: cpu, cuda, tensorrt; cuda:1 is the GPU of that number. In place of `train.provider`.
+    /// Who runs the programs: cpu, cuda; cuda:1 is the GPU of that number. In place of `train.provider`.
     #[arg(long, env = "MUDIT_PROVIDER")]
     provider: Option<Provider>,
     /// Element type of the computation: f32, bf16 or f16; other than f32 on GPUs only. In place of `train.precision`.

@@ -45,7 +45,7 @@ impl Console {
             sample: config.sample.clone(),
             seed: config.train.seed,
             // Its own parameters are where the run is; pictures are drawn in f32.
-            execution: of_training(config).in_f32().without_constants(),
+            execution: of_training(config).in_f32(),
             progress: None,
             info: None,
             sampler: None,

@@ -8,7 +8,7 @@ use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
 use models::DitConfig;
-use runtime::{HostTensor, SessionOptions, read_safetensors_file};
+use runtime::{HostTensor, Recording, SessionOptions, read_safetensors_file};
 use serde_json::json;
 use train_engine::config::{Schedule, TrainConfig, TrainSection};
 use train_engine::step::{StepInputs, read_lock};
@@ -82,7 +82,7 @@ struct GivenBatch {
 
 impl ReplayArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let execution = self.target.execution(self.machine)?.without_constants();
+        let execution = self.target.training(self.machine)?;
         let model = DitConfig::resolve(&self.model)?;
         let start = weights::read(&model, &self.weights)?;
         let batches = self.batches(&model)?;
@@ -92,6 +92,9 @@ impl ReplayArgs {
         let config = self.config(batches[0].1.y.len(), &model, execution);
         let mut trainer = Trainer::from_parameters(&runtime, &config, &model, &start, &options)?;
         drop(start);
+        if let Recording::Refused(reason) = trainer.compiled().recording() {
+            console::note(&format!("the training step is not recorded as a CUDA graph: {reason}"));
+        }
         let mut rows = Vec::new();
         for (k, (name, batch)) in (0..).zip(&batches) {
             let inputs = StepInputs { x0: &batch.x0, noise: &batch.noise, t: &batch.t, y: &batch.y };

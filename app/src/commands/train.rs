@@ -51,7 +51,7 @@ impl TrainArgs {
         if self.dry_run {
             return console::out(config.to_toml()?.trim_end());
         }
-        of_training(&config).check()?;
+        of_training(&config).check_training()?;
         let dataset = data::open(&config.data, self.machine.offline, &console::note)?;
         let runtime = self.machine.runtime_for(&config.train.provider)?;
         let stop = StopSignal::install()?;

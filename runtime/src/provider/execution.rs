@@ -92,8 +92,7 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
             .with_engine_cache(true)
             .with_dump_ep_context_model(true)
             .with_ep_context_file_path(text(file))
-            // The engine beside the model: a protobuf message ends at 2 GB.
-            .with_ep_context_embed_mode(0);
+            .with_ep_context_embed_mode(embed_mode(options));
     }
     if let Some(level) = options.builder_level {
         provider = provider.with_builder_optimization_level(level);
@@ -117,6 +116,14 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
     unsafe { provider.with_compute_stream(stream) }
 }
 
+/// Whether the engine is in the model (1) or in a file beside it (0), as a protobuf message ends at 2 GB. Without weights it is
+/// small, and must be inside: one that is beside its model is written with its weights to the *current* folder when it is
+/// loaded, and the next load of that name takes what is there, whatever weights these are (ONNX Runtime 1.31,
+/// `GetEpContextFromGraph`).
+fn embed_mode(options: &TensorRtOptions) -> u8 {
+    u8::from(options.weights_from.is_some())
+}
+
 /// `input:1x3x8x8,other:1x4`
 fn profile_text(profiles: &[ShapeProfile], shape: impl Fn(&ShapeProfile) -> &Vec<usize>) -> String {
     let one = |p: &ShapeProfile| {
@@ -129,6 +136,13 @@ fn profile_text(profiles: &[ShapeProfile], shape: impl Fn(&ShapeProfile) -> &Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_engine_that_takes_its_weights_when_it_is_loaded_is_inside_its_model() {
+        let plain = TensorRtOptions::default();
+        let refitted = TensorRtOptions { weights_from: Some("engine".into()), ..plain.clone() };
+        assert_eq!([plain, refitted].map(|options| embed_mode(&options)), [0, 1]);
+    }
 
     #[test]
     fn profiles_are_written_as_tensorrt_reads_them() {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use super::{Stage, UPDATES_ONLY, staged};
+use super::{NO_COMPILER, Stage, UPDATES_ONLY, staged};
 
 /// A checkpoint of the smallest fixture.
 fn checkpoint(folder: &Path) -> PathBuf {
@@ -182,4 +182,40 @@ fn built_engines_are_run_on_the_gpu() {
         !refused.status.success() && words.contains("--provider cuda") && words.contains("--provider cpu"),
         "{words}"
     );
+}
+
+#[test]
+fn engines_that_carry_their_kernels_ask_for_no_compiler_and_say_once_what_is_not_recorded() {
+    let Some(stage) = staged("engines without a compiler on the stand-in") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    checkpoint(folder.path());
+    let build = "build-engine --offline --model checkpoint --weights checkpoint/model.safetensors --provider cuda --no-validation \
+                 --program step --batch 2 --out e";
+    succeeds(stage, folder.path(), build);
+    let without_compiler = |line: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mudit-under-test"));
+        stage.environment(&mut command).current_dir(folder.path()).args(line.split_whitespace());
+        // A cache of its own: what was compiled before must not help.
+        command.env("MUDIT_CACHE", folder.path().join("cache"));
+        command.env("MUDIT_CUDA_LIBRARIES", stage.folder.with_file_name(NO_COMPILER)).output().unwrap()
+    };
+    let words = |done: &Output| String::from_utf8_lossy(&done.stderr).into_owned();
+    let sample = "sample --offline --steps 2 --count 3 --out x.npz";
+    let refused = without_compiler(&format!("{sample} --checkpoint checkpoint --provider cuda"));
+    assert!(!refused.status.success() && words(&refused).contains("NVRTC"), "{}", words(&refused));
+    let done = without_compiler(&format!("{sample} --engine e"));
+    assert!(done.status.success(), "{}", words(&done));
+
+    // What a build has found that no recorded run may have.
+    let place = folder.path().join("e/engine.json");
+    let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&place).unwrap()).unwrap();
+    manifest["programs"][0]["unrepeatable"] = serde_json::json!(["the node in question"]);
+    std::fs::write(&place, manifest.to_string()).unwrap();
+    for (provider, times) in [("cuda+graph", 1), ("cuda", 0)] {
+        let done = mudit(stage, folder.path(), &format!("{sample} --engine e --provider {provider}"));
+        let told = words(&done);
+        assert!(done.status.success(), "{told}");
+        assert_eq!(told.matches("is not recorded as a CUDA graph").count(), times, "{told}");
+        assert_eq!(told.matches("the node in question").count(), times, "{told}");
+    }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use runtime::Runtime;
+use runtime::{Recording, Runtime};
 
 use super::journal::{Claim, Event, Journals, Status, TrialResult, Writer};
 use super::plan::{Plan, StepCost, Trial, step_cost};
@@ -28,6 +28,8 @@ pub enum News<'a> {
     Compiling(&'a Trial),
     /// On a GPU: what that step will take of its memory. Nothing has been allocated yet.
     Planned(&'a MemoryPlan),
+    /// The step's runs are not recorded as CUDA graphs, though that was asked for: why.
+    Unrecorded(&'a str),
     /// A trial begins.
     Started(&'a Trial),
     /// A step of it is done; its loss.
@@ -157,6 +159,9 @@ impl Work<'_> {
             *compiled = None; // its memory first
             let mut planned = |plan: &MemoryPlan| news(News::Planned(plan));
             let trainer = Trainer::shared_planned(self.runtime, &trial.config, &trial.model, &mut planned)?;
+            if let Recording::Refused(reason) = trainer.compiled().recording() {
+                news(News::Unrecorded(reason));
+            }
             let cost = step_cost(&trial.config, &trial.model)?;
             *compiled = Some(Compiled { shape: trial.shape.clone(), trainer, cost });
             compile_seconds = start.elapsed().as_secs_f64();

@@ -193,9 +193,8 @@ impl Target {
         if !self.tensorrt.refittable {
             return Ok(false);
         }
-        // What was filled with the old weights stays behind.
-        Ok(draft
-            .take_compiled(engine, |file| file.ends_with(".tensorrt.onnx") || file.ends_with(STRIPPED))?)
+        // The engine is in its model; what was filled with the old weights stays behind.
+        Ok(draft.take_compiled(engine, |file| file.ends_with(".tensorrt.onnx"))?)
     }
 
     /// The provider that loads a program for the first time, and the model that it writes of what it compiles. `file` is
@@ -231,9 +230,6 @@ impl Target {
         Ok((Provider::TensorRt(options), written))
     }
 }
-
-/// How ONNX Runtime calls an engine that was built without its weights.
-const STRIPPED: &str = ".stripped.engine";
 
 fn architecture(gpu: &GpuInfo) -> anyhow::Result<Architecture> {
     let (major, minor) = gpu.compute_capability;

@@ -1,6 +1,6 @@
 //! From the options to graphs, and from graphs to ONNX.
 
-use graph_builder::{Graph, OnnxProgram, Precision, Weights};
+use graph_builder::{Graph, NativeKernel, OnnxProgram, Precision, Weights};
 use models::{DitConfig, ProgramKind, program};
 use runtime::Provider;
 use runtime::cuda::kernels;
@@ -100,8 +100,11 @@ impl BuildEngineArgs {
             stages.begin(Stage::Emit, &p.file());
             let how = initializers(weights.filter(|_| !p.kind.feeds_parameters()));
             let emitted = p.graph.emit(how)?;
-            if matches!(self.provider.0, Some(Provider::Cuda(_))) || self.precision != Precision::F32 {
+            // Only the CUDA provider runs mudit's kernels; everybody else runs the function bodies.
+            if matches!(self.provider.0, Some(Provider::Cuda(_))) {
                 emitted.check_cuda(&kernels::kernel_for)?;
+            } else if self.precision != Precision::F32 {
+                emitted.check_cuda(&|_| NativeKernel::Body)?;
             }
             built.push((p.batch, emitted));
         }

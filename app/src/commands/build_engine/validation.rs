@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use graph_builder::{DType, Precision, TensorSpec};
+use graph_builder::{DType, Graph, Precision, TensorSpec};
 use half::{bf16, f16};
 use models::{DitConfig, Guidance, Objective, ProgramKind, program};
+use runtime::memory::available_bytes;
 use runtime::{Arena, Binding, Runtime, Session, SessionOptions, SharedArena};
 use serde::Serialize;
 use train_engine::random::{Purpose, Stream};
@@ -16,6 +17,8 @@ use train_engine::step::{parameter_layout, read_lock};
 
 use super::super::weights;
 use super::difference::{Outputs, Worst, worst};
+use crate::console;
+use crate::profile::memory::{Prediction, megabytes};
 
 /// Largest relative difference from the f32 answers: sums in another order in f32, a dozen layers' roundings else.
 const fn tolerance(precision: Precision) -> f64 {
@@ -41,6 +44,15 @@ pub(super) struct Case<'a> {
     pub(super) weights: Option<&'a Path>,
 }
 
+/// What of a batch can be compared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Comparable {
+    /// So many samples, the first of the batch.
+    Samples(usize),
+    /// Nothing: why.
+    Not(String),
+}
+
 /// What came out.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
@@ -48,8 +60,10 @@ pub(super) struct Report {
     batch: usize,
     load_seconds: f64,
     run_ms: f64,
-    /// `None` when it was not asked for.
+    /// `None` when it was not asked for, or could not be.
     validation: Option<Validation>,
+    /// Why it was not compared though that was asked for.
+    not_compared: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -60,6 +74,8 @@ struct Validation {
     output: String,
     /// Outputs that were compared.
     outputs: usize,
+    /// Samples that were compared, the first of the batch: those that the plain program has memory for here.
+    samples: usize,
     tolerance: f64,
     /// Whether the first sample kept its bits beside other samples; `None` for programs and batches without others.
     slots_independent: Option<bool>,
@@ -67,26 +83,35 @@ struct Validation {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { program, batch, load_seconds, run_ms, validation } = self;
+        let Self { program, batch, load_seconds, run_ms, validation, not_compared } = self;
         write!(f, "{program} at batch {batch} loads in {load_seconds:.2} s and runs in {run_ms:.1} ms")?;
         if let Some(v) = validation {
-            let Validation { difference, output, tolerance, .. } = v;
+            let Validation { difference, output, tolerance, samples, .. } = v;
             write!(
                 f,
                 "; within {difference:.1e} of the plain program, farthest in `{output}` (allowed {tolerance:.0e})"
             )?;
+            if samples < batch {
+                write!(f, "; the first {samples} samples were compared")?;
+            }
             if v.slots_independent == Some(true) {
                 f.write_str("; a sample's answer is the same bits beside others")?;
             }
         }
-        Ok(())
+        match not_compared {
+            Some(reason) => write!(f, "; NOT compared: {reason}"),
+            None => Ok(()),
+        }
     }
 }
 
 impl Report {
     /// What the manifest keeps: no times, which differ from build to build.
     pub(super) fn kept(&self) -> serde_json::Value {
-        serde_json::json!({"program": self.program, "batch": self.batch, "validation": self.validation})
+        serde_json::json!({
+            "program": self.program, "batch": self.batch, "validation": self.validation,
+            "not_compared": self.not_compared,
+        })
     }
 }
 
@@ -110,6 +135,7 @@ impl Case<'_> {
             load_seconds,
             run_ms: 0.0,
             validation: None,
+            not_compared: None,
         };
         let (mut answers, mut slots_independent) = (Vec::new(), None);
         for session in forms {
@@ -127,8 +153,17 @@ impl Case<'_> {
             }
         }
         let Some(first) = forms.first().filter(|_| judge) else { return Ok(report) };
-        let wanted = self.reference(first.runtime(), parameters.as_ref())?;
-        let worst = answers.iter().map(|found| worst(found, &wanted)).collect::<anyhow::Result<Vec<_>>>()?;
+        let samples = match self.comparable(available_bytes().unwrap_or(u64::MAX))? {
+            Comparable::Samples(samples) => samples,
+            Comparable::Not(reason) => {
+                console::note(&format!("{} at batch {} is not compared: {reason}", self.kind, self.batch));
+                report.not_compared = Some(reason);
+                return Ok(report);
+            }
+        };
+        let wanted = Case { batch: samples, ..*self }.reference(first.runtime(), parameters.as_ref())?;
+        let judged = |found: &Outputs| worst(&self.first_samples(found, samples)?, &wanted);
+        let worst = answers.iter().map(judged).collect::<anyhow::Result<Vec<_>>>()?;
         let worst = worst.into_iter().max_by(|a, b| a.difference.total_cmp(&b.difference));
         let Worst { output, difference } = worst.context("internal: nothing was run")?;
         let tolerance = tolerance(self.precision);
@@ -142,7 +177,8 @@ impl Case<'_> {
             "the first sample's answer depends on the samples beside it: the engine is not published"
         );
         let outputs = wanted.len();
-        report.validation = Some(Validation { difference, output, outputs, tolerance, slots_independent });
+        report.validation =
+            Some(Validation { difference, output, outputs, samples, tolerance, slots_independent });
         Ok(report)
     }
 
@@ -162,10 +198,48 @@ impl Case<'_> {
         Ok(Some(arena.into_shared()))
     }
 
-    /// Answers of the graph without fused ops on ONNX Runtime's own kernels, in f32 on the CPU.
+    /// The graph without fused ops, whose attention has all T×T weights in memory.
+    fn plain(&self) -> anyhow::Result<Graph> {
+        Ok(program(self.model, self.kind, self.batch, self.guidance)?.optimised_until("simplify")?)
+    }
+
+    /// How many samples the plain program can answer within `free` bytes. A sampling program's answers are each its own
+    /// sample's; those of training are of the whole batch or not at all.
+    fn comparable(&self, free: u64) -> anyhow::Result<Comparable> {
+        let mut samples = self.batch;
+        loop {
+            let memory = Prediction::new(&Case { batch: samples, ..*self }.plain()?, self.kind);
+            let needed =
+                memory.parameters + memory.gradients + memory.inputs_and_outputs + memory.activations;
+            if needed <= free {
+                return Ok(Comparable::Samples(samples));
+            }
+            if self.kind.feeds_parameters() || samples == 1 {
+                return Ok(Comparable::Not(format!(
+                    "the plain program in f32 takes {} MB at batch {samples}, and {} MB of this machine's memory are free; \
+                     build it at a smaller batch to have it compared",
+                    megabytes(needed),
+                    megabytes(free)
+                )));
+            }
+            samples = samples.div_ceil(2);
+        }
+    }
+
+    /// Answers of the first samples alone.
+    fn first_samples(&self, found: &Outputs, samples: usize) -> anyhow::Result<Outputs> {
+        let cut = |(name, values): &(String, Vec<f32>)| {
+            ensure!(values.iter().all(|v| v.is_finite()), "`{name}` is not finite");
+            let length =
+                if samples < self.batch { values.len() / self.batch * samples } else { values.len() };
+            Ok((name.clone(), values[..length].to_vec()))
+        };
+        found.iter().map(cut).collect()
+    }
+
+    /// Answers of the plain program on ONNX Runtime's own kernels, in f32 on the CPU.
     fn reference(&self, runtime: &Arc<Runtime>, parameters: Option<&SharedArena>) -> anyhow::Result<Outputs> {
-        let plain = program(self.model, self.kind, self.batch, self.guidance)?.optimised_until("simplify")?;
-        let emitted = plain.emit(graph_builder::Weights::Inputs)?;
+        let emitted = self.plain()?.emit(graph_builder::Weights::Inputs)?;
         let options = SessionOptions { native_kernels: false, ..SessionOptions::default() };
         let session = Session::load(runtime, &emitted, &runtime::Weights::Inside, &options)?;
         let mut binding = bind(&session, parameters)?;
@@ -275,4 +349,34 @@ fn outputs(binding: &Binding) -> anyhow::Result<Outputs> {
         })
     };
     specs.iter().map(|spec| Ok((spec.name.clone(), values(spec)?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_batches_are_compared_as_far_as_memory_goes() {
+        let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
+        let case = |kind, batch| Case {
+            model: &model,
+            kind,
+            batch,
+            guidance: Guidance::All,
+            precision: Precision::Bf16,
+            weights: None,
+        };
+        let comparable = |kind, free| case(kind, 64).comparable(free).unwrap();
+        // The parameters are 131 MB.
+        assert_eq!(comparable(ProgramKind::Step, u64::MAX), Comparable::Samples(64));
+        let Comparable::Samples(some) = comparable(ProgramKind::Step, 140_000_000) else { panic!() };
+        assert!((1..64).contains(&some), "{some}");
+        for (kind, free) in [(ProgramKind::Step, 1_000_000), (ProgramKind::TrainStep, 140_000_000)] {
+            let Comparable::Not(reason) = comparable(kind, free) else { panic!("{kind}") };
+            assert!(reason.contains("MB") && reason.contains("smaller batch"), "{reason}");
+        }
+        let found = vec![("out".to_owned(), (0..128).map(|v| v as f32).collect())];
+        let cut = case(ProgramKind::Step, 64).first_samples(&found, 4).unwrap();
+        assert_eq!(cut, [("out".to_owned(), (0..8).map(|v| v as f32).collect::<Vec<f32>>())]);
+    }
 }

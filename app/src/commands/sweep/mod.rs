@@ -15,7 +15,7 @@ use train_engine::config::TrainConfig;
 use train_engine::data::{self, Dataset};
 use train_engine::sweep::{Event, Journals, Plan, SweepSpec, journal::Writer};
 
-use super::{Machine, TargetOverrides};
+use super::{Machine, TargetOverrides, of_training};
 use crate::Usage;
 use crate::console;
 
@@ -106,6 +106,7 @@ impl Which {
         spec.run = Some(base.to_toml()?.parse()?);
         // Each worker's own.
         self.target.apply(&mut base, machine);
+        of_training(&base).can_train()?;
         let dataset = data::open(&base.data, machine.offline, &console::note)?;
         let plan = Plan::new(&spec, &base, dataset.as_ref())?;
         if save {

@@ -112,6 +112,9 @@ pub(in crate::commands) fn work(
             trial.model.hidden_size, trial.model.depth, trial.config.train.batch_size
         )),
         News::Planned(plan) => progress.say(&plan.to_string()),
+        News::Unrecorded(reason) => {
+            progress.say(&format!("the training step is not recorded as a CUDA graph: {reason}"));
+        }
         News::Started(_) => in_trial = 0,
         News::Stepped(_, loss) => {
             in_trial += 1;

@@ -19,9 +19,9 @@ use train_engine::sweep::verdict::Work;
 use train_engine::trainer::{self, Outcome};
 use train_engine::{checkpoint, data::Dataset};
 
-use crate::commands::Machine;
 use crate::commands::observer::Console;
 use crate::commands::sweep::{Opened, Which, number, work};
+use crate::commands::{Machine, of_training};
 use crate::console;
 use crate::render::plot::LinePlot;
 
@@ -51,7 +51,8 @@ pub(super) fn run(which: &Which, out: &Path, machine: Machine, as_json: bool) ->
     let spec = &opened.plan.spec;
     let target_set =
         spec.target.clone().context("the sweep's file has no [target]: which model is it for?")?;
-    let runtime = machine.runtime()?;
+    of_training(&opened.base).check()?;
+    let runtime = machine.runtime_for(&opened.base.train.provider)?;
     let stop = StopSignal::install()?;
     let searched = work(&opened, &runtime, &stop, 0, 1)?;
     let stopped = || anyhow::bail!("stopped by a signal; the same command goes on");

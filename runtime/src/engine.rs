@@ -168,12 +168,11 @@ impl Engine {
                 sessions.push(Session::load_known(runtime, &path, signature, options, unrepeatable)?);
                 continue;
             };
-            let session = match loaded.remove(compiled.file.as_str()) {
-                Some(session) => session,
-                None => {
-                    let path = self.directory.join(&compiled.file);
-                    OpenSession::load_known(runtime, &path, options, Some(&found.unrepeatable))?
-                }
+            let session = if let Some(session) = loaded.remove(compiled.file.as_str()) {
+                session
+            } else {
+                let path = self.directory.join(&compiled.file);
+                OpenSession::load_known(runtime, &path, options, Some(&found.unrepeatable))?
             };
             sessions.push(session.at(&found.inputs, &found.outputs)?);
             loaded.insert(&compiled.file, session);

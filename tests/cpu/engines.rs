@@ -268,7 +268,7 @@ fn only_the_cuda_provider_asks_whether_mudits_kernels_take_a_head() {
     let config = fs::read_to_string(scene.path("checkpoint/config.json")).unwrap();
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     (config["hidden_size"], config["num_heads"]) = (272.into(), 2.into());
-    scene.write("wide.json", &config.to_string());
+    scene.write("wide.json", config.to_string());
     let line = "build-engine --offline --model wide.json --program train-step --batch 2 --precision bf16 --out e --provider";
     scene.mudit(&format!("{line} none")).succeeds();
     let refused = ["136 features a head", "use provider `cpu`"];

@@ -59,7 +59,7 @@ fn recorded() {
         match session.recording() {
             Recording::On => assert!(!refused),
             Recording::Refused(reason) => {
-                assert!(refused && reason.contains("the node in question"), "{reason}")
+                assert!(refused && reason.contains("the node in question"), "{reason}");
             }
             Recording::Off => panic!("it was asked for"),
         }

@@ -263,6 +263,19 @@ fn programs_of_low_precision_are_emitted_with_weights_of_their_type() {
 }
 
 #[test]
+fn only_the_cuda_provider_asks_whether_mudits_kernels_take_a_head() {
+    let scene = Scene::new();
+    let config = fs::read_to_string(scene.path("checkpoint/config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    (config["hidden_size"], config["num_heads"]) = (272.into(), 2.into());
+    scene.write("wide.json", config.to_string());
+    let line = "build-engine --offline --model wide.json --program train-step --batch 2 --precision bf16 --out e --provider";
+    scene.mudit(&format!("{line} none")).succeeds();
+    let refused = ["136 features a head", "use provider `cpu`"];
+    scene.mudit(&format!("{line} cuda --for sm_90")).run().refuses(1, &refused);
+}
+
+#[test]
 fn an_engine_for_gpus_elsewhere_carries_their_kernels() {
     let scene = Scene::new();
     let line = "build-engine --model checkpoint --program train-step --precision bf16 --provider cuda --for sm_90 --out e";

@@ -366,11 +366,11 @@ mod tests {
             precision: Precision::Bf16,
             weights: None,
         };
-        let comparable = |kind, free| case(kind, 64).comparable(free).unwrap();
+        let comparable = |kind, free| case(kind, 1024).comparable(free).unwrap();
         // The parameters are 131 MB.
-        assert_eq!(comparable(ProgramKind::Step, u64::MAX), Comparable::Samples(64));
+        assert_eq!(comparable(ProgramKind::Step, u64::MAX), Comparable::Samples(1024));
         let Comparable::Samples(some) = comparable(ProgramKind::Step, 140_000_000) else { panic!() };
-        assert!((1..64).contains(&some), "{some}");
+        assert!((1..1024).contains(&some), "{some}");
         for (kind, free) in [(ProgramKind::Step, 1_000_000), (ProgramKind::TrainStep, 140_000_000)] {
             let Comparable::Not(reason) = comparable(kind, free) else { panic!("{kind}") };
             assert!(reason.contains("MB") && reason.contains("smaller batch"), "{reason}");

@@ -115,15 +115,19 @@ mod tests {
         let model = DitConfig::resolve("DiT-S/8@16x16x4:10").unwrap();
         let execution = Execution { provider: "cuda".parse().unwrap(), ..Execution::default() };
         let guided = Guidance::All;
-        let solver = Solver::new(SolverKind::Ddim, 10);
-        let settings = Settings { solver, guidance: 3.0, guided, batch: 64, execution };
-        let whole = SamplingPlan::of(&settings, &model, 0, (1 << 40, 1 << 40)).unwrap();
+        let of = |batch: usize| {
+            let (solver, execution) = (Solver::new(SolverKind::Ddim, 10), execution.clone());
+            let settings = Settings { solver, guidance: 3.0, guided, batch, execution };
+            let plan = SamplingPlan::of(&settings, &model, 0, (1 << 40, 1 << 40)).unwrap();
+            (settings, plan)
+        };
+        let (settings, whole) = of(2048);
         whole.check(&settings, &model).unwrap();
-        assert!(whole.to_string().contains("64 images at once"), "{whole}");
-        let smaller = Settings { batch: 16, ..settings.clone() };
-        let free = SamplingPlan::of(&smaller, &model, 0, (1 << 40, 1 << 40)).unwrap().values;
+        assert!(whole.to_string().contains("2048 images at once"), "{whole}");
+        let free = of(128).1.values;
+        assert!(2 * free < whole.values, "{free} of {}", whole.values);
         let refusal = SamplingPlan { free, ..whole }.check(&settings, &model).unwrap_err().to_string();
-        assert!(refusal.contains("16 images at once fit: use `--batch 16`"), "{refusal}");
+        assert!(refusal.contains("128 images at once fit: use `--batch 128`"), "{refusal}");
         let none = SamplingPlan { free: 1000, ..whole };
         assert!(none.check(&settings, &model).unwrap_err().to_string().contains("not even one image"));
     }

@@ -6,9 +6,9 @@ use graph_builder::{DType, Precision};
 use models::{DitConfig, Guidance, ProgramKind, program_for};
 use mudit::execution::Execution;
 use runtime::cuda::{DeviceAdamW, DeviceArena, DeviceUpdate, Gpu, GradientGroup};
-use runtime::update::{UpdateState, UpdateStep, trainable_layout};
+use runtime::update::{UpdateState, UpdateStep};
 use runtime::{AdamW, Arena, ArenaLayout, Device};
-use train_engine::step::parameter_layout;
+use train_engine::step::{gradient_layouts, parameter_layout};
 
 use crate::{Result, Work};
 
@@ -32,15 +32,7 @@ impl Layouts {
         let graph = program_for(&dit, ProgramKind::TrainStep, 1, Guidance::Off, precision)?;
         let parameters = parameter_layout(&graph)?;
         let graph = graph.optimised()?.in_precision(precision)?;
-        let of = |name: &str| graph.parameters().iter().find(|p| p.trainable && p.name == name);
-        let gradients = Arc::new(trainable_layout(&parameters, |name, _| of(name).is_some())?);
-        let mut groups = Vec::new();
-        for dtype in [DType::F32, DType::Bf16, DType::F16] {
-            let layout = trainable_layout(&parameters, |name, _| of(name).is_some_and(|p| p.dtype == dtype))?;
-            if !layout.is_empty() {
-                groups.push((dtype, Arc::new(layout)));
-            }
-        }
+        let (gradients, groups) = gradient_layouts(&parameters, &graph)?;
         Ok(Self { parameters, gradients, groups })
     }
 

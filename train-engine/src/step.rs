@@ -135,15 +135,7 @@ impl Prepared {
         let last = recompute.apply(optimised)?.in_precision(precision).map_err(built)?;
         let program = last.emit(Weights::Inputs).map_err(built)?;
         let parameters = parameter_layout(graph)?;
-        let of = |name: &str| last.parameters().iter().find(|p| p.trainable && p.name == name);
-        let gradients = Arc::new(trainable_layout(&parameters, |name, _| of(name).is_some())?);
-        let mut groups = Vec::new();
-        for dtype in [DType::F32, DType::Bf16, DType::F16] {
-            let layout = trainable_layout(&parameters, |name, _| of(name).is_some_and(|p| p.dtype == dtype))?;
-            if !layout.is_empty() {
-                groups.push((dtype, Arc::new(layout)));
-            }
-        }
+        let (gradients, groups) = gradient_layouts(&parameters, &last)?;
         Ok(Self { graph: last, program, cost, parameters, gradients, groups })
     }
 
@@ -211,6 +203,26 @@ pub struct CompiledStep {
     width_multiplier: f64,
     has_vb: bool,
 }
+
+/// The layout of all gradients, and one for each element type that `last`, the graph after all passes, gives them.
+///
+/// # Errors
+/// [`TrainError::Runtime`](crate::TrainError::Runtime) for a layout that cannot be.
+pub fn gradient_layouts(parameters: &ArenaLayout, last: &Graph) -> Result<GradientLayouts> {
+    let of = |name: &str| last.parameters().iter().find(|p| p.trainable && p.name == name);
+    let gradients = Arc::new(trainable_layout(parameters, |name, _| of(name).is_some())?);
+    let mut groups = Vec::new();
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        let layout = trainable_layout(parameters, |name, _| of(name).is_some_and(|p| p.dtype == dtype))?;
+        if !layout.is_empty() {
+            groups.push((dtype, Arc::new(layout)));
+        }
+    }
+    Ok((gradients, groups))
+}
+
+/// All gradients, and those of each element type.
+pub type GradientLayouts = (Arc<ArenaLayout>, Vec<(DType, Arc<ArenaLayout>)>);
 
 /// Layout of all parameters of a graph, in order of declaration.
 ///

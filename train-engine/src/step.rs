@@ -207,7 +207,7 @@ pub struct CompiledStep {
 /// The layout of all gradients, and one for each element type that `last`, the graph after all passes, gives them.
 ///
 /// # Errors
-/// [`TrainError::Runtime`](crate::TrainError::Runtime) for a layout that cannot be.
+/// [`TrainError::Runtime`] for a layout that cannot be.
 pub fn gradient_layouts(parameters: &ArenaLayout, last: &Graph) -> Result<GradientLayouts> {
     let of = |name: &str| last.parameters().iter().find(|p| p.trainable && p.name == name);
     let gradients = Arc::new(trainable_layout(parameters, |name, _| of(name).is_some())?);

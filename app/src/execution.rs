@@ -108,9 +108,10 @@ impl Execution {
 
     /// How sessions are loaded.
     pub fn session_options(&self) -> SessionOptions {
+        let provider = self.provider.clone().in_precision(self.precision);
         let provider = match cache_directory() {
-            Some(cache) => self.provider.clone().cached_in(&cache.join("tensorrt")),
-            None => self.provider.clone(),
+            Some(cache) => provider.cached_in(&cache.join("tensorrt")),
+            None => provider,
         };
         SessionOptions { threads: self.threads, provider, ..SessionOptions::default() }
     }

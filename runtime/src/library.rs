@@ -121,6 +121,7 @@ pub struct Runtime {
     library: LibraryInfo,
     environment: ort::environment::Environment,
     loading: Mutex<()>,
+    tensorrt: TensorRtWords,
 }
 
 impl fmt::Debug for Runtime {
@@ -128,6 +129,12 @@ impl fmt::Debug for Runtime {
         f.debug_struct("Runtime").field("library", &self.library).finish_non_exhaustive()
     }
 }
+
+/// What TensorRT has logged as errors: ONNX Runtime's own errors tell that something of it failed, and not what.
+type TensorRtWords = Arc<Mutex<Vec<String>>>;
+
+/// Of those, the first of a load or run that failed; more would bury them.
+const MOST_WORDS: usize = 5;
 
 static STARTED: Mutex<Option<Arc<Runtime>>> = Mutex::new(None);
 
@@ -152,14 +159,22 @@ impl Runtime {
             remedy: SET_PATH.to_owned(),
         };
         // A failure comes back as an error with ONNX Runtime's own text, so its log would only say it twice.
+        let tensorrt = TensorRtWords::default();
+        let words = tensorrt.clone();
         let environment = ort::init_from(&library.path)
             .map_err(|e| unusable(e.to_string()))?
             .with_name("mudit")
             .with_telemetry(false)
+            .with_logger(Arc::new(move |_, _, _, place, message| {
+                let mut words = words.lock().unwrap_or_else(PoisonError::into_inner);
+                if place.contains("tensorrt") && words.len() < MOST_WORDS {
+                    words.push(message.to_owned());
+                }
+            }))
             .build()
             .map_err(|e| unusable(e.to_string()))?;
-        environment.set_log_level(ort::logging::LogLevel::Fatal);
-        let runtime = Arc::new(Self { library, environment, loading: Mutex::new(()) });
+        environment.set_log_level(ort::logging::LogLevel::Error);
+        let runtime = Arc::new(Self { library, environment, loading: Mutex::new(()), tensorrt });
         *started = Some(runtime.clone());
         Ok(runtime)
     }
@@ -172,7 +187,20 @@ impl Runtime {
     /// The turn to load a model. ONNX Runtime notes the domains of custom ops in a table of the process, and two
     /// loads at once trip over each other's notes.
     pub(crate) fn loading(&self) -> MutexGuard<'_, ()> {
+        self.tensorrt.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.loading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An error of ONNX Runtime, with what TensorRT has logged since the last one.
+    pub(crate) fn in_full(&self, error: &ort::Error) -> String {
+        let logged = std::mem::take(&mut *self.tensorrt.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut text = error.to_string();
+        for line in logged {
+            // After its own time and level.
+            let said = line.split_once("ERROR] ").map_or(line.as_str(), |(_, said)| said);
+            text.extend(["; TensorRT: ", said.trim()]);
+        }
+        text
     }
 
     pub(crate) fn environment(&self) -> &ort::environment::Environment {

@@ -6,6 +6,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use graph_builder::Precision;
+
 use crate::cuda::Gpu;
 use crate::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT};
 use crate::device::Device;
@@ -38,11 +40,14 @@ pub struct CudaOptions {
     pub tf32: bool,
 }
 
-/// Options of the TensorRT provider. Precision is that of the program: no flag lowers it, and [`TF32`] must be 0.
+/// Options of the TensorRT provider.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TensorRtOptions {
     /// The CUDA driver's number of the GPU.
     pub ordinal: usize,
+    /// What the programs compute in. ONNX Runtime's provider makes networks whose types TensorRT may change: it is allowed f32
+    /// and this, and refuses a program with another type in it. For f32 [`TF32`] must be 0.
+    pub precision: Precision,
     /// Record the kernels of a run once and start them all at once from then on.
     pub cuda_graph: bool,
     /// Folder that built engines are kept in and taken from.
@@ -165,6 +170,20 @@ impl Provider {
             Self::Cuda(_) => "cuda",
             Self::TensorRt(_) => "tensorrt",
         }
+    }
+
+    /// The same for programs of a precision, which TensorRT has to know.
+    pub fn in_precision(mut self, precision: Precision) -> Self {
+        if let Self::TensorRt(options) = &mut self {
+            options.precision = precision;
+        }
+        self
+    }
+
+    /// Whether it looks at a model's nodes without the model's functions, as TensorRT's parser does: programs for it are
+    /// [`inlined`](graph_builder::OnnxProgram::inlined).
+    pub fn reads_single_nodes(&self) -> bool {
+        matches!(self, Self::TensorRt(_))
     }
 
     /// The same, keeping what TensorRT builds and measures in `folder` where nothing else was said.

@@ -130,6 +130,9 @@ impl Session {
     ) -> Result<Arc<Self>> {
         let provider = options.provider.clone().identified(|| identity(program, weights));
         let options = &SessionOptions { provider, ..options.clone() };
+        let inlined = options.provider.reads_single_nodes().then(|| program.inlined()).transpose();
+        let inlined = inlined.map_err(|e| load_error(&program.name, &e))?;
+        let program = inlined.as_ref().unwrap_or(program);
         let from = LoadedFrom {
             name: &program.name,
             bytes: &program.bytes,
@@ -229,7 +232,7 @@ impl Session {
 
     /// The error of a run.
     pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
-        let reason = error.to_string();
+        let reason = self.loaded.runtime.in_full(error);
         ran_out(self.gpu(), &self.name, &reason)
             .unwrap_or_else(|| RuntimeError::Run { program: self.name.clone(), reason })
     }
@@ -292,6 +295,9 @@ fn configure(
     gpu: Option<&Arc<Gpu>>,
 ) -> ort::Result<SessionBuilder> {
     let level = match options.optimization {
+        // TensorRT optimises by itself, and finds weights to be filled in by the names of the model's file: ONNX Runtime's
+        // constant folding would hide them.
+        _ if matches!(options.provider, Provider::TensorRt(_)) => GraphOptimizationLevel::Disable,
         Optimization::None => GraphOptimizationLevel::Disable,
         Optimization::Basic => GraphOptimizationLevel::Level1,
         Optimization::Extended => GraphOptimizationLevel::Level2,
@@ -316,7 +322,7 @@ fn configure(
             (Provider::Cuda(cuda), Some(gpu)) => {
                 builder.with_operators(crate::cuda::kernels::operator::domain(gpu, cuda)?)?
             }
-            // TensorRT fuses the function bodies itself.
+            // TensorRT gets programs without `mudit` ops.
             _ => builder,
         };
     }

@@ -69,14 +69,6 @@ impl FunctionBody {
         self.node_with(op_type, inputs, vec![])
     }
 
-    /// Three equal pieces of the last axis.
-    pub(crate) fn thirds(&mut self, x: &str) -> [String; 3] {
-        let outputs = [0, 1, 2].map(|i| format!("b{}.{i}", self.message.node.len()));
-        let attributes = vec![Attribute::int("axis", -1), Attribute::int("num_outputs", 3)];
-        self.push("Split", &[x], outputs.to_vec(), attributes);
-        outputs
-    }
-
     /// One node with attributes; returns the name of its answer.
     pub(crate) fn node_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) -> String {
         let output = format!("b{}", self.message.node.len());

@@ -6,6 +6,7 @@
 
 mod call;
 mod function;
+mod inline;
 pub mod legality;
 mod message;
 mod open;

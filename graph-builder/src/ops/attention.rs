@@ -127,18 +127,15 @@ impl Rules for Attention {
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let mut f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]).of(emitter.dtype());
-        if emitter.dtype() != DType::F32 {
-            let [q, k, v] = f.thirds("qkv");
-            let heads = ["q_num_heads", "kv_num_heads"].map(|name| Attribute::int_of(name, "heads"));
-            let mut options =
-                vec![Attribute::float_of("scale", "scale"), Attribute::int("softmax_precision", 1)];
-            options.extend(heads);
-            f.result_with("Attention", &[&q, &k, &v], options);
-            return emitter.native(f, attributes(self.heads, self.scale));
-        }
         let [q, k, v] = head_nodes(&mut f);
-        let (_, weights) = weight_nodes(&mut f, &q, &k);
-        let mixed = f.node("MatMul", &[&weights, &v]); // (N, H, T, K)
+        // (N, H, T, K)
+        let mixed = if emitter.dtype() == DType::F32 {
+            let (_, weights) = weight_nodes(&mut f, &q, &k);
+            f.node("MatMul", &[&weights, &v])
+        } else {
+            let options = vec![Attribute::float_of("scale", "scale"), Attribute::int("softmax_precision", 1)];
+            f.node_with("Attention", &[&q, &k, &v], options)
+        };
         let rows = f.node_with("Transpose", &[&mixed], vec![Attribute::ints("perm", vec![0, 2, 1, 3])]);
         let shape = f.int_list(&[0, 0, -1]);
         f.result("Reshape", &[&rows, &shape]);

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use graph_builder::Precision;
 use ort::ep::{
     ArbitrarilyConfigurableExecutionProvider, CPU, CUDA, ExecutionProviderDispatch, TensorRT, cuda,
 };
@@ -76,6 +77,8 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
     let mut provider = TensorRT::default()
         .with_device_id(options.ordinal as i32)
         .with_cuda_graph(options.cuda_graph)
+        .with_bf16(options.precision == Precision::Bf16)
+        .with_fp16(options.precision == Precision::F16)
         .with_engine_hw_compatible(options.hardware_compatible);
     if let Some(folder) = &options.engine_cache {
         provider = provider.with_engine_cache(true).with_engine_cache_path(text(folder));

@@ -105,7 +105,7 @@ impl Loaded {
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder
             .commit_from_memory(program.bytes)
-            .map_err(|e| load_failed(gpu.as_ref(), program.name, &e.to_string()))?;
+            .map_err(|e| load_failed(gpu.as_ref(), program.name, &runtime.in_full(&e)))?;
         drop(turns);
         Self::new(runtime, program.name, inner, weights, gpu, recording)
     }
@@ -125,7 +125,7 @@ impl Loaded {
             let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
             let inner = builder
                 .commit_from_file(path)
-                .map_err(|e| load_failed(gpu.as_ref(), &name, &e.to_string()))?;
+                .map_err(|e| load_failed(gpu.as_ref(), &name, &runtime.in_full(&e)))?;
             drop(turns);
             Self::new(runtime, &name, inner, &Weights::Inside, gpu, recording)
         })?;

@@ -35,6 +35,9 @@ impl OpenSession {
         weights: &Weights,
         options: &SessionOptions,
     ) -> Result<Self> {
+        let inlined = options.provider.reads_single_nodes().then(|| program.inlined()).transpose();
+        let inlined = inlined.map_err(|e| load_error(&program.name, &e))?;
+        let program = inlined.as_ref().unwrap_or(program);
         let from = LoadedFrom {
             name: &program.name,
             bytes: &program.bytes,

@@ -1,7 +1,7 @@
 //! Builds the stand-in libraries with the system's compilers of C and C++: of NVIDIA's libraries exactly the functions
 //! that the provider and mudit ask for, and mudit's kernels for the host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,23 +22,37 @@ const PTX: [(&str, &str); 7] = [
     ("instructions.cpp", include_str!("ptx/instructions.cpp")),
     ("launch.cpp", include_str!("ptx/launch.cpp")),
 ];
+/// Sources of what stands in for TensorRT.
+const TENSORRT: [(&str, &str); 2] =
+    [("onnx.h", include_str!("tensorrt/onnx.h")), ("tensorrt.cpp", include_str!("tensorrt/tensorrt.cpp"))];
 const EMULATOR: [&str; 2] = [include_str!("emulator/device.h"), include_str!("emulator/emulator.cpp")];
 
-/// Builds everything into `folder`; `provider` is `libonnxruntime_providers_cuda.so`.
-pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
+/// Builds everything into `folder`; `cuda` and `tensorrt` are ONNX Runtime's `libonnxruntime_providers_….so`.
+pub(super) fn build(cuda: &Path, tensorrt: &Path, folder: &Path) -> Result<(), String> {
     fs::create_dir_all(folder).map_err(|e| e.to_string())?;
     let library = |name: &str| folder.join(name);
     link(&library("libcuda.so.1"), DRIVER, None, &[])?;
     link(&library("libnvrtc.so.13"), COMPILER, None, &[])?;
     std::thread::scope(|scope| {
-        let machine = scope.spawn(|| ptx_machine(folder));
+        let machine = scope.spawn(|| written_for_host(folder, "ptx", &PTX, &library("ptx.so"), &[]));
+        let engines = scope.spawn(|| {
+            let [name, driver] = ["libnvinfer.so.10", "libcuda.so.1"].map(&library);
+            let options = ["-Wl,-soname,libnvinfer.so.10", driver.to_str().unwrap_or_default()];
+            written_for_host(folder, "tensorrt", &TENSORRT, &name, &options)
+        });
         let kernels = SOURCES.map(|source| scope.spawn(move || emulated(folder, source)));
         kernels
             .into_iter()
-            .chain([machine])
+            .chain([machine, engines])
             .try_for_each(|k| k.join().map_err(|_| "a compiler's thread panicked")?)
     })?;
-    for (name, symbols) in wanted(provider)? {
+    for (name, source) in [
+        ("libnvonnxparser.so.10", "int getNvOnnxParserVersion() { return 101601; }"),
+        ("libnvinfer_plugin.so.10", "_Bool initLibNvInferPlugins(void *logger, const char *space) { return 1; }"),
+    ] {
+        link(&library(name), source, None, &[library("libnvinfer.so.10")])?;
+    }
+    for (name, symbols) in wanted(&[cuda, tensorrt])? {
         let known = match name.split_once(".so") {
             Some(("libcudart", _)) => RUNTIME,
             Some(("libcublasLt", _)) => PRODUCTS,
@@ -56,7 +70,7 @@ pub(super) fn build(provider: &Path, folder: &Path) -> Result<(), String> {
         link(&library(&name), &source, Some(&name), &[library("libcuda.so.1")])?;
     }
     link(&library("libcurand.so.10"), "int curandGetProperty() { return 1; }", None, &[])?;
-    link(&library("libcudnn.so.9"), &cudnn(provider)?, None, &[])
+    link(&library("libcudnn.so.9"), &cudnn(cuda)?, Some("libcudnn.so.9"), &[])
 }
 
 /// cuDNN's functions, which the provider asks for by their names when it needs them.
@@ -108,32 +122,37 @@ fn emulated(folder: &Path, source: &Source) -> Result<(), String> {
     // Gone, so that a failure does not leave an older library with a newer text.
     drop(fs::remove_file(&library));
     fs::write(&text, whole).map_err(|e| e.to_string())?;
-    compile_for_host(&library, &[text])
+    compile_for_host(&library, &[text], &[])
 }
 
-/// Compiles the machine that runs PTX, unless that was done before.
-fn ptx_machine(folder: &Path) -> Result<(), String> {
-    let (sources, library) = (folder.join("ptx"), folder.join("ptx.so"));
-    let place = |name: &str| sources.join(name);
+/// Writes sources into a folder of their own and compiles them into a library, unless that was done before.
+fn written_for_host(
+    folder: &Path,
+    kind: &str,
+    sources: &[(&str, &str)],
+    library: &Path,
+    options: &[&str],
+) -> Result<(), String> {
+    let place = |name: &str| folder.join(kind).join(name);
     if library.is_file()
-        && PTX.iter().all(|(name, text)| fs::read_to_string(place(name)).is_ok_and(|t| t == *text))
+        && sources.iter().all(|(name, text)| fs::read_to_string(place(name)).is_ok_and(|t| t == *text))
     {
         return Ok(());
     }
-    drop(fs::remove_file(&library));
-    fs::create_dir_all(&sources).map_err(|e| e.to_string())?;
-    for (name, text) in PTX {
+    drop(fs::remove_file(library));
+    fs::create_dir_all(folder.join(kind)).map_err(|e| e.to_string())?;
+    for (name, text) in sources {
         fs::write(place(name), text).map_err(|e| e.to_string())?;
     }
-    let units =
-        PTX.iter().map(|(name, _)| place(name)).filter(|file| file.extension().is_some_and(|e| e == "cpp"));
-    compile_for_host(&library, &units.collect::<Vec<_>>())
+    let units = sources.iter().map(|(name, _)| place(name));
+    let units: Vec<PathBuf> = units.filter(|file| file.extension().is_some_and(|e| e == "cpp")).collect();
+    compile_for_host(library, &units, options)
 }
 
 /// The optimiser makes the proofs fast; sums must not be contracted, as on the host.
-fn compile_for_host(library: &Path, units: &[PathBuf]) -> Result<(), String> {
+fn compile_for_host(library: &Path, units: &[PathBuf], more: &[&str]) -> Result<(), String> {
     let options = ["-O2", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o"];
-    run(Command::new("c++").args(options).arg(library).args(units)).map(drop)
+    run(Command::new("c++").args(options).arg(library).args(units).args(more)).map(drop)
 }
 
 /// The stand-in for `device.cuh`, the source, and a way to its kernels by name.
@@ -157,18 +176,22 @@ fn emulation(source: &Source) -> String {
     )
 }
 
-/// Functions that the provider takes from each of NVIDIA's libraries.
-fn wanted(provider: &Path) -> Result<BTreeMap<String, Vec<String>>, String> {
-    let listing = run(Command::new("nm").args(["-D", "--undefined-only"]).arg(provider))?;
-    let mut wanted: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for symbol in listing.lines().filter_map(|l| l.split_whitespace().last()) {
-        if let Some((name, library)) = symbol.split_once('@').filter(|(_, l)| l.contains("libcu")) {
-            wanted.entry(library.trim_start_matches('@').to_owned()).or_default().push(name.to_owned());
+/// Functions that the providers take from each of NVIDIA's CUDA libraries.
+fn wanted(providers: &[&Path]) -> Result<BTreeMap<String, BTreeSet<String>>, String> {
+    let mut wanted: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for provider in providers {
+        let listing = run(Command::new("nm").args(["-D", "--undefined-only"]).arg(provider))?;
+        for symbol in listing.lines().filter_map(|l| l.split_whitespace().last()) {
+            if let Some((name, library)) = symbol.split_once('@').filter(|(_, l)| l.contains("libcu")) {
+                wanted.entry(library.trim_start_matches('@').to_owned()).or_default().insert(name.to_owned());
+            }
         }
     }
     if wanted.is_empty() {
-        return Err(format!("{} asks for no function of CUDA", provider.display()));
+        return Err(format!("{providers:?} ask for no function of CUDA"));
     }
+    // The TensorRT provider marks its wish for cuDNN's functions; all of them are made below.
+    wanted.retain(|library, _| !library.starts_with("libcudnn"));
     Ok(wanted)
 }
 

@@ -47,9 +47,9 @@ fn stage() -> Result<&'static Stage, String> {
     let prepare = || {
         let options = RuntimeOptions { gpu: true, offline: false, progress: &|line| eprintln!("{line}") };
         let library = locate(&options).map_err(|e| e.to_string())?;
-        let provider = library.provider_file("cuda").ok_or("no CUDA provider")?;
+        let provider = |name| library.provider_file(name).ok_or(format!("no provider {name}"));
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in");
-        build::build(&provider, &folder)?;
+        build::build(&provider("cuda")?, &provider("tensorrt")?, &folder)?;
         build::without_compiler(&folder, &folder.with_file_name(NO_COMPILER))?;
         // What the stand-in compiler gives must not lie with real machine code.
         drop(std::fs::remove_dir_all(folder.join("cache")));

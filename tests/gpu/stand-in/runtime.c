@@ -19,6 +19,7 @@ _Bool stand_in_records(void *);
 int stand_in_record(void *, int);
 int stand_in_recorded(void **);
 int stand_in_play(void *, void *);
+int stand_in_queue(void *, void (*)(void *), const void *, size_t);
 int cuCtxSetCurrent(void *);
 int cuDevicePrimaryCtxRetain(void **, int);
 static char object;
@@ -86,6 +87,11 @@ int cudaStreamBeginCapture(void *stream, int mode) { return stand_in_record(stre
 int cudaStreamEndCapture(void *stream, void **graph) { return stand_in_recorded(graph); }
 int cudaGraphInstantiate(void **playable, void *graph, unsigned long long flags) { *playable = graph; return OK; }
 int cudaGraphLaunch(void *playable, void *stream) { return stand_in_play(playable, stream); }
+struct host_call { void (*function)(void *); void *argument; };
+static void run_host_call(void *data) { struct host_call *c = data; c->function(c->argument); }
+int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *argument) {
+  return stand_in_queue(stream, run_host_call, &(struct host_call){function, argument}, sizeof(struct host_call));
+}
 int cudaEventCreate(void **event) { *event = &object; return OK; }
 int cudaEventCreateWithFlags(void **event, unsigned flags) { *event = &object; return OK; }
 int cudaEventElapsedTime(float *ms, void *start, void *end) { *ms = 0; return OK; }

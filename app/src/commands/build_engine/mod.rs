@@ -125,7 +125,8 @@ impl BuildEngineArgs {
         let file = parameters.as_ref().map(|w| w.file.as_path());
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
         for program in &open {
-            draft.add_open(&program.emit(initializers(parameters.as_ref()))?)?;
+            let emitted = program.emit(initializers(parameters.as_ref()))?;
+            draft.add_open(&if self.inlines() { emitted.inlined()? } else { emitted })?;
         }
         if let Some(architecture) = target.kernels() {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));

@@ -89,6 +89,11 @@ impl BuildEngineArgs {
         .remembering(cache_directory(), &format!("{} {}", self.provider, self.precision))
     }
 
+    /// Whether the programs are to have no functions.
+    pub(super) fn inlines(&self) -> bool {
+        self.provider.0.as_ref().is_some_and(Provider::reads_single_nodes)
+    }
+
     pub(super) fn emit(
         &self,
         planned: &[Planned],
@@ -100,6 +105,7 @@ impl BuildEngineArgs {
             stages.begin(Stage::Emit, &p.file());
             let how = initializers(weights.filter(|_| !p.kind.feeds_parameters()));
             let emitted = p.graph.emit(how)?;
+            let emitted = if self.inlines() { emitted.inlined()? } else { emitted };
             // Only the CUDA provider runs mudit's kernels; everybody else runs the function bodies.
             if matches!(self.provider.0, Some(Provider::Cuda(_))) {
                 emitted.check_cuda(&kernels::kernel_for)?;

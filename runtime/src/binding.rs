@@ -122,7 +122,7 @@ impl Binding {
         arenas: Vec<BoundArena>,
         session: Arc<Session>,
     ) -> Result<Self> {
-        let options = session.gpu().map(|_| RunOptions::queued(session.next_graph())).transpose()?;
+        let options = session.gpu().map(|_| RunOptions::queued(session.next_graph()?)).transpose()?;
         Ok(Self { io, options, staging, inputs, outputs, arenas, session, runs: 0 })
     }
 

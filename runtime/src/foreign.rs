@@ -10,6 +10,7 @@ use ort::value::{Outlet, Tensor, TensorElementType, ValueType};
 use crate::cuda::Gpu;
 use crate::error::{Result, RuntimeError, nearest};
 use crate::library::Runtime;
+use crate::placement::refuse_none;
 use crate::session::{SessionOptions, builder, load_error};
 
 /// An input or output of a foreign model.
@@ -61,8 +62,9 @@ impl ForeignModel {
         let options = SessionOptions { provider, ..options.clone() };
         let (mut builder, gpu) = builder(runtime, &options, &name)?;
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
-        let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &e))?;
+        let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &runtime.in_full(&e)))?;
         drop(turns);
+        refuse_none(&name, &options.provider, &inner, &runtime.said_by_tensorrt())?;
         let ports = |outlets: &[Outlet]| outlets.iter().map(port).collect();
         let (inputs, outputs) = (ports(inner.inputs()), ports(inner.outputs()));
         Ok(Self { name, inputs, outputs, inner, gpu, _runtime: runtime.clone() })

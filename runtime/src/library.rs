@@ -191,11 +191,16 @@ impl Runtime {
         self.loading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An error of ONNX Runtime, with what TensorRT has logged since the last one.
+    /// An error of ONNX Runtime, with what TensorRT has said.
     pub(crate) fn in_full(&self, error: &ort::Error) -> String {
+        format!("{error}{}", self.said_by_tensorrt())
+    }
+
+    /// What TensorRT has logged as errors since the last load began or it was asked last.
+    pub(crate) fn said_by_tensorrt(&self) -> String {
         let logged = std::mem::take(&mut *self.tensorrt.lock().unwrap_or_else(PoisonError::into_inner));
-        let mut text = error.to_string();
-        for line in logged {
+        let mut text = String::new();
+        for line in &logged {
             // After its own time and level.
             let said = line.split_once("ERROR] ").map_or(line.as_str(), |(_, said)| said);
             text.extend(["; TensorRT: ", said.trim()]);

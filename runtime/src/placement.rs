@@ -11,6 +11,7 @@ use ort::sys::{OrtEpAssignedNode, OrtEpAssignedSubgraph, OrtStatusPtr};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, RuntimeError};
+use crate::provider::Provider;
 use crate::session::Session;
 
 /// One node of the graph as ONNX Runtime runs it.
@@ -108,6 +109,29 @@ impl Session {
         let session = self.lock();
         read(session.ptr()).map_err(|e| RuntimeError::ort("tell where the nodes are", &e))
     }
+}
+
+/// Refuses a session on TensorRT of which it has taken nothing: all of it would run on the CUDA provider.
+///
+/// # Errors
+/// [`RuntimeError::Load`].
+pub(crate) fn refuse_none(
+    program: &str,
+    provider: &Provider,
+    session: &ort::session::Session,
+    said: &str,
+) -> Result<()> {
+    if !matches!(provider, Provider::TensorRt(_)) {
+        return Ok(());
+    }
+    let placement = read(session.ptr()).map_err(|e| RuntimeError::ort("tell where the nodes are", &e))?;
+    let wanted = provider.onnx_runtime_name();
+    if placement.nodes.is_empty() || placement.nodes.iter().any(|n| n.provider == wanted) {
+        return Ok(());
+    }
+    let reason =
+        format!("TensorRT took none of its nodes{said}: use provider `cuda`, which runs all of them");
+    Err(RuntimeError::Load { program: program.to_owned(), reason })
 }
 
 fn read(session: *const ort::sys::OrtSession) -> ort::Result<Placement> {

@@ -50,6 +50,9 @@ pub struct TensorRtOptions {
     pub precision: Precision,
     /// Record the kernels of a run once and start them all at once from then on.
     pub cuda_graph: bool,
+    /// Weights are in memory, not in a file beside the model's: they are handed over one by one, as a model in one message
+    /// ends at 2 GB. Where weights are in a file, TensorRT's parser reads that.
+    pub weights_in_memory: bool,
     /// Folder that built engines are kept in and taken from.
     pub engine_cache: Option<PathBuf>,
     /// Start of the file names of engines in the cache.
@@ -172,7 +175,14 @@ impl Provider {
         }
     }
 
+    /// Whether a session keeps one recorded run only, whatever the binding: ONNX Runtime's TensorRT provider plays what it has
+    /// recorded first, for all of them.
+    pub fn records_once(&self) -> bool {
+        matches!(self, Self::TensorRt(TensorRtOptions { cuda_graph: true, .. }))
+    }
+
     /// The same for programs of a precision, which TensorRT has to know.
+    #[must_use]
     pub fn in_precision(mut self, precision: Precision) -> Self {
         if let Self::TensorRt(options) = &mut self {
             options.precision = precision;

@@ -226,8 +226,11 @@ impl Session {
     }
 
     /// A number for the CUDA graph of a binding; 0 would be ONNX Runtime's default for all.
-    pub(crate) fn next_graph(&self) -> u32 {
-        self.loaded.next_graph()
+    ///
+    /// # Errors
+    /// As [`Loaded::next_graph`].
+    pub(crate) fn next_graph(&self) -> Result<u32> {
+        self.loaded.next_graph(&self.name)
     }
 
     /// The error of a run.
@@ -326,7 +329,7 @@ fn configure(
             _ => builder,
         };
     }
-    if options.record_placement {
+    if options.record_placement || matches!(options.provider, Provider::TensorRt(_)) {
         builder = builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?;
     }
     if let Some(prefix) = &options.profile {

@@ -173,6 +173,8 @@ impl EngineDraft {
         for file in files {
             link_or_copy(other.directory.join(&file), self.work.path().join(&file))?;
         }
+        // It tells of the nodes what what is compiled of them no longer does.
+        self.manifest.placements.clone_from(&other.manifest.placements);
         Ok(true)
     }
 

@@ -80,6 +80,9 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
         .with_bf16(options.precision == Precision::Bf16)
         .with_fp16(options.precision == Precision::F16)
         .with_engine_hw_compatible(options.hardware_compatible);
+    if options.weights_in_memory {
+        provider = provider.with_arbitrary_config("trt_load_user_initializer", "1");
+    }
     if let Some(folder) = &options.engine_cache {
         provider = provider.with_engine_cache(true).with_engine_cache_path(text(folder));
     }

@@ -14,6 +14,7 @@ use super::{Recording, SessionOptions, Weights, builder, load_error, ran_out};
 use crate::cuda::{Gpu, kernels};
 use crate::error::{Result, RuntimeError, nearest};
 use crate::library::Runtime;
+use crate::placement::refuse_none;
 use crate::provider::Provider;
 
 /// A program in memory.
@@ -55,6 +56,8 @@ pub(super) struct Loaded {
     pub(super) recording: Recording,
     /// Bindings made so far.
     graphs: AtomicU32,
+    /// As [`Provider::records_once`].
+    records_once: bool,
     pub(super) runtime: Arc<Runtime>,
 }
 
@@ -76,7 +79,18 @@ impl Loaded {
         options: &SessionOptions,
         check_cuda: CudaCheck<'_>,
     ) -> Result<Self> {
-        recorded(options, Some(program.unrepeatable), |options, recording| {
+        let (mut options, mut read) = (options.clone(), None);
+        if let Provider::TensorRt(tensorrt) = &mut options.provider {
+            // TensorRT's parser finds files beside a model's file only, and here is none.
+            if let (Weights::Directory(folder), Some(file)) = (weights, program.weights_file) {
+                let path = folder.join(file);
+                let bytes = std::fs::read(&path).map_err(|e| RuntimeError::io("read", &path, e))?;
+                read = Some(Weights::Memory(bytes.into()));
+            }
+            tensorrt.weights_in_memory = program.weights_file.is_some();
+        }
+        let weights = read.as_ref().unwrap_or(weights);
+        recorded(&options, Some(program.unrepeatable), |options, recording| {
             Self::load_as(runtime, program, weights, options, check_cuda, recording)
         })
     }
@@ -107,7 +121,8 @@ impl Loaded {
             .commit_from_memory(program.bytes)
             .map_err(|e| load_failed(gpu.as_ref(), program.name, &runtime.in_full(&e)))?;
         drop(turns);
-        Self::new(runtime, program.name, inner, weights, gpu, recording)
+        refuse_none(program.name, &options.provider, &inner, &runtime.said_by_tensorrt())?;
+        Self::new(runtime, program.name, inner, weights, gpu, recording, options)
     }
 
     /// The model's name is its path. Where CUDA graphs are asked for and are not safe, it goes without; `unrepeatable`
@@ -127,7 +142,8 @@ impl Loaded {
                 .commit_from_file(path)
                 .map_err(|e| load_failed(gpu.as_ref(), &name, &runtime.in_full(&e)))?;
             drop(turns);
-            Self::new(runtime, &name, inner, &Weights::Inside, gpu, recording)
+            refuse_none(&name, &options.provider, &inner, &runtime.said_by_tensorrt())?;
+            Self::new(runtime, &name, inner, &Weights::Inside, gpu, recording, options)
         })?;
         Ok((name, loaded))
     }
@@ -139,6 +155,7 @@ impl Loaded {
         weights: &Weights,
         gpu: Option<Arc<Gpu>>,
         recording: Recording,
+        options: &SessionOptions,
     ) -> Result<Self> {
         let declared = |side, outlets: &[Outlet]| -> Result<Vec<Declared>> {
             outlets.iter().map(|o| declared(name, side, o)).collect()
@@ -157,6 +174,7 @@ impl Loaded {
             gpu,
             recording,
             graphs: AtomicU32::new(0),
+            records_once: options.provider.records_once(),
             runtime,
         })
     }
@@ -166,9 +184,18 @@ impl Loaded {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A number for the CUDA graph of a binding; 0 would be ONNX Runtime's default for all.
-    pub(super) fn next_graph(&self) -> u32 {
-        self.graphs.fetch_add(1, Ordering::Relaxed) + 1
+    /// A number for the CUDA graph of a binding of `program`; 0 would be ONNX Runtime's default for all.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Run`] where a binding has the only recording that there can be.
+    pub(super) fn next_graph(&self, program: &str) -> Result<u32> {
+        let number = self.graphs.fetch_add(1, Ordering::Relaxed) + 1;
+        if self.records_once && number > 1 {
+            let reason = "TensorRT keeps one recorded run of a session, and another binding has it: load the program once \
+                          more for this one, or leave CUDA graphs out";
+            return Err(RuntimeError::Run { program: program.to_owned(), reason: reason.to_owned() });
+        }
+        Ok(number)
     }
 
     /// Inputs and outputs of a model without open axes.

@@ -48,7 +48,10 @@ pub(super) fn build(cuda: &Path, tensorrt: &Path, folder: &Path) -> Result<(), S
     })?;
     for (name, source) in [
         ("libnvonnxparser.so.10", "int getNvOnnxParserVersion() { return 101601; }"),
-        ("libnvinfer_plugin.so.10", "_Bool initLibNvInferPlugins(void *logger, const char *space) { return 1; }"),
+        (
+            "libnvinfer_plugin.so.10",
+            "_Bool initLibNvInferPlugins(void *logger, const char *space) { return 1; }",
+        ),
     ] {
         link(&library(name), source, None, &[library("libnvinfer.so.10")])?;
     }

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use super::{NO_COMPILER, Stage, UPDATES_ONLY, staged};
 
 /// A checkpoint of the smallest fixture.
-fn checkpoint(folder: &Path) -> PathBuf {
+pub(super) fn checkpoint(folder: &Path) -> PathBuf {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dit-d48-h4-p2");
     let place = folder.join("checkpoint");
     std::fs::create_dir(&place).unwrap();

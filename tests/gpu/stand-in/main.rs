@@ -10,6 +10,7 @@ mod build;
 mod commands;
 mod counts;
 mod engines;
+mod engines_of_tensorrt;
 #[path = "../kernels/mod.rs"]
 mod kernels;
 mod networks;

@@ -222,6 +222,8 @@ impl Target {
             weights_from: self.tensorrt.refittable.then(|| directory.to_path_buf()),
             hardware_compatible: self.architecture < found,
             profiles,
+            // Several batch sizes are tried on one engine, which has one recording.
+            cuda_graph: false,
             ..options.clone()
         };
         if let Some(folder) = &options.timing_cache {

@@ -79,6 +79,9 @@ impl BuildEngineArgs {
             _ if tried > 0 => tried + open,
             _ => 0,
         };
+        // A model of another size takes another time.
+        let declared = planned.first().map_or(&[][..], |p| p.graph.parameters());
+        let parameters: usize = declared.iter().map(|p| p.shape().numel()).sum();
         Stages::new([
             (Stage::Convert, usize::from(carried.is_some_and(|source| !source.fits()))),
             (Stage::Emit, planned.len()),
@@ -86,7 +89,7 @@ impl BuildEngineArgs {
             (Stage::Load, loads),
             (Stage::Validate, tried),
         ])
-        .remembering(cache_directory(), &format!("{} {}", self.provider, self.precision))
+        .remembering(cache_directory(), &format!("{} {} {parameters}", self.provider, self.precision))
     }
 
     /// Whether the programs are to have no functions.

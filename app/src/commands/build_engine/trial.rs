@@ -114,7 +114,7 @@ impl BuildEngineArgs {
             let batches: Vec<usize> = form.programs.iter().map(|p| p.batch).collect();
             draft.add_compiled(&first.name, &batches, &file)?;
         }
-        if let Some(session) = sessions.first() {
+        if let Some(session) = sessions.first().filter(|_| !refitted) {
             let placement = session.placement()?.summary(wanted);
             draft.manifest_mut().placements.insert(form.file.to_owned(), placement);
         }

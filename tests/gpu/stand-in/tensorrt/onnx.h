@@ -131,6 +131,7 @@ inline Value value_of(const Field &message) {
 
 struct Tensor {
   std::string name, raw;
+  std::vector<int64_t> shape;
   int type = 0;
   bool listed = false;  // its values are numbers of the message
   std::map<std::string, std::string> elsewhere;  // where the values lie, unless in the model
@@ -138,6 +139,8 @@ struct Tensor {
 inline Tensor tensor_of(const Field &message) {
   Tensor t;
   each(message.data, message.bytes, [&](const Field &f) {
+    if (f.number == 1 && f.wire == 0) t.shape.push_back(int64_t(f.value));
+    if (f.number == 1 && f.wire == 2) for (const char *at = f.data; at < f.data + f.bytes;) t.shape.push_back(int64_t(varint(at, f.data + f.bytes)));
     if (f.number == 2) t.type = int(f.value);
     if (f.number == 8) t.name = f.text();
     if (f.number == 9) t.raw = f.text();
@@ -193,14 +196,17 @@ inline Model read(const std::string &bytes) {
   return m;
 }
 
-// A copy of the model whose initializers went through `change`, which gives a tensor's new message.
+// A copy of the model whose initializers went through `change`, which gives a tensor's new message; without those for which it
+// is empty.
 inline std::string with_initializers(const std::string &bytes, const std::function<std::string(const Field &)> &change) {
   std::string model;
   each(bytes, [&](const Field &f) {
     if (f.number != 7) return put(model, f);
     std::string graph;
     each(f.data, f.bytes, [&](const Field &part) {
-      if (part.number == 5) put(graph, 5, change(part)); else put(graph, part);
+      if (part.number != 5) return put(graph, part);
+      const std::string changed = change(part);
+      if (!changed.empty()) put(graph, 5, changed);
     });
     put(model, 7, graph);
   });
@@ -223,6 +229,44 @@ inline std::string whole(const std::string &bytes, const std::string &path) {
     std::string out;
     each(message.data, message.bytes, [&](const Field &f) { if (f.number != 13 && f.number != 14) put(out, f); });
     put(out, 9, values);
+    return out;
+  });
+}
+
+// The model with tensors of f32 as further inputs.
+inline std::string with_inputs(const std::string &bytes, const std::vector<Tensor> &tensors) {
+  std::string model;
+  each(bytes, [&](const Field &f) {
+    if (f.number != 7) return put(model, f);
+    std::string graph(f.data, f.bytes);
+    for (const Tensor &t : tensors) {
+      std::string shape, tensor, type, value;
+      for (const int64_t size : t.shape) {
+        std::string dim;
+        put(dim, 1, uint64_t(size));
+        put(shape, 1, dim);
+      }
+      put(tensor, 1, uint64_t(FLOAT));
+      put(tensor, 2, shape);
+      put(type, 1, tensor);
+      put(value, 1, t.name);
+      put(value, 2, type);
+      put(graph, 11, value);
+    }
+    put(model, 7, graph);
+  });
+  return model;
+}
+
+// The model whose tensors of another place have the values that were given for them.
+inline std::string with_values(const std::string &bytes, const std::map<std::string, std::string> &given) {
+  return with_initializers(bytes, [&](const Field &message) {
+    const Tensor t = tensor_of(message);
+    const auto found = given.find(t.name);
+    if (found == given.end()) return std::string(message.data, message.bytes);
+    std::string out;
+    each(message.data, message.bytes, [&](const Field &f) { if (f.number != 9 && f.number != 13 && f.number != 14) put(out, f); });
+    put(out, 9, found->second);
     return out;
   });
 }

@@ -9,7 +9,8 @@
 // for and that is not here ends the process with its place.
 //
 // Each build, load, refit and run is a line of JSON in the file that MUDIT_STAND_IN_TENSORRT names. What is built lasts as long
-// as MUDIT_STAND_IN_TENSORRT_SECONDS says; MUDIT_STAND_IN_TENSORRT_FAILS makes builds fail.
+// as MUDIT_STAND_IN_TENSORRT_SECONDS says; MUDIT_STAND_IN_TENSORRT_FAILS makes builds fail, and with
+// MUDIT_STAND_IN_TENSORRT_REFUSES the parser takes nothing.
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -137,6 +138,7 @@ int class_of(int onnx_type) {
 }
 // Why a node is not taken; empty where it is.
 std::string refusal(const onnx::Model &model, const onnx::Node &node) {
+  if (getenv("MUDIT_STAND_IN_TENSORRT_REFUSES")) return "nothing is taken";
   const auto known = OPERATORS.find(node.op);
   if (!node.domain.empty() || known == OPERATORS.end()) return "no importer for " + node.domain + ":" + node.op;
   // Of attention it wants heads as an axis; it knows them by no attribute.
@@ -447,6 +449,8 @@ struct Engine : Class<Engine> {
   std::set<std::string> absent;  // weights that were left out and not given since
   std::mutex lock;
   void *session = nullptr;
+  // The large constants of the session, in f32: it gets them as inputs, since a model's message ends at 2 GB.
+  std::vector<onnx::Tensor> constants;
   ~Engine() { forget(); }
   void forget() { if (session) Runtime::the().release<95>(session); session = nullptr; }
   void open(const Plan &given) {
@@ -471,7 +475,24 @@ struct Engine : Class<Engine> {
     void *options = nullptr;
     r.call<10>(&options);
     r.call<23>(options, 0);  // as it stands
-    const std::string wide = onnx::wide(plan.model);
+    constants.clear();
+    std::string rest = onnx::with_initializers(plan.model, [&](const onnx::Field &message) {
+      onnx::Tensor t = onnx::tensor_of(message);
+      if (!weight(t)) return std::string(message.data, message.bytes);
+      if (onnx::narrow(uint64_t(t.type))) {
+        std::string wide(t.raw.size() * 2, 0);
+        for (size_t i = 0; i < t.raw.size() / 2; i++) {
+          uint16_t bits;
+          memcpy(&bits, &t.raw[2 * i], 2);
+          const float value = onnx::widened(bits, t.type);
+          memcpy(&wide[4 * i], &value, 4);
+        }
+        t.raw = wide;
+      }
+      constants.push_back(std::move(t));
+      return std::string();
+    });
+    const std::string wide = onnx::with_inputs(onnx::wide(rest), constants);
     r.call<8>(r.environment, static_cast<const void *>(wide.data()), wide.size(), options, &session);
     r.release<100>(options);
     return session;
@@ -552,7 +573,7 @@ void run(void *data) {
   const Run &run = *static_cast<Run *>(data);
   try {
     const Runtime &r = Runtime::the();
-    void *place = nullptr;
+    void *session = run.engine->loaded(), *place = nullptr;
     r.call<69>(0, 0, &place);
     std::vector<std::vector<float>> wide(run.inputs->size() + run.outputs->size());
     std::vector<const char *> names[2];
@@ -575,7 +596,13 @@ void run(void *data) {
         values[output].push_back(value);
       }
     }
-    r.call<9>(run.engine->loaded(), static_cast<const void *>(nullptr), names[0].data(), values[0].data(), values[0].size(), names[1].data(), values[1].size(), values[1].data());
+    for (const onnx::Tensor &t : run.engine->constants) {
+      void *value = nullptr;
+      r.call<49>(static_cast<const void *>(place), const_cast<char *>(t.raw.data()), t.raw.size(), t.shape.data(), t.shape.size(), int(onnx::FLOAT), &value);
+      names[0].push_back(t.name.c_str());
+      values[0].push_back(value);
+    }
+    r.call<9>(session, static_cast<const void *>(nullptr), names[0].data(), values[0].data(), values[0].size(), names[1].data(), values[1].size(), values[1].data());
     which = run.inputs->size();
     for (const Bound &b : *run.outputs) {
       const auto &copy = wide[which++];
@@ -769,6 +796,7 @@ struct Parser {
         }),
         AT(21, [](Parser *self, const char *model, size_t bytes, const char *) -> bool { self->pending.assign(model, bytes); self->given.clear(); return true; }),
         AT(22, [](Parser *self, const char *name, const char *data, size_t bytes) -> bool { self->given[name].assign(data, bytes); return true; }),
+        AT(23, [](Parser *self) -> bool { return self->supports(self->pending) && self->parse(onnx::with_values(self->pending, self->given), ""); }),
         AT(24, [](Parser *, const void *) -> bool { return true; }),
     });
     return t;

@@ -74,3 +74,43 @@ fn what_nothing_uses_comes_last_and_backwards() {
     let names: Vec<&str> = nodes[6..].iter().map(|n| outputs(n)[0]).collect();
     assert_eq!(names, ["third.weight", "second.weight", "first.weight"]);
 }
+
+#[test]
+fn an_inlined_program_is_of_standard_nodes_alone() {
+    let b = Builder::new("emitted");
+    let [x, w, bias] = [("x", vec![4, 3]), ("w", vec![2, 3]), ("bias", vec![2])]
+        .map(|(name, shape)| b.input(name, Type::f32(shape)));
+    for (i, name) in ["first", "second"].into_iter().enumerate() {
+        b.output(name, (x * (i as f64 + 2.0)).activated_linear(Activation::Gelu, w, bias));
+    }
+    let program = b.finish().unwrap().emit(Weights::Inputs).unwrap();
+    assert_eq!(program.native_ops, ["Linear"]);
+    let inlined = program.inlined().unwrap();
+    assert!(inlined.native_ops.is_empty() && inlined.native_operands.is_empty());
+    let model = ModelProto::parse_from_bytes(&inlined.bytes).unwrap();
+    assert!(model.functions.is_empty());
+    assert_eq!(model.opset_import.len(), 1);
+    let mut made = std::collections::BTreeSet::from(["x", "w", "bias"].map(str::to_owned));
+    made.extend(model.graph.initializer.iter().map(|t| t.name.clone()));
+    for node in &model.graph.node {
+        assert!(node.domain.is_empty() && node.attribute.iter().all(|a| a.ref_attr_name.is_empty()));
+        assert!(node.input.iter().all(|name| made.contains(name)), "{node:?}");
+        for name in &node.output {
+            assert!(made.insert(name.clone()), "`{name}` is made twice");
+        }
+    }
+    assert!(made.contains("first") && made.contains("second"));
+}
+
+#[test]
+fn attention_is_one_op_where_heads_are_of_a_size_that_tensorrt_takes() {
+    for (features, one_op) in [(72, true), (12, false), (36, false), (264, false), (16, true)] {
+        let b = Builder::new("emitted");
+        let qkv = b.input("qkv", Type::new(crate::DType::Bf16, [1, 5, 3 * 2 * features]));
+        b.output("out", qkv.attention(2, 0.5));
+        let program = b.finish().unwrap().emit(Weights::Inputs).unwrap().inlined().unwrap();
+        let model = ModelProto::parse_from_bytes(&program.bytes).unwrap();
+        let count = |op: &str| model.graph.node.iter().filter(|n| n.op_type == op).count();
+        assert_eq!([count("Attention"), count("Softmax")], [usize::from(one_op), usize::from(!one_op)]);
+    }
+}

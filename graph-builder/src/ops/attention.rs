@@ -126,11 +126,18 @@ impl Rules for Attention {
         vec![Grad::Value(args[0].attention_grad(ct, self.heads, self.scale))]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]).of(emitter.dtype());
+        let dtype = emitter.dtype();
+        let size = emitter.arg_type(0).shape.0[2] / 3 / self.heads;
+        // As one op where TensorRT has a kernel for it: elsewhere it refuses the op, and only the op.
+        let one_kernel = (16..=256).contains(&size) && size.is_multiple_of(8);
+        let overload = if dtype == DType::F32 || one_kernel { "" } else { "products" };
+        let f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]);
+        let mut f = f.of(dtype).overload(overload);
         let [q, k, v] = head_nodes(&mut f);
         // (N, H, T, K)
-        let mixed = if emitter.dtype() == DType::F32 {
+        let mixed = if dtype == DType::F32 || !one_kernel {
             let (_, weights) = weight_nodes(&mut f, &q, &k);
+            let weights = f.narrow(&weights);
             f.node("MatMul", &[&weights, &v])
         } else {
             let options = vec![Attribute::float_of("scale", "scale"), Attribute::int("softmax_precision", 1)];

@@ -108,7 +108,7 @@ impl Execution {
 
     /// How sessions are loaded.
     pub fn session_options(&self) -> SessionOptions {
-        let provider = self.provider.clone().in_precision(self.precision);
+        let provider = self.provider.clone().computing_in(self.precision.dtype());
         let provider = match cache_directory() {
             Some(cache) => provider.cached_in(&cache.join("tensorrt")),
             None => provider,

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use graph_builder::Precision;
+use graph_builder::DType;
 
 use crate::cuda::Gpu;
 use crate::cuda::libraries::{CudaLibrary, FOR_CUDA, FOR_TENSORRT};
@@ -45,9 +45,9 @@ pub struct CudaOptions {
 pub struct TensorRtOptions {
     /// The CUDA driver's number of the GPU.
     pub ordinal: usize,
-    /// What the programs compute in. ONNX Runtime's provider makes networks whose types TensorRT may change: it is allowed f32
-    /// and this, and refuses a program with another type in it. For f32 [`TF32`] must be 0.
-    pub precision: Precision,
+    /// A float type of the programs other than f32. ONNX Runtime's provider makes networks whose types TensorRT may change: it
+    /// is allowed f32 and this, and refuses a program with another type in it. For f32 [`TF32`] must be 0.
+    pub narrow: Option<DType>,
     /// Record the kernels of a run once and start them all at once from then on.
     pub cuda_graph: bool,
     /// Weights are in memory, not in a file beside the model's: they are handed over one by one, as a model in one message
@@ -181,11 +181,11 @@ impl Provider {
         matches!(self, Self::TensorRt(TensorRtOptions { cuda_graph: true, .. }))
     }
 
-    /// The same for programs of a precision, which TensorRT has to know.
+    /// The same for programs that compute in a type, which TensorRT has to know.
     #[must_use]
-    pub fn in_precision(mut self, precision: Precision) -> Self {
+    pub fn computing_in(mut self, dtype: DType) -> Self {
         if let Self::TensorRt(options) = &mut self {
-            options.precision = precision;
+            options.narrow = Some(dtype).filter(|dtype| *dtype != DType::F32);
         }
         self
     }

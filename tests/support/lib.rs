@@ -12,6 +12,7 @@ pub mod execution;
 mod fused_rows;
 pub mod op_rows;
 pub mod op_table;
+pub mod pictures;
 pub mod tolerance;
 
 pub use graph_builder::eval::Array;

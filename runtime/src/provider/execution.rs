@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use graph_builder::Precision;
+use graph_builder::DType;
 use ort::ep::{
     ArbitrarilyConfigurableExecutionProvider, CPU, CUDA, ExecutionProviderDispatch, TensorRT, cuda,
 };
@@ -77,8 +77,8 @@ fn tensorrt_provider(options: &TensorRtOptions, stream: *mut ()) -> TensorRT {
     let mut provider = TensorRT::default()
         .with_device_id(options.ordinal as i32)
         .with_cuda_graph(options.cuda_graph)
-        .with_bf16(options.precision == Precision::Bf16)
-        .with_fp16(options.precision == Precision::F16)
+        .with_bf16(options.narrow == Some(DType::Bf16))
+        .with_fp16(options.narrow == Some(DType::F16))
         .with_engine_hw_compatible(options.hardware_compatible);
     if options.weights_in_memory {
         provider = provider.with_arbitrary_config("trt_load_user_initializer", "1");

@@ -4,9 +4,8 @@
 use std::fs;
 use std::path::Path;
 
-use graph_builder::{Builder, Type, Weights};
-use mudit::render::arrays::SampleArchive;
 use mudit_tests::draws::Draws;
+use mudit_tests::pictures::pictures_and_network;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -15,9 +14,6 @@ use super::on_gpu;
 
 const SIDE: usize = 8;
 const IMAGES: usize = 64;
-/// Images that the network takes at once, and its features.
-const TAKES: usize = 10;
-const FEATURES: usize = 12;
 
 /// The provider that is proven, and the precisions it has with the relative error that each may have.
 fn proven(what: &str) -> Option<(&'static str, &'static [(&'static str, f64)])> {
@@ -80,26 +76,6 @@ fn a_run_is_the_cpus() {
     }
 }
 
-/// A network of mean squares, and two sets of pictures.
-fn pictures_and_network(folder: &Path) {
-    let b = Builder::new("features");
-    let x = b.input("images", Type::f32([TAKES, 3, SIDE, SIDE]));
-    let means = x.reshape([TAKES, FEATURES, 3 * SIDE * SIDE / FEATURES]);
-    let features = (means.square().mean(&[2]) * b.scalar(3.0)).tanh().reshape([TAKES, FEATURES]);
-    b.output("features", features);
-    let program = b.finish().unwrap().optimised().unwrap().emit(Weights::Inputs).unwrap();
-    fs::write(folder.join("net.onnx"), program.bytes).unwrap();
-    for (name, contrast) in [("real", 1.0), ("fake", 0.8)] {
-        let mut draws = Draws::named(name);
-        let pixel = |i: usize| (draws.below(256) as f64 * contrast * (0.5 + (i % 7) as f64 / 14.0)) as u8;
-        let pixels: Vec<u8> = (0..IMAGES * SIDE * SIDE * 3).map(pixel).collect();
-        let place = folder.join(format!("{name}.npz"));
-        let mut archive = SampleArchive::create(&place, IMAGES, [SIDE, SIDE, 3]).unwrap();
-        archive.push(&pixels).unwrap();
-        archive.finish(&vec![0; IMAGES]).unwrap();
-    }
-}
-
 fn distance(file: &Path) -> [f64; 1] {
     let result: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
     [result["metrics"]["fid"].as_f64().unwrap_or_else(|| panic!("{result}"))]
@@ -109,19 +85,23 @@ fn distance(file: &Path) -> [f64; 1] {
 fn distances_are_the_cpus() {
     let Some((provider, precisions)) = proven("fid") else { return };
     let folder = folder();
-    pictures_and_network(folder.path());
+    pictures_and_network(folder.path(), IMAGES, SIDE);
     let fid = |line: &str, provider: &str| {
         succeeds(
             folder.path(),
             &format!("fid {line} --provider {provider} --offline --few --network net.onnx"),
         )
     };
-    for (name, provider) in [("host", "cpu"), ("gpu", provider)] {
-        fid(&format!("ref real.npz --out {name}.npz"), provider);
-        fid(&format!("calc fake.npz --ref {name}.npz --out {name}.json"), provider);
+    let mut providers = vec![("host", "cpu"), ("gpu", provider)];
+    if provider != "cpu" && "tensorrt".parse::<runtime::Provider>().unwrap().check().is_ok() {
+        providers.push(("engine", "tensorrt"));
     }
     let of = |name: &str| distance(&folder.path().join(format!("{name}.json")));
-    near(&of("gpu"), &of("host"), 1e-3, "FID of pictures");
+    for (name, provider) in providers {
+        fid(&format!("ref real.npz --out {name}.npz"), provider);
+        fid(&format!("calc fake.npz --ref {name}.npz --out {name}.json"), provider);
+        near(&of(name), &of("host"), 1e-3, &format!("FID of pictures on {provider}"));
+    }
     // Straight from a checkpoint: the same samples up to rounding.
     succeeds(folder.path(), "train --offline --config run.toml --provider cpu --out run");
     let sampled = "calc --checkpoint run --steps 5 -n 40 --ref host.npz";

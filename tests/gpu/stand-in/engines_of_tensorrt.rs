@@ -11,6 +11,7 @@ use models::inception::{SIDE, Taps, features};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::execution::array;
+use mudit_tests::pictures::pictures_and_network;
 use runtime::{
     Binding, HostTensor, Provider, Runtime, RuntimeOptions, Session, SessionOptions, TensorRtOptions,
     read_safetensors_file, write_safetensors_file,
@@ -203,6 +204,28 @@ fn a_build_that_fails_tells_tensorrts_words_and_leaves_nothing() {
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), before);
 }
 
+#[test]
+fn distances_are_the_cpus() {
+    let Some((stage, folder)) = stage_and_folder("fid on TensorRT") else { return };
+    let folder = folder.path();
+    pictures_and_network(folder, 64, 8);
+    let mut found = Vec::new();
+    for provider in ["cpu", "tensorrt"] {
+        let fid = |line: &str| {
+            let common = "--offline --few --network net.onnx";
+            succeeds(stage, folder, &format!("fid {line} --provider {provider} {common}"))
+        };
+        fid(&format!("ref real.npz --out {provider}.npz"));
+        fid(&format!("calc fake.npz --ref {provider}.npz --out {provider}.json"));
+        let result = std::fs::read(folder.join(format!("{provider}.json"))).unwrap();
+        let result: Value = serde_json::from_slice(&result).unwrap();
+        found.push(result["metrics"]["fid"].as_f64().unwrap());
+    }
+    assert!(!noted(folder, "built").is_empty() && noted(folder, "ran").len() > 10);
+    let [want, got] = found.try_into().unwrap();
+    assert!((got - want).abs() <= 1e-3 * want && want > 0.0, "{got} for {want}");
+}
+
 /// A server that is stopped in the end.
 struct Server(Child);
 
@@ -233,15 +256,15 @@ fn each_batch_size_of_a_server_has_its_own_recording() {
             assert!(start.elapsed() < Duration::from_mins(1), "{log}");
             std::thread::sleep(Duration::from_millis(50));
         };
-        assert!(log.contains("batches of 1, 2, 4 rows"), "{log}");
         let address = log.split_whitespace().find(|word| word.starts_with("http://")).unwrap();
         let bench = format!("bench-serve --url {address} --requests 6 --concurrency 3 --steps 3");
         succeeds(stage, folder, &bench);
         assert_eq!(noted(folder, "loaded").len(), loads, "{provider}");
         let ran = noted(folder, "ran");
+        // It tries all of them, and uses those that are worth it.
         for rows in [1, 2, 4] {
             let times = ran.iter().filter(|r| **r == json!(rows)).count();
-            assert!(times > 3, "{provider}: {times} runs of {rows} rows");
+            assert!(times > 0, "{provider}: no run of {rows} rows");
         }
     }
 }
@@ -288,7 +311,7 @@ fn whole_programs() {
     programs.push(("fashion".into(), fashion.features(2).unwrap().optimised().unwrap(), Precision::F32));
     for (name, graph, precision) in programs {
         let emitted = graph.emit(Weights::Inputs).unwrap();
-        let provider = Provider::TensorRt(TensorRtOptions { precision, ..TensorRtOptions::default() });
+        let provider = Provider::TensorRt(TensorRtOptions::default()).computing_in(precision.dtype());
         let options = SessionOptions { provider, record_placement: true, ..SessionOptions::default() };
         let session = Session::load(&runtime, &emitted, &runtime::Weights::Inside, &options)
             .unwrap_or_else(|e| panic!("{name}: {e}"));

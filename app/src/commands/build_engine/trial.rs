@@ -104,7 +104,7 @@ impl BuildEngineArgs {
         let wanted = provider.onnx_runtime_name();
         let options = SessionOptions {
             threads: self.machine.threads,
-            provider: provider.in_precision(self.precision),
+            provider: provider.computing_in(self.precision.dtype()),
             record_placement: true,
             ..SessionOptions::default()
         };

@@ -211,7 +211,7 @@ impl BuiltEngine {
         let mut provider = provider.clone();
         if let Provider::TensorRt(options) = &mut provider {
             (options.engine_cache, options.timing_cache) = (None, None);
-            let without_weights = self.engine.manifest().key.get("refittable").is_some();
+            let without_weights = self.engine.manifest().key.get("strip-weights").is_some();
             options.weights_from = without_weights.then(|| self.engine.directory().to_path_buf());
         }
         provider
@@ -262,8 +262,8 @@ impl BuiltEngine {
         {
             words.extend(manifest.key.get(part).map(|value| format!("--{option} {value}")));
         }
-        if manifest.key.get("refittable").is_some() {
-            words.push("--refittable".to_owned());
+        if manifest.key.get("strip-weights").is_some() {
+            words.push("--strip-weights".to_owned());
         }
         words.push(format!("--out {place}"));
         words.join(" ")

@@ -169,7 +169,7 @@ impl Engine {
                 continue;
             };
             let before = loaded.remove(compiled.file.as_str());
-            let session = if let Some(session) = before.filter(|_| !options.provider.records_once()) {
+            let session = if let Some(session) = before.filter(|session| !session.records_once()) {
                 session
             } else {
                 let path = self.directory.join(&compiled.file);
@@ -222,9 +222,7 @@ impl Engine {
         let compiled = found.compiled.is_some() && matches!(options.provider, Provider::TensorRt(_));
         let open = self.manifest.open_programs.iter().any(|p| p.name == program);
         match beside {
-            Some(session) if open && !options.provider.records_once() => {
-                session.at(&found.inputs, &found.outputs)
-            }
+            Some(session) if open && !session.records_once() => session.at(&found.inputs, &found.outputs),
             _ if open && !compiled => {
                 self.open_session(runtime, program, options)?.at(&found.inputs, &found.outputs)
             }

@@ -40,7 +40,7 @@ pub struct ForeignModel {
     outputs: Vec<Port>,
     inner: ort::session::Session,
     gpu: Option<Arc<Gpu>>,
-    _runtime: Arc<Runtime>,
+    runtime: Arc<Runtime>,
 }
 
 impl fmt::Debug for ForeignModel {
@@ -58,16 +58,16 @@ impl ForeignModel {
         std::fs::metadata(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let name = path.display().to_string();
         // Its tensors move from run to run, so a recorded run would read the first one's.
-        let provider = options.provider.clone().without_cuda_graph();
+        let provider = options.provider.clone().without_cuda_graph().cached_by(path)?;
         let options = SessionOptions { provider, ..options.clone() };
         let (mut builder, gpu) = builder(runtime, &options, &name)?;
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder.commit_from_file(path).map_err(|e| load_error(&name, &runtime.in_full(&e)))?;
+        refuse_none(&name, &options.provider, &inner, runtime)?;
         drop(turns);
-        refuse_none(&name, &options.provider, &inner, &runtime.said_by_tensorrt())?;
         let ports = |outlets: &[Outlet]| outlets.iter().map(port).collect();
         let (inputs, outputs) = (ports(inner.inputs()), ports(inner.outputs()));
-        Ok(Self { name, inputs, outputs, inner, gpu, _runtime: runtime.clone() })
+        Ok(Self { name, inputs, outputs, inner, gpu, runtime: runtime.clone() })
     }
 
     /// Inputs in order.
@@ -91,7 +91,9 @@ impl ForeignModel {
         values: Vec<f32>,
         output: &str,
     ) -> Result<(Shape, Vec<f32>)> {
-        let failed = |e: ort::Error| RuntimeError::Run { program: self.name.clone(), reason: e.to_string() };
+        let runtime = &self.runtime;
+        let failed =
+            |e: ort::Error| RuntimeError::Run { program: self.name.clone(), reason: runtime.in_full(&e) };
         let _turn = self.gpu.as_ref().map(|gpu| gpu.turn());
         let tensor = Tensor::from_array((shape.to_vec(), values)).map_err(failed)?;
         let outputs = self.inner.run(ort::inputs![input => tensor]).map_err(failed)?;

@@ -4,8 +4,10 @@
 //! Python's pip, checked by hash and unpacked into the cache. Nothing is fetched silently. For a GPU provider only a
 //! build that has the CUDA provider beside the library counts, and the wheel is `onnxruntime-gpu`.
 
+use std::collections::VecDeque;
 use std::env;
 use std::fmt;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -131,9 +133,9 @@ impl fmt::Debug for Runtime {
 }
 
 /// What TensorRT has logged as errors: ONNX Runtime's own errors tell that something of it failed, and not what.
-type TensorRtWords = Arc<Mutex<Vec<String>>>;
+type TensorRtWords = Arc<Mutex<VecDeque<String>>>;
 
-/// Of those, the first of a load or run that failed; more would bury them.
+/// Of those, the last before a failure: what went before may be attempts that TensorRT did without.
 const MOST_WORDS: usize = 5;
 
 static STARTED: Mutex<Option<Arc<Runtime>>> = Mutex::new(None);
@@ -158,17 +160,22 @@ impl Runtime {
             reason,
             remedy: SET_PATH.to_owned(),
         };
-        // A failure comes back as an error with ONNX Runtime's own text, so its log would only say it twice.
         let tensorrt = TensorRtWords::default();
         let words = tensorrt.clone();
         let environment = ort::init_from(&library.path)
             .map_err(|e| unusable(e.to_string()))?
             .with_name("mudit")
             .with_telemetry(false)
-            .with_logger(Arc::new(move |_, _, _, place, message| {
-                let mut words = words.lock().unwrap_or_else(PoisonError::into_inner);
-                if place.contains("tensorrt") && words.len() < MOST_WORDS {
-                    words.push(message.to_owned());
+            .with_logger(Arc::new(move |level, _, _, place, message| {
+                // A failure comes back as an error with ONNX Runtime's own text, so its log would only say it twice.
+                if place.contains("tensorrt") {
+                    let mut words = words.lock().unwrap_or_else(PoisonError::into_inner);
+                    if words.len() == MOST_WORDS {
+                        words.pop_front();
+                    }
+                    words.push_back(message.to_owned());
+                } else if level == ort::logging::LogLevel::Fatal {
+                    drop(writeln!(std::io::stderr(), "ONNX Runtime: {message}"));
                 }
             }))
             .build()
@@ -187,8 +194,9 @@ impl Runtime {
     /// The turn to load a model. ONNX Runtime notes the domains of custom ops in a table of the process, and two
     /// loads at once trip over each other's notes.
     pub(crate) fn loading(&self) -> MutexGuard<'_, ()> {
+        let turn = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         self.tensorrt.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        self.loading.lock().unwrap_or_else(PoisonError::into_inner)
+        turn
     }
 
     /// An error of ONNX Runtime, with what TensorRT has said.

@@ -11,6 +11,7 @@ use ort::sys::{OrtEpAssignedNode, OrtEpAssignedSubgraph, OrtStatusPtr};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, RuntimeError};
+use crate::library::Runtime;
 use crate::provider::Provider;
 use crate::session::Session;
 
@@ -119,7 +120,7 @@ pub(crate) fn refuse_none(
     program: &str,
     provider: &Provider,
     session: &ort::session::Session,
-    said: &str,
+    runtime: &Runtime,
 ) -> Result<()> {
     if !matches!(provider, Provider::TensorRt(_)) {
         return Ok(());
@@ -129,6 +130,7 @@ pub(crate) fn refuse_none(
     if placement.nodes.is_empty() || placement.nodes.iter().any(|n| n.provider == wanted) {
         return Ok(());
     }
+    let said = runtime.said_by_tensorrt();
     let reason =
         format!("TensorRT took none of its nodes{said}: use provider `cuda`, which runs all of them");
     Err(RuntimeError::Load { program: program.to_owned(), reason })

@@ -68,8 +68,8 @@ pub struct TensorRtOptions {
     pub builder_level: Option<u8>,
     /// Largest size of the memory that one kernel may use while it runs, in bytes.
     pub workspace_limit: Option<usize>,
-    /// Build an engine without weights, which takes them from the model in this folder when it is loaded: new weights
-    /// need no new build.
+    /// Build an engine without weights, which takes them from the model in this folder when it is loaded. They must be those
+    /// that it was built with: ONNX Runtime builds it so (`REFIT_IDENTICAL`), and with others TensorRT promises nothing.
     pub weights_from: Option<PathBuf>,
     /// Build an engine that runs on later GPUs too (Ampere and newer), at some loss of speed.
     pub hardware_compatible: bool,
@@ -177,7 +177,7 @@ impl Provider {
 
     /// Whether a session keeps one recorded run only, whatever the binding: ONNX Runtime's TensorRT provider plays what it has
     /// recorded first, for all of them.
-    pub fn records_once(&self) -> bool {
+    pub(crate) fn records_once(&self) -> bool {
         matches!(self, Self::TensorRt(TensorRtOptions { cuda_graph: true, .. }))
     }
 
@@ -218,6 +218,27 @@ impl Provider {
             options.engine_prefix.get_or_insert_with(identity);
         }
         self
+    }
+
+    /// [`Self::identified`] by a model's file. Where its weights are in other files, which nothing tells here, no engine is
+    /// kept.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`].
+    pub(crate) fn cached_by(mut self, model: &Path) -> Result<Self> {
+        /// What ONNX calls the place of values that are elsewhere.
+        const ELSEWHERE: &[u8] = b"location";
+        if let Self::TensorRt(options) = &mut self
+            && options.engine_cache.is_some()
+        {
+            let bytes = std::fs::read(model).map_err(|e| RuntimeError::io("read", model, e))?;
+            if bytes.windows(ELSEWHERE.len()).any(|part| part == ELSEWHERE) {
+                options.engine_cache = None;
+            } else {
+                options.engine_prefix = Some(crate::file::sha256_bytes(&bytes));
+            }
+        }
+        Ok(self)
     }
 
     /// Where the provider's buffers live.

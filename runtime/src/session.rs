@@ -13,7 +13,6 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use crate::cuda::Gpu;
 use crate::device::Device;
 use crate::error::{Result, RuntimeError};
-use crate::file::{sha256_bytes, sha256_file};
 use crate::kernels;
 use crate::library::Runtime;
 use crate::provider::{self, Provider};
@@ -40,10 +39,10 @@ pub enum Optimization {
 pub struct SessionOptions {
     /// Threads inside one op; 0 leaves it to ONNX Runtime (one per physical core).
     pub threads: usize,
-    /// Graph rewriting.
+    /// Graph rewriting. TensorRT gets the graph as emitted.
     pub optimization: Optimization,
-    /// Run `mudit` ops by this crate's kernels, on the CPU and on CUDA; otherwise, and always on TensorRT, by the function
-    /// bodies inside the model. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or more: a session of a
+    /// Run `mudit` ops by this crate's kernels, on the CPU and on CUDA; otherwise by the function bodies inside the model.
+    /// TensorRT gets programs without such ops. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or more: a session of a
     /// program with such ops that cannot have them is refused.
     pub native_kernels: bool,
     /// Let idle threads spin before they sleep: faster steps, but a core is busy while it waits.
@@ -128,8 +127,6 @@ impl Session {
         weights: &Weights,
         options: &SessionOptions,
     ) -> Result<Arc<Self>> {
-        let provider = options.provider.clone().identified(|| identity(program, weights));
-        let options = &SessionOptions { provider, ..options.clone() };
         let inlined = options.provider.reads_single_nodes().then(|| program.inlined()).transpose();
         let inlined = inlined.map_err(|e| load_error(&program.name, &e))?;
         let program = inlined.as_ref().unwrap_or(program);
@@ -225,6 +222,11 @@ impl Session {
         self.loaded.lock()
     }
 
+    /// Whether it has one recorded run, so that it can be bound once.
+    pub(crate) fn records_once(&self) -> bool {
+        self.loaded.records_once
+    }
+
     /// A number for the CUDA graph of a binding; 0 would be ONNX Runtime's default for all.
     ///
     /// # Errors
@@ -235,25 +237,10 @@ impl Session {
 
     /// The error of a run.
     pub(crate) fn run_error(&self, error: &ort::Error) -> RuntimeError {
-        let reason = self.loaded.runtime.in_full(error);
-        ran_out(self.gpu(), &self.name, &reason)
-            .unwrap_or_else(|| RuntimeError::Run { program: self.name.clone(), reason })
+        let run =
+            || RuntimeError::Run { program: self.name.clone(), reason: self.loaded.runtime.in_full(error) };
+        ran_out(self.gpu(), &self.name, &error.to_string()).unwrap_or_else(run)
     }
-}
-
-/// What tells a program in memory from others with the same names inside: its bytes and its weights.
-fn identity(program: &OnnxProgram, weights: &Weights) -> String {
-    let weights = match weights {
-        Weights::Inside => String::new(),
-        // A file that cannot be read is refused by who reads it.
-        Weights::Directory(directory) => program
-            .weights_file
-            .as_ref()
-            .and_then(|file| sha256_file(directory.join(file)).ok())
-            .unwrap_or_default(),
-        Weights::Memory(bytes) => sha256_bytes(bytes),
-    };
-    sha256_bytes(format!("{} {weights}", sha256_bytes(&program.bytes)).as_bytes())
 }
 
 /// Memory of a GPU that ran out, told from ONNX Runtime's words or those of one of this crate's kernels.

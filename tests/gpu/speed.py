@@ -113,7 +113,7 @@ def turn(args, row, contender, failed):
     if contender.name in failed:
         return
     try:
-        with deadline(contender, args.setup_timeout * (6 if "tensorrt" in title else 1)):
+        with deadline(contender, args.setup_timeout):
             contender.samples += contender.run(row.count)[0]
     except (RuntimeError, OSError) as error:
         failed[contender.name] = str(error)

@@ -1,6 +1,6 @@
 //! Building an engine out of sight.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -147,35 +147,6 @@ impl EngineDraft {
                 Some(compiled.clone());
         }
         Ok(())
-    }
-
-    /// Takes over what a provider compiled of the programs of another engine, those files that `kept` says, where it
-    /// compiled all of the programs of this one; whether it did.
-    ///
-    /// # Errors
-    /// [`RuntimeError::Io`].
-    pub fn take_compiled(&mut self, other: &Engine, kept: impl Fn(&str) -> bool) -> Result<bool> {
-        let of_other = |p: &EngineProgram| {
-            let found = other.manifest.programs.iter().find(|q| q.name == p.name && q.batch == p.batch)?;
-            let mut compiled = found.compiled.clone()?;
-            compiled.files.retain(|file, _| kept(file));
-            compiled.files.contains_key(&compiled.file).then_some(compiled)
-        };
-        let Some(taken) = self.manifest.programs.iter().map(of_other).collect::<Option<Vec<_>>>() else {
-            return Ok(false);
-        };
-        // Programs may share them.
-        let mut files = BTreeSet::new();
-        for (program, compiled) in self.manifest.programs.iter_mut().zip(taken) {
-            files.extend(compiled.files.keys().cloned());
-            program.compiled = Some(compiled);
-        }
-        for file in files {
-            link_or_copy(other.directory.join(&file), self.work.path().join(&file))?;
-        }
-        // It tells of the nodes what what is compiled of them no longer does.
-        self.manifest.placements.clone_from(&other.manifest.placements);
-        Ok(true)
     }
 
     /// Adds a source's kernels, compiled for an architecture.

@@ -138,16 +138,11 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
         assert!(altered.contains("test-b1-compiled_1.engine has sha256"), "{altered}");
         fs::write(engine.join("test-b1-compiled_1.engine"), "engine").unwrap();
 
-        // The next engine takes over what does not depend on the weights, and machine code goes with it.
+        // Machine code goes with it.
         let place = dir.path().join("next");
-        let mut next =
-            EngineDraft::new(&place, &[(1, &program)], Some((&weights, stamp.clone())), notes()).unwrap();
-        assert!(!next.take_compiled(&opened, |file| file.ends_with(".engine")).unwrap(), "no model to load");
-        assert!(next.take_compiled(&opened, |file| file == "test-b1-compiled.onnx").unwrap());
+        let mut next = EngineDraft::new(&place, &[(1, &program)], Some((&weights, stamp)), notes()).unwrap();
         next.add_kernels(&RANDOM, Architecture::SM_90, b"code").unwrap();
         let manifest = next.publish().unwrap();
-        let compiled = manifest.programs[0].compiled.as_ref().unwrap();
-        assert_eq!(compiled.files.keys().collect::<Vec<_>>(), ["test-b1-compiled.onnx"]);
         assert_eq!(manifest.kernels[0].file, "random-sm_90.cubin");
         let next = Engine::open(&place).unwrap();
         next.verify().unwrap();
@@ -215,11 +210,6 @@ fn batch_sizes_share_what_was_compiled_of_the_open_program() {
         assert_eq!(manifest.programs[0].compiled, manifest.programs[1].compiled);
         let opened = Engine::open(&place).unwrap();
         opened.verify().unwrap();
-        // Built once more in its place, with what was compiled taken over.
-        let mut next = EngineDraft::new(&place, &[(1, &one), (4, &four)], None, notes()).unwrap();
-        next.add_open(&open).unwrap();
-        assert!(next.take_compiled(&opened, |_| true).unwrap());
-        next.publish().unwrap();
         let compiled = ["double.tensorrt.onnx", "double.tensorrt_1.engine"];
         let programs = ["double-b1.onnx", "double-b4.onnx", "double.onnx"];
         assert_eq!(files(&place), [&programs[..], &compiled, &["engine.json"]].concat());

@@ -13,6 +13,7 @@ use ort::value::{Outlet, TensorElementType, ValueType};
 use super::{Recording, SessionOptions, Weights, builder, load_error, ran_out};
 use crate::cuda::{Gpu, kernels};
 use crate::error::{Result, RuntimeError, nearest};
+use crate::file::sha256_bytes;
 use crate::library::Runtime;
 use crate::placement::refuse_none;
 use crate::provider::Provider;
@@ -57,7 +58,7 @@ pub(super) struct Loaded {
     /// Bindings made so far.
     graphs: AtomicU32,
     /// As [`Provider::records_once`].
-    records_once: bool,
+    pub(super) records_once: bool,
     pub(super) runtime: Arc<Runtime>,
 }
 
@@ -90,6 +91,7 @@ impl Loaded {
             tensorrt.weights_in_memory = program.weights_file.is_some();
         }
         let weights = read.as_ref().unwrap_or(weights);
+        options.provider = options.provider.identified(|| identity(program, weights));
         recorded(&options, Some(program.unrepeatable), |options, recording| {
             Self::load_as(runtime, program, weights, options, check_cuda, recording)
         })
@@ -119,9 +121,9 @@ impl Loaded {
         let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
         let inner = builder
             .commit_from_memory(program.bytes)
-            .map_err(|e| load_failed(gpu.as_ref(), program.name, &runtime.in_full(&e)))?;
+            .map_err(|e| load_failed(runtime, gpu.as_ref(), program.name, &e))?;
+        refuse_none(program.name, &options.provider, &inner, runtime)?;
         drop(turns);
-        refuse_none(program.name, &options.provider, &inner, &runtime.said_by_tensorrt())?;
         Self::new(runtime, program.name, inner, weights, gpu, recording, options)
     }
 
@@ -138,11 +140,10 @@ impl Loaded {
         let loaded = recorded(options, unrepeatable, |options, recording| {
             let (mut builder, gpu) = builder(runtime, options, &name)?;
             let turns = (runtime.loading(), gpu.as_ref().map(|gpu| gpu.turn()));
-            let inner = builder
-                .commit_from_file(path)
-                .map_err(|e| load_failed(gpu.as_ref(), &name, &runtime.in_full(&e)))?;
+            let inner =
+                builder.commit_from_file(path).map_err(|e| load_failed(runtime, gpu.as_ref(), &name, &e))?;
+            refuse_none(&name, &options.provider, &inner, runtime)?;
             drop(turns);
-            refuse_none(&name, &options.provider, &inner, &runtime.said_by_tensorrt())?;
             Self::new(runtime, &name, inner, &Weights::Inside, gpu, recording, options)
         })?;
         Ok((name, loaded))
@@ -191,8 +192,8 @@ impl Loaded {
     pub(super) fn next_graph(&self, program: &str) -> Result<u32> {
         let number = self.graphs.fetch_add(1, Ordering::Relaxed) + 1;
         if self.records_once && number > 1 {
-            let reason = "TensorRT keeps one recorded run of a session, and another binding has it: load the program once \
-                          more for this one, or leave CUDA graphs out";
+            let reason = "TensorRT keeps one recorded run of a session, and another binding has used it: load the program \
+                          once more for this one, or leave CUDA graphs out";
             return Err(RuntimeError::Run { program: program.to_owned(), reason: reason.to_owned() });
         }
         Ok(number)
@@ -232,6 +233,16 @@ impl Loaded {
     }
 }
 
+/// What tells a program in memory from others with the same names inside: its bytes and its weights.
+fn identity(program: &LoadedFrom<'_>, weights: &Weights) -> String {
+    let weights = match weights {
+        // What is in a folder was read before.
+        Weights::Inside | Weights::Directory(_) => String::new(),
+        Weights::Memory(bytes) => sha256_bytes(bytes),
+    };
+    sha256_bytes(format!("{} {weights}", sha256_bytes(program.bytes)).as_bytes())
+}
+
 /// Loads so that runs are recorded as CUDA graphs where that is asked for and is safe.
 fn recorded(
     options: &SessionOptions,
@@ -256,8 +267,9 @@ fn recorded(
     load(&SessionOptions { provider, ..options.clone() }, Recording::Refused(reason))
 }
 
-fn load_failed(gpu: Option<&Arc<Gpu>>, program: &str, reason: &str) -> RuntimeError {
-    ran_out(gpu, program, reason).unwrap_or_else(|| load_error(program, &reason))
+fn load_failed(runtime: &Runtime, gpu: Option<&Arc<Gpu>>, program: &str, error: &ort::Error) -> RuntimeError {
+    // TensorRT's own words tell of memory that ran out for kernels that it then did without.
+    ran_out(gpu, program, &error.to_string()).unwrap_or_else(|| load_error(program, &runtime.in_full(error)))
 }
 
 fn check<'l>(

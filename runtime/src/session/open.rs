@@ -67,6 +67,11 @@ impl OpenSession {
         Ok(Self { name, loaded: Arc::new(loaded) })
     }
 
+    /// Whether it has one recorded run, so that one view of it can be bound, once.
+    pub(crate) fn records_once(&self) -> bool {
+        self.loaded.records_once
+    }
+
     /// The program at one batch size, which is that of its inputs and outputs. Views share the loaded model, which stays
     /// as long as one of them does.
     ///

@@ -410,12 +410,7 @@ fn refuse_precision(config: &TrainConfig) -> Result<()> {
 }
 
 fn session_options(config: &TrainConfig) -> SessionOptions {
-    let provider = config.train.provider.clone();
-    let provider = match runtime::library::cache_directory() {
-        Some(cache) => provider.cached_in(&cache.join("tensorrt")),
-        None => provider,
-    };
-    let threads = config.train.threads;
+    let (threads, provider) = (config.train.threads, config.train.provider.clone());
     SessionOptions { threads, provider, ..SessionOptions::default() }
 }
 

@@ -12,7 +12,7 @@ use runtime::cuda::{Gpu, GpuInfo};
 use runtime::engine::{EngineDraft, EngineKey};
 use runtime::library::cache_directory;
 use runtime::provider::{ShapeProfile, TensorRtOptions};
-use runtime::{Device, Engine, Provider, RuntimeError, RuntimeOptions};
+use runtime::{Device, Provider, RuntimeError, RuntimeOptions};
 
 use crate::Usage;
 use crate::console;
@@ -45,9 +45,10 @@ impl fmt::Display for BuiltFor {
 /// How TensorRT builds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
 pub(super) struct ForTensorRt {
-    /// TensorRT: keep the weights out of what is built, so that new weights need no new build.
+    /// TensorRT: keep the weights out of what is built; they are filled in from the engine's own copy when it is loaded. Half
+    /// the disk space, and the same speed; other weights need another build.
     #[arg(long)]
-    refittable: bool,
+    strip_weights: bool,
     /// TensorRT: effort of its builder, from 0 (short build) to 5 (fast engine). Default TensorRT's own, 3.
     #[arg(long, value_parser = clap::value_parser!(u8).range(0..=5))]
     builder_level: Option<u8>,
@@ -61,8 +62,8 @@ impl ForTensorRt {
     fn given(self) -> Vec<(&'static str, String)> {
         let level = self.builder_level.map(|level| ("builder-level", level.to_string()));
         let workspace = self.workspace.map(|gib| ("workspace", gib.to_string()));
-        let refittable = self.refittable.then(|| ("refittable", true.to_string()));
-        [refittable, level, workspace].into_iter().flatten().collect()
+        let stripped = self.strip_weights.then(|| ("strip-weights", true.to_string()));
+        [stripped, level, workspace].into_iter().flatten().collect()
     }
 }
 
@@ -188,15 +189,6 @@ impl Target {
         Ok(())
     }
 
-    /// Takes over what TensorRT built without weights for an engine that differs in the weights alone; whether it did.
-    pub(super) fn take_compiled(&self, engine: &Engine, draft: &mut EngineDraft) -> anyhow::Result<bool> {
-        if !self.tensorrt.refittable {
-            return Ok(false);
-        }
-        // The engine is in its model; what was filled with the old weights stays behind.
-        Ok(draft.take_compiled(engine, |file| file.ends_with(".tensorrt.onnx"))?)
-    }
-
     /// The provider that loads a program for the first time, and the model that it writes of what it compiles. `file` is
     /// the program's; `profiles` are the shapes that it is for, where its batch size is open.
     ///
@@ -207,19 +199,18 @@ impl Target {
         file: &str,
         profiles: Vec<ShapeProfile>,
         directory: &Path,
-        refitted: bool,
     ) -> anyhow::Result<(Provider, Option<String>)> {
         let Some(Provider::TensorRt(options)) = &self.provider else {
             return Ok((self.provider.clone().unwrap_or_default(), None));
         };
         let stem = format!("{}.tensorrt", file.trim_end_matches(".onnx"));
-        let written = (!refitted).then(|| format!("{stem}.onnx"));
+        let written = format!("{stem}.onnx");
         let found = self.here.as_ref().map(architecture).transpose()?;
         let options = TensorRtOptions {
             timing_cache: cache_directory().map(|cache| cache.join("tensorrt")),
-            context_file: written.as_ref().map(|file| directory.join(file)),
+            context_file: Some(directory.join(&written)),
             engine_prefix: Some(stem),
-            weights_from: self.tensorrt.refittable.then(|| directory.to_path_buf()),
+            weights_from: self.tensorrt.strip_weights.then(|| directory.to_path_buf()),
             hardware_compatible: self.architecture < found,
             profiles,
             // Several batch sizes are tried on one engine, which has one recording.
@@ -229,7 +220,7 @@ impl Target {
         if let Some(folder) = &options.timing_cache {
             std::fs::create_dir_all(folder)?;
         }
-        Ok((Provider::TensorRt(options), written))
+        Ok((Provider::TensorRt(options), Some(written)))
     }
 }
 
@@ -242,33 +233,30 @@ fn architecture(gpu: &GpuInfo) -> anyhow::Result<Architecture> {
 mod tests {
     use super::*;
 
-    fn target(options: TensorRtOptions, wanted: (u32, u32), refittable: bool) -> Target {
+    fn target(options: TensorRtOptions, wanted: (u32, u32), strip_weights: bool) -> Target {
         let here = GpuInfo { ordinal: 0, name: "GPU".into(), compute_capability: (9, 0), memory_bytes: 1 };
         let architecture = Some(Architecture::of(wanted.0, wanted.1).unwrap());
-        let tensorrt = ForTensorRt { refittable, ..ForTensorRt::default() };
+        let tensorrt = ForTensorRt { strip_weights, ..ForTensorRt::default() };
         Target { provider: Some(Provider::TensorRt(options)), architecture, here: Some(here), tensorrt }
     }
 
     #[test]
     fn tensorrt_writes_its_engine_beside_the_program_and_keeps_its_measurements() {
         let place = Path::new("/engine");
-        let options = |target: &Target, refitted| match target
-            .building("step-b4.onnx", Vec::new(), place, refitted)
-            .unwrap()
-        {
+        let options = |target: &Target| match target.building("step-b4.onnx", Vec::new(), place).unwrap() {
             (Provider::TensorRt(options), written) => (options, written),
             other => panic!("{other:?}"),
         };
-        let (built, written) = options(&target(TensorRtOptions::default(), (9, 0), false), false);
+        let (built, written) = options(&target(TensorRtOptions::default(), (9, 0), false));
         assert_eq!(written.as_deref(), Some("step-b4.tensorrt.onnx"));
         assert_eq!(built.context_file.as_deref(), Some(Path::new("/engine/step-b4.tensorrt.onnx")));
         assert_eq!(built.engine_prefix.as_deref(), Some("step-b4.tensorrt"));
         assert!(built.timing_cache.is_some() && built.weights_from.is_none() && !built.hardware_compatible);
-        let (older, _) = options(&target(TensorRtOptions::default(), (8, 0), false), false);
+        let (older, _) = options(&target(TensorRtOptions::default(), (8, 0), false));
         assert!(older.hardware_compatible, "built on sm_90 for sm_80");
         let profile = ShapeProfile { input: "x".into(), min: vec![1], opt: vec![4], max: vec![4] };
         let all = target(TensorRtOptions::default(), (9, 0), false);
-        match all.building("step.onnx", vec![profile.clone()], place, false).unwrap() {
+        match all.building("step.onnx", vec![profile.clone()], place).unwrap() {
             (Provider::TensorRt(options), Some(written)) => {
                 assert_eq!(
                     (options.profiles.as_slice(), written.as_str()),
@@ -281,9 +269,8 @@ mod tests {
         assert!(!all.opens(ProgramKind::Step, &[4]));
         let emitted = Target { provider: None, ..all };
         assert!(!emitted.opens(ProgramKind::Step, &[1, 4]));
-        let (refitted, written) = options(&target(TensorRtOptions::default(), (9, 0), true), true);
-        assert!(written.is_none() && refitted.context_file.is_none());
-        assert_eq!(refitted.weights_from.as_deref(), Some(place));
+        let (stripped, _) = options(&target(TensorRtOptions::default(), (9, 0), true));
+        assert_eq!(stripped.weights_from.as_deref(), Some(place));
     }
 
     #[test]
@@ -293,7 +280,7 @@ mod tests {
         for (provider, wanted, tensorrt, part) in [
             ("cpu", sm_90, none, "--provider cuda"),
             ("none", sm_90, none, "--provider cuda"),
-            ("cuda", None, ForTensorRt { refittable: true, ..none }, "--refittable"),
+            ("cuda", None, ForTensorRt { strip_weights: true, ..none }, "--strip-weights"),
             ("cpu", None, ForTensorRt { builder_level: Some(5), ..none }, "--builder-level"),
             ("none", None, ForTensorRt { workspace: Some(4), ..none }, "--workspace"),
         ] {

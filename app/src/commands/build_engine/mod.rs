@@ -132,13 +132,7 @@ impl BuildEngineArgs {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
             Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
         }
-        let refitted = match (&known, differences.as_deref()) {
-            (Some(engine), Some([only])) if only.part == "weights" => {
-                target.take_compiled(engine, &mut draft)?
-            }
-            _ => false,
-        };
-        let reports = self.try_out(&target, &model, &mut draft, refitted, &mut stages)?;
+        let reports = self.try_out(&target, &model, &mut draft, &mut stages)?;
         stages.finish();
         if !reports.is_empty()
             && let Some(extra) = draft.manifest_mut().extra.as_object_mut()
@@ -149,7 +143,7 @@ impl BuildEngineArgs {
         if self.json {
             return console::json(&json!({
                 "engine": self.out, "emit_seconds": emit_seconds, "manifest": manifest, "first_runs": reports,
-                "up_to_date": false, "differences": differences, "refitted": refitted,
+                "up_to_date": false, "differences": differences,
             }));
         }
         for p in &manifest.programs {
@@ -213,11 +207,14 @@ impl BuildEngineArgs {
         key.set("validation", if self.no_validation { "off" } else { "on" });
         target.add_to(&mut key);
         for p in planned {
-            let bytes = p.graph.emit(Weights::Inputs)?.bytes;
-            key.set(p.file(), runtime::file::sha256_bytes(&bytes));
+            let emitted = p.graph.emit(Weights::Inputs)?;
+            let emitted = if self.inlines() { emitted.inlined()? } else { emitted };
+            key.set(p.file(), runtime::file::sha256_bytes(&emitted.bytes));
         }
         for p in open {
-            key.set(p.file(), runtime::file::sha256_bytes(&p.emit(Weights::Inputs)?.bytes));
+            let emitted = p.emit(Weights::Inputs)?;
+            let emitted = if self.inlines() { emitted.inlined()? } else { emitted };
+            key.set(p.file(), runtime::file::sha256_bytes(&emitted.bytes));
         }
         if let Some(stamp) = weights {
             key.set("weights", &stamp.sha256);

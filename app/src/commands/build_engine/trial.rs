@@ -35,7 +35,6 @@ impl BuildEngineArgs {
         target: &Target,
         model: &DitConfig,
         draft: &mut EngineDraft,
-        refitted: bool,
         stages: &mut Stages,
     ) -> anyhow::Result<Vec<Report>> {
         let Some(provider) = self.provider.0.as_ref().filter(|_| target.elsewhere().is_none()) else {
@@ -46,19 +45,15 @@ impl BuildEngineArgs {
         let mut reports = Vec::new();
         for group in manifest.programs.chunk_by(|a, b| a.name == b.name) {
             let [EngineProgram { name, .. }, ..] = group else { continue };
-            let batches: Vec<usize> = group.iter().map(|p| p.batch).collect();
             let open = manifest.open_programs.iter().find(|p| p.name == *name);
             let (mut shared, mut shared_seconds) = (Vec::new(), 0.0);
             if let Some(open) = open {
                 let form = Form { file: &open.file, programs: group, shapes: profiles(group) };
                 let load: Load<'_> = &|engine, options| {
-                    if refitted {
-                        return engine.sessions(&runtime, name, &batches, options);
-                    }
                     let session = engine.open_session(&runtime, name, options)?;
                     group.iter().map(|p| session.at(&p.inputs, &p.outputs)).collect()
                 };
-                (shared, shared_seconds) = self.load(target, draft, &form, refitted, stages, load)?;
+                (shared, shared_seconds) = self.load(target, draft, &form, stages, load)?;
             }
             // TensorRT compiles one of the two only.
             let fixed = open.is_none() || !matches!(provider, Provider::TensorRt(_));
@@ -68,7 +63,7 @@ impl BuildEngineArgs {
                     let form = Form { file: &p.file, programs: std::slice::from_ref(p), shapes: Vec::new() };
                     let load: Load<'_> =
                         &|engine, options| engine.sessions(&runtime, name, &[p.batch], options);
-                    (forms, load_seconds) = self.load(target, draft, &form, refitted, stages, load)?;
+                    (forms, load_seconds) = self.load(target, draft, &form, stages, load)?;
                 }
                 forms.extend(shared.get(i).cloned());
                 let case = Case {
@@ -93,14 +88,13 @@ impl BuildEngineArgs {
         target: &Target,
         draft: &mut EngineDraft,
         form: &Form<'_>,
-        refitted: bool,
         stages: &mut Stages,
         load: Load<'_>,
     ) -> anyhow::Result<(Vec<Arc<Session>>, f64)> {
         stages.begin(Stage::Load, form.file);
         let start = Instant::now();
         let shapes = form.shapes.clone();
-        let (provider, compiled) = target.building(form.file, shapes, draft.directory(), refitted)?;
+        let (provider, compiled) = target.building(form.file, shapes, draft.directory())?;
         let wanted = provider.onnx_runtime_name();
         let options = SessionOptions {
             threads: self.machine.threads,
@@ -114,7 +108,7 @@ impl BuildEngineArgs {
             let batches: Vec<usize> = form.programs.iter().map(|p| p.batch).collect();
             draft.add_compiled(&first.name, &batches, &file)?;
         }
-        if let Some(session) = sessions.first().filter(|_| !refitted) {
+        if let Some(session) = sessions.first() {
             let placement = session.placement()?.summary(wanted);
             draft.manifest_mut().placements.insert(form.file.to_owned(), placement);
         }

@@ -1,7 +1,7 @@
 // Stands in for TensorRT 10 on a machine without a GPU, below ONNX Runtime's real TensorRT provider. An engine here is the ONNX
 // model that the provider hands to the parser; ONNX Runtime's CPU kernels compute it, in f32, on the stand-in driver's memory
 // and in the order of its streams. What TensorRT would refuse is refused: operators and types that its parser does not take,
-// shapes outside a profile, an engine of another GPU or version, weights that were left out. Nothing is said here of speed, nor
+// shapes outside a profile, weights that were left out, and, where an engine was built to take its own back, other weights. Nothing is said here of speed, nor
 // of what TensorRT's own kernels compute.
 //
 // Classes of TensorRT's interface are an object with a table of virtual functions and a pointer to a second object, whose
@@ -160,7 +160,8 @@ struct Range { std::vector<int64_t> min, opt, max; };
 struct Plan {
   std::string model;
   std::map<std::string, Range> profile;
-  uint64_t stripped = 0, compatible = 0, capability = 80;
+  uint64_t stripped = 0, compatible = 0;
+  std::map<std::string, uint64_t> own;  // sums of the weights that were left out, where no others may come in their place
 };
 const std::string MAGIC = "stand-in for a TensorRT 10.16 engine\n";
 std::string serialized(const Plan &p) {
@@ -168,7 +169,12 @@ std::string serialized(const Plan &p) {
   onnx::put(out, 1, p.model);
   onnx::put(out, 2, p.stripped);
   onnx::put(out, 3, p.compatible);
-  onnx::put(out, 4, p.capability);
+  for (const auto &[name, sum] : p.own) {
+    std::string one;
+    onnx::put(one, 1, name);
+    onnx::put(one, 2, sum);
+    onnx::put(out, 4, one);
+  }
   for (const auto &[name, range] : p.profile) {
     std::string one;
     onnx::put(one, 1, name);
@@ -190,7 +196,11 @@ Plan deserialized(const char *data, size_t bytes) {
       case 1: p.model = f.text(); break;
       case 2: p.stripped = f.value; break;
       case 3: p.compatible = f.value; break;
-      case 4: p.capability = f.value; break;
+      case 4: {
+        std::string name;
+        onnx::each(f.data, f.bytes, [&](const onnx::Field &part) { if (part.number == 1) name = part.text(); else p.own[name] = part.value; });
+        break;
+      }
       case 5: {
         std::string name;
         Range range;
@@ -207,6 +217,12 @@ Plan deserialized(const char *data, size_t bytes) {
 }
 // Whether TensorRT could fill the weight in later: it is of floats, and not a constant of a few elements.
 bool weight(const onnx::Tensor &t) { return class_of(t.type) == FLOATS && t.raw.size() > 64; }
+
+uint64_t sum_of(const std::string &bytes) {
+  uint64_t sum = 1469598103934665603u;
+  for (const char c : bytes) sum = (sum ^ uint8_t(c)) * 1099511628211u;
+  return sum;
+}
 
 struct Memory : Class<Memory> {
   std::string bytes;
@@ -341,7 +357,7 @@ struct Config : Class<Config> {
 };
 
 // Flags of the builder and of a network.
-enum { FP16 = 0, TF32 = 6, BF16 = 17, STRIP_PLAN = 19, STRONGLY_TYPED = 1 };
+enum { FP16 = 0, TF32 = 6, BF16 = 17, STRIP_PLAN = 19, REFIT_IDENTICAL = 20, STRONGLY_TYPED = 1 };
 
 struct Builder : Class<Builder> {
   void *logger = nullptr;
@@ -387,6 +403,7 @@ struct Builder : Class<Builder> {
         const onnx::Tensor t = onnx::tensor_of(message);
         std::string out;
         weights += weight(t);
+        if (weight(t) && config.flags >> REFIT_IDENTICAL & 1) plan.own[t.name] = sum_of(t.raw);
         onnx::each(message.data, message.bytes, [&](const onnx::Field &f) { if (f.number != 9 || !weight(t)) onnx::put(out, f); });
         return out;
       });
@@ -514,6 +531,11 @@ struct Engine : Class<Engine> {
       const auto found = given.find(t.name);
       if (wanted && (found == given.end() || found->second.empty())) {
         if (absent.count(t.name)) { complain(logger, "no weights for " + t.name); whole = false; }
+      }
+      const auto own = plan.own.find(t.name);
+      if (wanted && found != given.end() && own != plan.own.end() && own->second != sum_of(found->second)) {
+        complain(logger, "weights of " + t.name + " are not those of the build, which was for identical ones");
+        whole = false;
       }
       std::string out;
       const bool fill = wanted && found != given.end() && !found->second.empty();
@@ -717,7 +739,6 @@ struct Loader : Class<Loader> {
             auto engine = std::make_unique<Engine>();
             engine->logger = loader.logger;
             engine->open(deserialized(blob, bytes));
-            if (engine->plan.capability != 80 && !engine->plan.compatible) throw std::runtime_error("the engine is for another GPU");
             tell("{\"loaded\":" + std::to_string(bytes) + ",\"without_weights\":" + std::to_string(engine->absent.size()) + "}");
             return engine.release();
           } catch (const std::exception &e) {

@@ -42,8 +42,8 @@ pub struct SessionOptions {
     /// Graph rewriting. TensorRT gets the graph as emitted.
     pub optimization: Optimization,
     /// Run `mudit` ops by this crate's kernels, on the CPU and on CUDA; otherwise by the function bodies inside the model.
-    /// TensorRT gets programs without such ops. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or more: a session of a
-    /// program with such ops that cannot have them is refused.
+    /// TensorRT gets programs without such ops. On CUDA the kernels need NVRTC and a GPU of compute capability 8.0 or
+    /// more: a session of a program with such ops that cannot have them is refused.
     pub native_kernels: bool,
     /// Let idle threads spin before they sleep: faster steps, but a core is busy while it waits.
     pub spinning: bool,

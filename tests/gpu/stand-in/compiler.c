@@ -52,7 +52,10 @@ int nvrtcDestroyProgram(struct program **program) {
 int nvrtcCompileProgram(struct program *program, int count, const char *const *options) {
   FORWARD((struct program *, int, const char *const *), "nvrtcCompileProgram", program, count, options);
   int architecture = 0;
-  for (int i = 0; i < count; i++) architecture |= !strcmp(options[i], "--gpu-architecture=sm_80");
+  char wanted[40];
+  const char *capability = getenv("MUDIT_STAND_IN_CAPABILITY");
+  snprintf(wanted, sizeof wanted, "--gpu-architecture=sm_%s", capability ? capability : "80");
+  for (int i = 0; i < count; i++) architecture |= !strcmp(options[i], wanted);
   if (!architecture) { program->log = "not for the stand-in's architecture"; return INVALID_OPTION; }
   if (!program->whole) { program->log = "not a source of ours"; return COMPILATION; }
   return OK;

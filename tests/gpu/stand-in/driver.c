@@ -1,4 +1,5 @@
-/* Stands in for NVIDIA's driver library on a machine without a GPU: one device that says it is of compute capability 8.0.
+/* Stands in for NVIDIA's driver library on a machine without a GPU: one device that says it is of compute capability 8.0, or
+ * of the one in MUDIT_STAND_IN_CAPABILITY (90 is 9.0).
  * Its memory is the host's, copies are copies. mudit's kernels run, compiled for the host or as PTX; those of NVIDIA's libraries and
  * of ONNX Runtime compute nothing. What is queued on a stream is done at once, or, on the streams whose numbers (from 1, in
  * the order of their making) MUDIT_STAND_IN_LATE holds, as late as the program's own waits allow: a wait that is missing then
@@ -130,6 +131,12 @@ static size_t total(void) {
   return limit ? strtoull(limit, 0, 10) : 80ull << 30;
 }
 
+/* 80 is 8.0. */
+int stand_in_capability(void) {
+  const char *given = getenv("MUDIT_STAND_IN_CAPABILITY");
+  return given ? atoi(given) : 80;
+}
+
 int cuInit(unsigned flags) { return OK; }
 int cuDriverGetVersion(int *version) { *version = 13000; return OK; }
 int cuDeviceGetCount(int *count) { *count = 1; return OK; }
@@ -141,8 +148,8 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     case 1: *value = 1024; break;    /* threads of a block */
     case 10: *value = 32; break;     /* threads of a warp */
     case 16: *value = 108; break;    /* multiprocessors */
-    case 75: *value = 8; break;      /* compute capability, major */
-    case 76: *value = 0; break;      /* and minor */
+    case 75: *value = stand_in_capability() / 10; break; /* compute capability, major */
+    case 76: *value = stand_in_capability() % 10; break; /* and minor */
     case 97: *value = 166912; break; /* shared memory of a block, on request */
     case 115: *value = 0; break;     /* memory pools */
     default: *value = 1;

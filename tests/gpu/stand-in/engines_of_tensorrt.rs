@@ -132,6 +132,29 @@ fn checkpoint_of_fused_heads(folder: &Path) {
 }
 
 #[test]
+fn an_engine_for_older_gpus_is_built_on_a_newer_one() {
+    let Some((stage, folder)) = stage_and_folder("engines of TensorRT for other GPUs") else { return };
+    let folder = folder.path();
+    let on = |capability: &str, line: &str| {
+        command(stage, folder, line).env("MUDIT_STAND_IN_CAPABILITY", capability).output().unwrap()
+    };
+    let build = format!("{BUILD} --program step --batch 2 --for sm_80 --out e");
+    let built = on("90", &build);
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let [built] = noted(folder, "built").try_into().unwrap();
+    assert_eq!(built["compatible"], json!(1), "{built}");
+    for capability in ["90", "80"] {
+        forget(folder);
+        let sampled = on(capability, "sample --offline --engine e --steps 2 --count 2 --out s.npz");
+        assert!(sampled.status.success(), "{}", String::from_utf8_lossy(&sampled.stderr));
+        assert!(noted(folder, "built").is_empty() && !noted(folder, "ran").is_empty(), "{capability}");
+    }
+    let newer = on("80", &build.replace("sm_80", "sm_90"));
+    let words = String::from_utf8_lossy(&newer.stderr);
+    assert!(!newer.status.success() && words.contains("build for sm_90 on such a machine"), "{words}");
+}
+
+#[test]
 fn samples_of_engines_are_the_cpus() {
     samples_are_the_cpus(&|_| ());
 }

@@ -225,6 +225,11 @@ fn fused_ops_are_nodes_of_the_cuda_provider_as_ptx() {
 }
 
 #[test]
+fn fused_ops_compute_what_the_interpreter_computes_as_ptx_for_newer_gpus() {
+    proven_as_ptx("proofs::fused_ops", &[("MUDIT_STAND_IN_CAPABILITY", "90")]);
+}
+
+#[test]
 fn noise_and_update_have_the_hosts_bits_as_ptx() {
     proven_as_ptx("proofs::noise", &[]);
     proven_as_ptx("proofs::update", &[]);

@@ -20,6 +20,7 @@ _Bool stand_in_records(void *);
 int stand_in_record(void *, int);
 int stand_in_recorded(void **);
 int stand_in_play(void *, void *);
+int stand_in_capability(void);
 int stand_in_queue(void *, void (*)(void *), const void *, size_t);
 int cuCtxSetCurrent(void *);
 int cuDevicePrimaryCtxRetain(void **, int);
@@ -50,7 +51,7 @@ int cudaGetDeviceProperties(char *record, int device) {
   *(int *)(record + 320) = 1024;       /* threads of a block */
   memcpy(record + 324, (int[]){1024, 1024, 64}, 12);
   memcpy(record + 336, (int[]){2147483647, 65535, 65535}, 12);
-  memcpy(record + 360, (int[]){8, 0}, 8); /* compute capability */
+  memcpy(record + 360, (int[]){stand_in_capability() / 10, stand_in_capability() % 10}, 8);
   *(int *)(record + 384) = 108;        /* multiprocessors */
   *(int *)(record + 596) = 40 << 20;   /* second-level cache */
   *(int *)(record + 604) = 2048;       /* threads of a multiprocessor */

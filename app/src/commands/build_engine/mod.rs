@@ -125,8 +125,7 @@ impl BuildEngineArgs {
         let file = parameters.as_ref().map(|w| w.file.as_path());
         let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
         for program in &open {
-            let emitted = program.emit(initializers(parameters.as_ref()))?;
-            draft.add_open(&if self.inlines() { emitted.inlined()? } else { emitted })?;
+            draft.add_open(&self.emitted_open(program, initializers(parameters.as_ref()))?)?;
         }
         if let Some(architecture) = target.kernels() {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
@@ -207,13 +206,11 @@ impl BuildEngineArgs {
         key.set("validation", if self.no_validation { "off" } else { "on" });
         target.add_to(&mut key);
         for p in planned {
-            let emitted = p.graph.emit(Weights::Inputs)?;
-            let emitted = if self.inlines() { emitted.inlined()? } else { emitted };
+            let emitted = self.emitted(p, Weights::Inputs)?;
             key.set(p.file(), runtime::file::sha256_bytes(&emitted.bytes));
         }
         for p in open {
-            let emitted = p.emit(Weights::Inputs)?;
-            let emitted = if self.inlines() { emitted.inlined()? } else { emitted };
+            let emitted = self.emitted_open(p, Weights::Inputs)?;
             key.set(p.file(), runtime::file::sha256_bytes(&emitted.bytes));
         }
         if let Some(stamp) = weights {

@@ -1,6 +1,6 @@
 //! From the options to graphs, and from graphs to ONNX.
 
-use graph_builder::{Graph, NativeKernel, OnnxProgram, Precision, Weights};
+use graph_builder::{Graph, NativeKernel, OnnxProgram, OpenProgram, Precision, Weights};
 use models::{DitConfig, ProgramKind, program};
 use runtime::Provider;
 use runtime::cuda::kernels;
@@ -93,8 +93,24 @@ impl BuildEngineArgs {
     }
 
     /// Whether the programs are to have no functions.
-    pub(super) fn inlines(&self) -> bool {
+    fn inlines(&self) -> bool {
         self.provider.0.as_ref().is_some_and(Provider::reads_single_nodes)
+    }
+
+    /// A program as its provider reads it.
+    pub(super) fn emitted(&self, planned: &Planned, weights: Weights<'_>) -> anyhow::Result<OnnxProgram> {
+        let program = planned.graph.emit(weights)?;
+        Ok(if self.inlines() { program.inlined()? } else { program })
+    }
+
+    /// [`Self::emitted`] for all batch sizes.
+    pub(super) fn emitted_open(
+        &self,
+        planned: &PlannedOpen,
+        weights: Weights<'_>,
+    ) -> anyhow::Result<OpenProgram> {
+        let program = planned.emit(weights)?;
+        Ok(if self.inlines() { program.inlined()? } else { program })
     }
 
     pub(super) fn emit(
@@ -107,8 +123,7 @@ impl BuildEngineArgs {
         for p in planned {
             stages.begin(Stage::Emit, &p.file());
             let how = initializers(weights.filter(|_| !p.kind.feeds_parameters()));
-            let emitted = p.graph.emit(how)?;
-            let emitted = if self.inlines() { emitted.inlined()? } else { emitted };
+            let emitted = self.emitted(p, how)?;
             // Only the CUDA provider runs mudit's kernels; everybody else runs the function bodies.
             if matches!(self.provider.0, Some(Provider::Cuda(_))) {
                 emitted.check_cuda(&kernels::kernel_for)?;

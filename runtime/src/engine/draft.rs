@@ -17,15 +17,13 @@ use crate::file::{link_or_copy, sha256_bytes, sha256_file, sync_directory, write
 
 /// Begins the names of drafts' directories.
 const DRAFT: &str = ".engine-";
-/// The file in a draft that tells that somebody is at work.
-const LOCK: &str = ".lock";
 
 /// An engine in a temporary directory beside its place: it can be opened and run, and is gone when it is dropped.
 #[derive(Debug)]
 pub struct EngineDraft {
     target: PathBuf,
     work: TempDir,
-    /// Locked as long as the draft is at work.
+    /// The directory, locked as long as somebody is at work in it.
     lock: File,
     manifest: EngineManifest,
 }
@@ -48,9 +46,7 @@ impl EngineDraft {
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(create)?;
         remove_abandoned(parent);
-        let work = tempfile::Builder::new().prefix(DRAFT).tempdir_in(parent).map_err(create)?;
-        let lock = File::create(work.path().join(LOCK)).map_err(create)?;
-        lock.lock().map_err(create)?;
+        let (work, lock) = locked_directory(parent).map_err(create)?;
         let weights = match (weights, weights_name) {
             (Some((file, source)), Some(name)) => Some(place_weights(file, source, work.path(), name)?),
             _ => None,
@@ -181,14 +177,13 @@ impl EngineDraft {
         self.write_manifest()?;
         let Self { target, work, lock, manifest } = self;
         let create = |e| RuntimeError::io("create", &target, e);
-        fs::remove_file(work.path().join(LOCK)).map_err(create)?;
-        drop(lock);
         if target.exists() {
             replace_files(work.path(), &target, &manifest)?;
         } else {
             make_public(work.path()).map_err(create)?;
             fs::rename(work.path(), &target).map_err(create)?;
         }
+        drop(lock);
         sync_directory(parent(&target))?;
         Ok(manifest)
     }
@@ -216,14 +211,32 @@ impl EngineDraft {
     }
 }
 
+/// A new directory for a draft, which no other build takes for abandoned.
+fn locked_directory(parent: &Path) -> std::io::Result<(TempDir, File)> {
+    loop {
+        let work = tempfile::Builder::new().prefix(DRAFT).tempdir_in(parent)?;
+        match File::open(work.path()) {
+            Ok(lock) => {
+                // Where a file system has no locks, nobody can take one on a draft to remove it, either.
+                drop(lock.lock());
+                if work.path().exists() {
+                    return Ok((work, lock));
+                }
+            }
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+            Err(_) => {}
+        }
+        // Another build has found it before it was locked, and removed it.
+    }
+}
+
 /// Removes the drafts that killed builds have left: those that nobody has locked. What cannot be removed stays: it is no
 /// reason not to build.
 fn remove_abandoned(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(DRAFT)) {
-        // Without the file it is another build's that has only just begun.
-        let Ok(lock) = File::open(entry.path().join(LOCK)) else { continue };
-        if lock.try_lock().is_ok() {
+        let Ok(directory) = File::open(entry.path()) else { continue };
+        if directory.try_lock().is_ok() {
             drop(fs::remove_dir_all(entry.path()));
         }
     }

@@ -364,6 +364,7 @@ fn whole_programs() {
             (ProgramKind::DenoiseCfg, Guidance::First(3)),
             (ProgramKind::Step, Guidance::All),
             (ProgramKind::StepRows, Guidance::Off),
+            (ProgramKind::TrainStep, Guidance::Off),
         ] {
             let graph = program(&model, kind, 2, guidance).unwrap().optimised().unwrap();
             let name = format!("{kind}, {guidance:?}, {precision}");

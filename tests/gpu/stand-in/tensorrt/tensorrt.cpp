@@ -1,21 +1,19 @@
 // Stands in for TensorRT 10 on a machine without a GPU, below ONNX Runtime's real TensorRT provider. An engine here is the ONNX
 // model that the provider hands to the parser; ONNX Runtime's CPU kernels compute it, in f32, on the stand-in driver's memory
 // and in the order of its streams. What TensorRT would refuse is refused: operators and types that its parser does not take,
-// shapes outside a profile, weights that were left out, and, where an engine was built to take its own back, other weights. Nothing is said here of speed, nor
-// of what TensorRT's own kernels compute.
+// shapes outside a profile, weights that were left out, and, where an engine was built to take its own back, other weights.
+// Nothing is said here of speed, nor of what TensorRT's own kernels compute.
 //
 // Classes of TensorRT's interface are an object with a table of virtual functions and a pointer to a second object, whose
 // table holds the functions; the places in the tables are those of TensorRT 10.16's headers. A function that the provider asks
 // for and that is not here ends the process with its place.
 //
-// Each build, load, refit and run is a line of JSON in the file that MUDIT_STAND_IN_TENSORRT names. What is built lasts as long
-// as MUDIT_STAND_IN_TENSORRT_SECONDS says; MUDIT_STAND_IN_TENSORRT_FAILS makes builds fail, and with
-// MUDIT_STAND_IN_TENSORRT_REFUSES the parser takes nothing.
+// Each build, load, refit and run is a line of JSON in the file that MUDIT_STAND_IN_TENSORRT names.
+// MUDIT_STAND_IN_TENSORRT_FAILS makes builds fail, and with MUDIT_STAND_IN_TENSORRT_REFUSES the parser takes nothing.
 #include <dlfcn.h>
-#include <unistd.h>
 
+#include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -33,11 +31,11 @@ namespace {
 
 // --- Tables of virtual functions.
 template <int I, int N> void missing() {
-  static const char *const interfaces[] = {"IBuilder", "INetworkDefinition", "IBuilderConfig", "IOptimizationProfile", "IRuntime", "ICudaEngine", "IExecutionContext", "IHostMemory", "ITensor", "ITimingCache", "IRefitter", "ISerializationConfig", "IParser", "IParserRefitter", "IPluginRegistry", "IParserError"};
+  static const char *const interfaces[] = {"IBuilder", "INetworkDefinition", "IBuilderConfig", "IOptimizationProfile", "IRuntime", "ICudaEngine", "IExecutionContext", "IHostMemory", "ITensor", "ITimingCache", "IRefitter", "ISerializationConfig", "IParser", "IParserRefitter", "IPluginRegistry"};
   fprintf(stderr, "the stand-in for TensorRT has no function %d of %s\n", N, interfaces[I]);
   abort();
 }
-enum Interface { BUILDER, NETWORK, CONFIG, PROFILE, RUNTIME, ENGINE, CONTEXT, MEMORY, TENSOR, TIMINGS, REFITTER, SERIALIZATION, PARSER, PARSER_REFITTER, REGISTRY, PARSER_ERROR };
+enum Interface { BUILDER, NETWORK, CONFIG, PROFILE, RUNTIME, ENGINE, CONTEXT, MEMORY, TENSOR, TIMINGS, REFITTER, SERIALIZATION, PARSER, PARSER_REFITTER, REGISTRY };
 using Table = std::array<void *, 128>;
 template <int I, int... N> constexpr Table all_missing(std::integer_sequence<int, N...>) { return {reinterpret_cast<void *>(missing<I, N>)...}; }
 struct Slot { int place; void *function; };
@@ -357,7 +355,7 @@ struct Config : Class<Config> {
 };
 
 // Flags of the builder and of a network.
-enum { FP16 = 0, TF32 = 6, BF16 = 17, STRIP_PLAN = 19, REFIT_IDENTICAL = 20, STRONGLY_TYPED = 1 };
+enum { FP16 = 0, BF16 = 17, STRIP_PLAN = 19, REFIT_IDENTICAL = 20, STRONGLY_TYPED = 1 };
 
 struct Builder : Class<Builder> {
   void *logger = nullptr;
@@ -395,7 +393,6 @@ struct Builder : Class<Builder> {
     }
     size_t measured = 0;
     if (config.timings) { for (const std::string &w : work) measured += config.timings->known.insert(w).second; } else measured = work.size();
-    if (const char *seconds = getenv("MUDIT_STAND_IN_TENSORRT_SECONDS")) usleep(useconds_t(atof(seconds) * 1e6));
     plan.model = network.bytes;
     size_t weights = 0;
     if (plan.stripped) {
@@ -412,8 +409,7 @@ struct Builder : Class<Builder> {
     for (const auto &[name, range] : plan.profile)
       profile += (profile.empty() ? "" : ",") + quoted(name) + ":[" + listed(range.min) + "," + listed(range.opt) + "," + listed(range.max) + "]";
     std::ostringstream line;
-    line << "{\"built\":{\"nodes\":" << network.model.nodes.size() << ",\"strongly_typed\":" << ((network.flags >> STRONGLY_TYPED & 1) ? "true" : "false")
-         << ",\"network_flags\":" << network.flags << ",\"flags\":" << config.flags << ",\"level\":" << config.level << ",\"compatible\":" << config.compatible << ",\"workspace\":"
+    line << "{\"built\":{\"nodes\":" << network.model.nodes.size() << ",\"network_flags\":" << network.flags << ",\"flags\":" << config.flags << ",\"level\":" << config.level << ",\"compatible\":" << config.compatible << ",\"workspace\":"
          << (config.pools.count(0) ? int64_t(config.pools.at(0)) : -1) << ",\"profile\":{" << profile << "},\"measured\":" << measured
          << ",\"stripped_weights\":" << weights << ",\"model_bytes\":" << network.bytes.size() << "}}";
     tell(line.str());

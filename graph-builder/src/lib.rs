@@ -52,7 +52,9 @@ mod verify;
 pub use builder::{Builder, Scope};
 pub use error::GraphError;
 pub use graph::{Dim, Graph, Init, Parameter};
-pub use onnx::{ExternalTensor, NativeCall, NativeKernel, OpenDim, OpenProgram, OpenSpec, Weights};
+pub use onnx::{
+    ExternalTensor, NativeCall, NativeKernel, NativeName, OpenDim, OpenProgram, OpenSpec, Weights,
+};
 pub use op::{Cost, Op};
 pub use ops::activation::Activation;
 pub use ops::patch::PatchOrder;

@@ -1,20 +1,24 @@
-"""Compares emitted programs, run by stock onnxruntime without any custom operator, with a fixture.
+"""Compares emitted programs, run by other software without any custom operator, with a fixture.
 
-    python parity.py ENGINE_DIR FIXTURE_DIR [--guided-channels 3|4] [--tolerance 1e-4] [--all]
+    python parity.py ENGINE_DIR FIXTURE_DIR [--reader onnxruntime|onnxslim|openvino] [--guided-channels 3|4]
+                     [--tolerance 1e-4] [--all]
 
 ENGINE_DIR is what `mudit build-engine --weights FIXTURE_DIR/weights.safetensors` wrote; every `<program>-b<N>.onnx` in it
-of the programs denoise, denoise-cfg and train-step is compared. Batches that are not the fixture's are handled: rows
-are repeated to fill one, losses and gradients of several are averaged. Prints the relative L2 error of each output
-(of gradients the worst five, or all with --all). Exit 1 if one is above the tolerance, not finite or missing.
+of the programs denoise, denoise-cfg, step-rows and train-step is compared. Batches that are not the fixture's are handled:
+rows are repeated to fill one, losses and gradients of several are averaged. `step-rows` is not in the fixture: its answers
+on drawn inputs are kept in ENGINE_DIR by the first run, and later runs (by another version, another reader) are compared
+with them. Readers: the onnxruntime that is installed; the same after onnxslim has rewritten the file; OpenVINO (which wants
+programs built with --inline). Prints the relative L2 error of each output (of gradients the worst five, or all with --all).
+Exit 1 if one is above the tolerance, not finite or missing.
 """
 import argparse
 import json
 import pathlib
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
-import onnxruntime as ort
 from safetensors.numpy import load_file
 
 GUIDANCE = 4.0
@@ -28,24 +32,56 @@ def relative(got, expected):
     return float(error / max(np.linalg.norm(expected.astype(np.float64).ravel()), 1e-300))
 
 
-class Program:
-    def __init__(self, path, batch):
+class OnnxRuntime:
+    """A file or a model's bytes in the onnxruntime that is installed."""
+
+    def __init__(self, model):
+        import onnxruntime as ort
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.batch = batch
+        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.inputs = {i.name: i.shape for i in self.session.get_inputs()}
+
+    def run(self, feeds):
+        return dict(zip(self.outputs, self.session.run(None, feeds)))
+
+
+class OpenVino:
+    def __init__(self, path):
+        import openvino
+        core = openvino.Core()
+        # Its own choice on this CPU may be bf16.
+        self.model = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self.inputs = {i.any_name: list(i.shape) for i in self.model.inputs}
+
+    def run(self, feeds):
+        results = self.model(feeds)
+        return {o.any_name: results[o] for o in self.model.outputs}
+
+
+def slimmed(path):
+    import onnxslim
+    return OnnxRuntime(onnxslim.slim(path).SerializeToString())
+
+
+READERS = {"onnxruntime": OnnxRuntime, "onnxslim": slimmed, "openvino": OpenVino}
+
+
+class Program:
+    def __init__(self, path, batch, reader):
+        self.path, self.batch = path, batch
+        self.loaded = READERS[reader](str(path))
+        self.inputs = self.loaded.inputs
 
     def run(self, feeds):
         unknown = sorted(set(self.inputs) - set(feeds))
         if unknown:
-            raise SystemExit(f"{self.session._model_path}: inputs that this check cannot feed: {', '.join(unknown)}")
-        feeds = {k: v for k, v in feeds.items() if k in self.inputs}
-        return dict(zip(self.outputs, self.session.run(None, feeds)))
+            raise SystemExit(f"{self.path}: inputs that this check cannot feed: {', '.join(unknown)}")
+        return self.loaded.run({k: v for k, v in feeds.items() if k in self.inputs})
 
     def scalars(self):
-        return {k: np.ones(i.shape, np.float32) for k, i in self.inputs.items() if k.startswith("hp.")}
+        return {k: np.ones(shape, np.float32) for k, shape in self.inputs.items() if k.startswith("hp.")}
 
 
 def sampled(program, rows):
@@ -97,7 +133,34 @@ def check_train_step(program, fixture, a):
         yield f"{extra} (not a parameter of the fixture)", np.full(1, np.nan), np.zeros(1)
 
 
-CHECKS = {"denoise": check_denoise, "denoise-cfg": check_denoise_cfg, "train-step": check_train_step}
+def check_step_rows(program, fixture, a):
+    """Two guided images and one that is not (a row of which another is the unguided one has that row as its pair)."""
+    shapes, n, draw = program.inputs, program.batch, np.random.default_rng(0)
+    normal = lambda name: draw.normal(size=shapes[name]).astype(np.float32)
+    classes = fixture["config"]["num_classes"]
+    pair = np.arange(n)
+    pair[:n // 2] += n // 2
+    feeds = dict(x=normal("x"), t=np.linspace(3, 990, n, dtype=np.float32), coef=0.3 * normal("coef"),
+                 noise=normal("noise"), history=normal("history"), pair=pair,
+                 y=np.where(pair == np.arange(n), classes, np.arange(n) % classes),
+                 guidance=np.full(n, GUIDANCE, np.float32))
+    got = program.run(feeds)
+    kept = program.path.with_suffix(".answers.npz")
+    if not kept.is_file():
+        np.savez(kept, **got)
+    for name, value in np.load(kept).items():
+        yield name, got.get(name), value
+
+
+CHECKS = {"denoise": check_denoise, "denoise-cfg": check_denoise_cfg, "step-rows": check_step_rows,
+          "train-step": check_train_step}
+
+
+def installed(package):
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def load_fixture(folder):
@@ -110,6 +173,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("engine", type=pathlib.Path)
     ap.add_argument("fixture", type=pathlib.Path)
+    ap.add_argument("--reader", choices=READERS, default="onnxruntime")
     ap.add_argument("--guided-channels", type=int, choices=(3, 4), default=3, help="as denoise-cfg was built")
     ap.add_argument("--tolerance", type=float, default=1e-4)
     ap.add_argument("--all", action="store_true", help="print every gradient")
@@ -125,9 +189,10 @@ def main():
     if not programs:
         raise SystemExit(f"{a.engine}: none of {', '.join(f'{n}-b<N>.onnx' for n in CHECKS)} is there")
     bad = 0
-    print(f"onnxruntime {ort.__version__}, tolerance {a.tolerance:g}")
+    versions = [f"{name} {version(name)}" for name in dict.fromkeys(["onnxruntime", a.reader]) if installed(name)]
+    print(f"{', '.join(versions)}, tolerance {a.tolerance:g}")
     for name, batch, path in programs:
-        program = Program(path, batch)
+        program = Program(path, batch, a.reader)
         rows = []
         for output, got, expected in CHECKS[name](program, fixture, a):
             rows.append((output, float("inf") if got is None else relative(got, expected), got is None))

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use onnx_protobuf::{AttributeProto, ModelProto, NodeProto};
 use protobuf::Message;
 
-use super::DOMAIN;
+use super::{DOMAIN, NativeName};
 use crate::error::{GraphError, Result};
 use crate::program::OnnxProgram;
 use crate::shape::{DType, Shape, Type};
@@ -30,9 +30,9 @@ pub enum NativeKernel {
 }
 
 impl NativeCall<'_> {
-    /// Name of the op.
+    /// Name of the op, whichever of its bodies is called.
     pub fn op(&self) -> &str {
-        &self.node.op_type
+        NativeName::parse(&self.node.op_type).map_or(&self.node.op_type, |name| name.op)
     }
 
     /// Element type of the first operand, by which the kernel is chosen.

@@ -3,14 +3,13 @@
 use onnx_protobuf::{FunctionProto, NodeProto};
 
 use super::message::{raw_tensor, tensor_type};
+use super::native_name::NativeName;
 use super::{Attribute, DOMAIN};
 use crate::shape::{DType, Type};
 
 /// A function of the domain `mudit` under construction.
 pub(crate) struct FunctionBody {
-    name: &'static str,
-    overload: &'static str,
-    dtype: DType,
+    name: NativeName,
     message: FunctionProto,
 }
 
@@ -19,32 +18,28 @@ impl FunctionBody {
     pub(crate) fn new(name: &'static str, inputs: &[&str], attributes: &[&str]) -> Self {
         let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect();
         let message = FunctionProto {
-            name: name.into(),
             domain: DOMAIN.into(),
             input: owned(inputs),
             attribute: owned(attributes),
             ..FunctionProto::default()
         };
-        Self { name, overload: "", dtype: DType::F32, message }
+        Self { name: NativeName { op: name, variant: "", dtype: DType::F32 }, message }
     }
 
     /// The body for operands and results of this type; [`Self::wide`] and [`Self::narrow`] know it from here on.
     pub(crate) fn of(self, dtype: DType) -> Self {
-        Self { dtype, ..self }
+        Self { name: NativeName { dtype, ..self.name }, ..self }
     }
 
-    /// One of several bodies of the op: a body cannot branch on an attribute or on an absent operand.
-    pub(crate) fn overload(self, overload: &'static str) -> Self {
-        Self { overload, ..self }
+    /// One of several bodies of the op, by a word of [`super::NATIVE_OPS`]: a body cannot branch on an attribute or on an
+    /// absent operand.
+    pub(crate) fn variant(self, variant: &'static str) -> Self {
+        Self { name: NativeName { variant, ..self.name }, ..self }
     }
 
-    /// What tells the body from the model's others: name of the op and of the overload. A body with a type in it has
-    /// the type's name at the end of its own.
-    pub(crate) fn key(&self) -> (&'static str, String) {
-        let dtype = if self.dtype == DType::F32 { String::new() } else { self.dtype.to_string() };
-        let words = [self.overload, &dtype];
-        let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
-        (self.name, words.join("."))
+    /// What tells the body from the model's others.
+    pub(crate) fn name(&self) -> NativeName {
+        self.name
     }
 
     /// The value in f32.
@@ -54,11 +49,11 @@ impl FunctionBody {
 
     /// An f32 value in the body's type.
     pub(crate) fn narrow(&mut self, x: &str) -> String {
-        self.cast(x, self.dtype)
+        self.cast(x, self.name.dtype)
     }
 
     fn cast(&mut self, x: &str, to: DType) -> String {
-        if self.dtype == DType::F32 {
+        if self.name.dtype == DType::F32 {
             return x.to_owned();
         }
         self.node_with("Cast", &[x], vec![Attribute::int("to", tensor_type(to))])
@@ -95,11 +90,11 @@ impl FunctionBody {
 
     /// [`Self::rounded_result`] of a node with attributes.
     pub(crate) fn rounded_result_with(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) {
-        if self.dtype == DType::F32 {
+        if self.name.dtype == DType::F32 {
             return self.result_with(op_type, inputs, attributes);
         }
         let answer = self.node_with(op_type, inputs, attributes);
-        self.result_with("Cast", &[&answer], vec![Attribute::int("to", tensor_type(self.dtype))]);
+        self.result_with("Cast", &[&answer], vec![Attribute::int("to", tensor_type(self.name.dtype))]);
     }
 
     /// An f32 scalar.
@@ -131,8 +126,7 @@ impl FunctionBody {
     }
 
     pub(crate) fn into_message(self) -> FunctionProto {
-        let (_, overload) = self.key();
-        FunctionProto { overload, ..self.message }
+        FunctionProto { name: self.name.to_string(), ..self.message }
     }
 
     fn value(&mut self, tensor: onnx_protobuf::TensorProto) -> String {
@@ -141,6 +135,8 @@ impl FunctionBody {
 
     fn push(&mut self, op_type: &str, inputs: &[&str], output: Vec<String>, attributes: Vec<Attribute>) {
         self.message.node.push(NodeProto {
+            // ONNX Runtime before 1.22 refuses models whose nodes have one name after its rewrites, which extend names.
+            name: format!("{op_type}_{}", self.message.node.len()),
             op_type: op_type.into(),
             input: inputs.iter().map(ToString::to_string).collect(),
             output,

@@ -39,8 +39,7 @@ fn without_functions(program: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     let emit = |reason: String| GraphError::Emit { graph: program.to_owned(), reason };
     let mut model = ModelProto::parse_from_bytes(bytes).map_err(|e| emit(e.to_string()))?;
     let functions = std::mem::take(&mut model.functions);
-    let bodies: BTreeMap<(&str, &str), &FunctionProto> =
-        functions.iter().map(|f| ((f.name.as_str(), f.overload.as_str()), f)).collect();
+    let bodies: BTreeMap<&str, &FunctionProto> = functions.iter().map(|f| (f.name.as_str(), f)).collect();
     let graph = model.graph.mut_or_insert_default();
     let mut nodes = Vec::with_capacity(graph.node.len());
     for node in std::mem::take(&mut graph.node) {
@@ -48,7 +47,7 @@ fn without_functions(program: &str, bytes: &[u8]) -> Result<Vec<u8>> {
             nodes.push(node);
             continue;
         }
-        let body = bodies.get(&(node.op_type.as_str(), node.overload.as_str()));
+        let body = bodies.get(node.op_type.as_str());
         let body =
             body.ok_or_else(|| emit(format!("it has no function for {} {}", node.op_type, node.name)))?;
         nodes.extend(expanded(&node, body));

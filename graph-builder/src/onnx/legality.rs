@@ -136,7 +136,7 @@ fn check(program: &Program<'_>, bytes: &[u8], inputs: &[(&str, DType)], native: 
         types.insert(&tensor.name, program.dtype(i64::from(tensor.data_type))?);
     }
     types.extend(inputs.iter().copied());
-    let functions = model.functions.iter().map(|f| ((f.name.as_str(), f.overload.as_str()), f)).collect();
+    let functions = model.functions.iter().map(|f| (f.name.as_str(), f)).collect();
     let check = Check { program, functions, native };
     // Nodes stand in an order for execution; every operand is made by an earlier node but for that.
     for node in &model.graph.node {
@@ -175,7 +175,7 @@ struct Layer<'a> {
 
 struct Check<'a> {
     program: &'a Program<'a>,
-    functions: BTreeMap<(&'a str, &'a str), &'a FunctionProto>,
+    functions: BTreeMap<&'a str, &'a FunctionProto>,
     native: Native<'a>,
 }
 
@@ -199,7 +199,7 @@ impl<'a> Check<'a> {
 
     /// The types of the results of a fused op; its body is checked unless our own kernel runs.
     fn call(&self, node: &NodeProto, operands: &[DType], layer: &Layer<'_>) -> Result<Vec<DType>> {
-        let Some(body) = self.functions.get(&(node.op_type.as_str(), node.overload.as_str())) else {
+        let Some(body) = self.functions.get(node.op_type.as_str()) else {
             return Err(self.program.broken(format!("`{}` has no function body", layer.node)));
         };
         let shapes = shapes(node, self.program.operands);
@@ -305,7 +305,7 @@ mod tests {
         assert!(refusal.starts_with("program `checked`: Log of `blocks.3.mlp/Log."), "{refusal}");
         assert!(refusal.contains("has no CUDA kernel for bf16, only for f32, f16"), "{refusal}");
         let inside = checked(|_, x| x.cast(DType::Bf16).patchify(2, crate::PatchOrder::ChannelsFirst));
-        assert!(inside.unwrap_err().to_string().contains("(in the body of Patchify)"));
+        assert!(inside.unwrap_err().to_string().contains("(in the body of PatchifyBf16)"));
     }
 
     #[test]
@@ -322,9 +322,9 @@ mod tests {
             program.check_cuda(&kernel).map_err(|e| e.to_string())
         };
         native(NativeKernel::Own).unwrap();
-        assert!(native(NativeKernel::Body).unwrap_err().contains("in the body of Patchify"));
+        assert!(native(NativeKernel::Body).unwrap_err().contains("in the body of PatchifyBf16"));
         let refusal = native(NativeKernel::Unfit("it is too small".to_owned())).unwrap_err();
-        assert!(refusal.starts_with("program `native`: Patchify of `"), "{refusal}");
+        assert!(refusal.starts_with("program `native`: PatchifyBf16 of `"), "{refusal}");
         assert!(refusal.contains("CUDA kernel: it is too small; use provider `cpu`"), "{refusal}");
     }
 

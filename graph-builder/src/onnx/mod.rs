@@ -9,6 +9,7 @@ mod function;
 mod inline;
 pub mod legality;
 mod message;
+mod native_name;
 mod open;
 mod origin;
 
@@ -21,6 +22,7 @@ pub use self::call::{NativeCall, NativeKernel};
 pub(crate) use self::function::FunctionBody;
 pub(crate) use self::message::{Attribute, tensor_type};
 use self::message::{external_tensor, raw_tensor, value_info};
+pub use self::native_name::{NATIVE_OPS, NativeName};
 pub use self::open::{BATCH_AXIS, OpenDim, OpenProgram, OpenSpec};
 use crate::error::{GraphError, Result};
 use crate::graph::{Graph, ValueId};
@@ -74,7 +76,7 @@ pub(crate) struct Emitter<'a> {
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
     shared: BTreeSet<String>,
-    functions: BTreeMap<(&'static str, String), FunctionProto>,
+    functions: BTreeMap<NativeName, FunctionProto>,
     /// Types of the operands of fused ops, by name.
     operands: BTreeMap<String, Type>,
 }
@@ -102,22 +104,22 @@ impl Emitter<'_> {
 
     /// One ONNX node that gives the answer of the current node.
     pub(crate) fn node(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<Attribute>) {
-        self.push((op_type, "", ""), inputs.iter().map(ToString::to_string).collect(), attributes);
+        self.push((op_type, ""), inputs.iter().map(ToString::to_string).collect(), attributes);
     }
 
     /// One ONNX node whose inputs are the current node's operands.
     pub(crate) fn same(&mut self, op_type: &str, attributes: Vec<Attribute>) {
-        self.push((op_type, "", ""), self.args(), attributes);
+        self.push((op_type, ""), self.args(), attributes);
     }
 
     /// A fused op of our own domain, with its function body.
     pub(crate) fn native(&mut self, body: FunctionBody, attributes: Vec<Attribute>) {
-        let (name, overload) = body.key();
-        self.functions.entry((name, overload.clone())).or_insert_with(|| body.into_message());
+        let name = body.name();
+        self.functions.entry(name).or_insert_with(|| body.into_message());
         for i in 0..self.arity() {
             self.operands.insert(self.arg(i).to_owned(), self.arg_type(i).clone());
         }
-        self.push((name, DOMAIN, &overload), self.args(), attributes);
+        self.push((&name.to_string(), DOMAIN), self.args(), attributes);
     }
 
     /// The current node as an initializer.
@@ -160,17 +162,11 @@ impl Emitter<'_> {
         (0..count).map(|i| self.parts.get(&(self.current, i)).cloned().unwrap_or_else(|| unused(i))).collect()
     }
 
-    fn push(
-        &mut self,
-        (op_type, domain, overload): (&str, &str, &str),
-        input: Vec<String>,
-        attributes: Vec<Attribute>,
-    ) {
+    fn push(&mut self, (op_type, domain): (&str, &str), input: Vec<String>, attributes: Vec<Attribute>) {
         self.nodes.push(NodeProto {
             name: origin::node_name(self.graph, self.current, op_type),
             op_type: op_type.into(),
             domain: domain.into(),
-            overload: overload.into(),
             input,
             output: self.outputs(),
             attribute: attributes.into_iter().map(Attribute::into_message).collect(),
@@ -249,7 +245,7 @@ impl Graph {
         }
         let outputs: Vec<TensorSpec> =
             self.outputs.iter().map(|(n, id)| spec(n, self.type_of(*id))).collect();
-        let native_ops: BTreeSet<&str> = emitter.functions.keys().map(|(name, _)| *name).collect();
+        let native_ops: BTreeSet<&str> = emitter.functions.keys().map(|name| name.op).collect();
         let native_ops = native_ops.into_iter().map(str::to_owned).collect();
         let native_operands = std::mem::take(&mut emitter.operands);
         let bytes = self.message(emitter, &inputs, &outputs)?;

@@ -30,11 +30,11 @@ impl Activation {
         Attribute::text("activation", name)
     }
 
-    /// Name of the function body that applies it; bodies cannot branch on an attribute.
-    pub(crate) fn overload(self) -> &'static str {
+    /// What the name of the function body that applies it says of it; bodies cannot branch on an attribute.
+    pub(crate) fn variant(self) -> &'static str {
         match self {
             Self::None => "",
-            Self::Gelu => "gelu",
+            Self::Gelu => "Gelu",
         }
     }
 

@@ -130,9 +130,9 @@ impl Rules for Attention {
         let size = emitter.arg_type(0).shape.0[2] / 3 / self.heads;
         // As one op where TensorRT has a kernel for it: elsewhere it refuses the op, and only the op.
         let one_kernel = (16..=256).contains(&size) && size.is_multiple_of(8);
-        let overload = if dtype == DType::F32 || one_kernel { "" } else { "products" };
+        let variant = if dtype == DType::F32 || one_kernel { "" } else { "Products" };
         let f = FunctionBody::new("Attention", &["qkv"], &["heads", "scale"]);
-        let mut f = f.of(dtype).overload(overload);
+        let mut f = f.of(dtype).variant(variant);
         let [q, k, v] = head_nodes(&mut f);
         // (N, H, T, K)
         let mixed = if dtype == DType::F32 || !one_kernel {

@@ -115,7 +115,7 @@ impl Rules for Linear {
         let mut f = f.of(emitter.dtype());
         let [product, bias] = linear_nodes(&mut f, self.activation, "x");
         f.result("Add", &[&product, &bias]);
-        emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
+        emitter.native(f.variant(self.activation.variant()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
         eval_linear(self.activation, args, out)
@@ -169,7 +169,7 @@ impl Rules for LinearGradInput {
         } else {
             f.result("MatMul", &["ct", "weight"]);
         }
-        emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
+        emitter.native(f.variant(self.activation.variant()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
         let product = filled(&out.shape, matrix(args[0]).dot(&matrix(args[1])));
@@ -220,7 +220,7 @@ impl Rules for LinearGradWeight {
         f.result_with("Gemm", &[&ct, &x], vec![Attribute::int("transA", 1)]);
         let (ct, rows) = (f.wide(&ct), f.int_list(&[0]));
         f.rounded_result_with("ReduceSum", &[&ct, &rows], vec![Attribute::int("keepdims", 0)]);
-        emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
+        emitter.native(f.variant(self.activation.variant()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
         let x = operand(out.dtype, self.activation.eval(args[1]));
@@ -274,7 +274,7 @@ impl Rules for LinearGateResidual {
         let branch = f.node("Add", &[&product, &bias]);
         let gated = f.node("Mul", &[&gate, &branch]);
         f.rounded_result("Add", &[&x, &gated]);
-        emitter.native(f.overload(self.activation.overload()), vec![self.activation.attribute()]);
+        emitter.native(f.variant(self.activation.variant()), vec![self.activation.attribute()]);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
         args[0] + expand(args[1], &out.shape) * eval_linear(self.activation, &args[2..], out)

@@ -110,13 +110,13 @@ impl Rules for LayerNormModulateGrad {
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let residual = emitter.arity() == 4;
-        let (inputs, overload): (&[&str], _) = if residual {
-            (&["x", "scale", "ct", "residual"], "residual")
+        let (inputs, variant): (&[&str], _) = if residual {
+            (&["x", "scale", "ct", "residual"], "Residual")
         } else {
             (&["x", "scale", "ct"], "")
         };
         let f = FunctionBody::new("LayerNormModulateGrad", inputs, &["epsilon"]);
-        let mut f = f.of(emitter.dtype()).overload(overload);
+        let mut f = f.of(emitter.dtype()).variant(variant);
         let [x, scale, ct] = ["x", "scale", "ct"].map(|v| f.wide(v));
         let (last, tokens, one) = (f.int_list(&[-1]), f.int_list(&[1]), f.scalar(1.0));
         let (normal, deviation) = normalised(&mut f, &x, &last);

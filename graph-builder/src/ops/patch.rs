@@ -25,11 +25,11 @@ impl PatchOrder {
         }
     }
 
-    /// Name of the function body of the order; bodies cannot branch on an attribute.
-    fn overload(self) -> &'static str {
+    /// What the name of the function body says of the order; bodies cannot branch on an attribute.
+    fn variant(self) -> &'static str {
         match self {
             Self::ChannelsFirst => "",
-            Self::ChannelsLast => "channels_last",
+            Self::ChannelsLast => "ChannelsLast",
         }
     }
 
@@ -112,7 +112,8 @@ impl Rules for Patchify {
         vec![Grad::Value(ct.unpatchify(self.patch, self.order, args[0].dim(2), args[0].dim(3)))]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("Patchify", &["x"], &["patch", "channels_last"]);
+        let f = FunctionBody::new("Patchify", &["x"], &["patch", "channels_last"]);
+        let mut f = f.of(emitter.dtype());
         let swap = |perm: &[i64]| vec![Attribute::ints("perm", perm.to_vec())];
         let deep = f.node_with("SpaceToDepth", &["x"], vec![Attribute::int_of("blocksize", "patch")]);
         let flat = f.int_list(&[0, 0, -1]);
@@ -130,7 +131,7 @@ impl Rules for Patchify {
                 f.result("Reshape", &[&rows, &flat]);
             }
         }
-        emitter.native(f.overload(self.order.overload()), self.order.attributes(self.patch));
+        emitter.native(f.variant(self.order.variant()), self.order.attributes(self.patch));
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
         let mut answer = Array::zeros(out.shape.dims());
@@ -170,7 +171,7 @@ impl Rules for Unpatchify {
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
         let attributes = ["patch", "channels_last", "height", "width"];
-        let mut f = FunctionBody::new("Unpatchify", &["x"], &attributes);
+        let mut f = FunctionBody::new("Unpatchify", &["x"], &attributes).of(emitter.dtype());
         let columns = f.node_with("Transpose", &["x"], vec![Attribute::ints("perm", vec![0, 2, 1])]);
         let [height, width, side] = ["height", "width", "patch"].map(|name| f.int_attribute(name));
         let (same, rows) = (f.int_list(&[0, 0]), f.node("Div", &[&height, &side]));
@@ -188,7 +189,7 @@ impl Rules for Unpatchify {
             Attribute::int("height", self.height as i64),
             Attribute::int("width", self.width as i64),
         ]);
-        emitter.native(f.overload(self.order.overload()), attributes);
+        emitter.native(f.variant(self.order.variant()), attributes);
     }
     fn eval(&self, args: &[&Array], out: &Type) -> Array {
         Array::from_shape_fn(out.shape.dims(), |at| {

@@ -127,7 +127,7 @@ impl Rules for After {
         vec![Grad::Value(ct), Grad::Zero]
     }
     fn emit(&self, emitter: &mut Emitter<'_>) {
-        let mut f = FunctionBody::new("After", &["x", "token"], &[]);
+        let mut f = FunctionBody::new("After", &["x", "token"], &[]).of(emitter.dtype());
         f.result("Identity", &["x"]);
         emitter.native(f, vec![]);
     }

@@ -24,6 +24,7 @@ mod simd;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use graph_builder::{DType, NativeName};
 use ort::operator::OperatorDomain;
 
 use operator::NativeOp;
@@ -57,7 +58,8 @@ pub(crate) fn count(op: Op) {
 
 /// The domain with all kernels, for one session.
 pub(crate) fn domain() -> ort::Result<OperatorDomain> {
-    Op::ALL.into_iter().try_fold(OperatorDomain::new(DOMAIN)?, |domain, op| domain.add(NativeOp(op)))
+    let named = |op: Op| NativeName::of(op.name(), DType::F32).map(move |name| NativeOp::new(op, name));
+    Op::ALL.into_iter().flat_map(named).try_fold(OperatorDomain::new(DOMAIN)?, OperatorDomain::add)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use graph_builder::NativeName;
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
 };
@@ -20,7 +21,17 @@ use super::{count, gelu, rows};
 /// Elements that one thread takes at a time, about: small enough to stay in its cache, large enough to be worth it.
 const GRAIN: usize = 16 * 1024;
 
-pub(super) struct NativeOp(pub(super) Op);
+/// An op under one of its names.
+pub(super) struct NativeOp {
+    op: Op,
+    name: String,
+}
+
+impl NativeOp {
+    pub(super) fn new(op: Op, name: NativeName) -> Self {
+        Self { op, name: name.to_string() }
+    }
+}
 
 impl Source for KernelContext<'_> {
     fn float(&self, name: &str) -> Option<f32> {
@@ -89,28 +100,28 @@ impl Operator for NativeOp {
     type Kernel<'attr> = NativeKernel;
 
     fn name(&self) -> &str {
-        self.0.name()
+        &self.name
     }
 
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        inputs(self.0, TensorElementType::Float32)
+        inputs(self.op, TensorElementType::Float32)
     }
 
     fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
-        outputs(self.0, TensorElementType::Float32)
+        outputs(self.op, TensorElementType::Float32)
     }
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        infer_shape(self.0, context)
+        infer_shape(self.op, context)
     }
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<NativeKernel> {
-        let attributes = Attributes::read(self.0, context).map_err(ort::Error::new)?;
-        let frozen = self.0.weight().and_then(|index| {
+        let attributes = Attributes::read(self.op, context).map_err(ort::Error::new)?;
+        let frozen = self.op.weight().and_then(|index| {
             let weight = context.constant_input::<DynValueTypeMarker>(index).ok()?;
             weight.try_extract_tensor::<f32>().ok().map(|(_, values)| Frozen::new(values))
         });
-        Ok(NativeKernel { op: self.0, attributes, _frozen: frozen })
+        Ok(NativeKernel { op: self.op, attributes, _frozen: frozen })
     }
 }
 

@@ -94,7 +94,7 @@ impl BuildEngineArgs {
 
     /// Whether the programs are to have no functions.
     fn inlines(&self) -> bool {
-        self.provider.0.as_ref().is_some_and(Provider::reads_single_nodes)
+        self.inline || self.provider.0.as_ref().is_some_and(Provider::reads_single_nodes)
     }
 
     /// A program as its provider reads it.

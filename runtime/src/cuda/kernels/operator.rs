@@ -1,8 +1,8 @@
-//! The `mudit` ops on ONNX Runtime's CUDA provider: names, shapes and attributes of the CPU's, in three element types.
+//! The `mudit` ops on ONNX Runtime's CUDA provider: shapes and attributes of the CPU's, in three element types.
 
 use std::sync::Arc;
 
-use graph_builder::DType;
+use graph_builder::{DType, NativeName};
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput,
     ShapeInferenceContext,
@@ -26,10 +26,12 @@ pub(crate) fn domain(gpu: &Arc<Gpu>, options: &CudaOptions) -> ort::Result<Opera
     // must have memory of its own.
     let pool = options.cuda_graph.then(Arc::default);
     let shared = Shared { gpu: gpu.clone(), tf32: options.tf32, pool };
-    let all =
-        Op::ALL.into_iter().flat_map(|op| [DType::F32, DType::Bf16, DType::F16].map(|dtype| (op, dtype)));
-    all.fold(OperatorDomain::new(DOMAIN), |domain, (op, dtype)| {
-        domain?.add(CudaOperator { op, dtype, shared: shared.clone() })
+    let named = |op: Op| {
+        let types = [DType::F32, DType::Bf16, DType::F16];
+        types.into_iter().flat_map(move |dtype| NativeName::of(op.name(), dtype)).map(move |name| (op, name))
+    };
+    Op::ALL.into_iter().flat_map(named).try_fold(OperatorDomain::new(DOMAIN)?, |domain, (op, name)| {
+        domain.add(CudaOperator { op, dtype: name.dtype, name: name.to_string(), shared: shared.clone() })
     })
 }
 
@@ -52,10 +54,11 @@ impl Shared {
     }
 }
 
-/// An op of one element type.
+/// An op of one element type, under one of its names.
 struct CudaOperator {
     op: Op,
     dtype: DType,
+    name: String,
     shared: Shared,
 }
 
@@ -73,7 +76,7 @@ impl Operator for CudaOperator {
     type Kernel<'attr> = CudaKernel;
 
     fn name(&self) -> &str {
-        self.op.name()
+        &self.name
     }
 
     fn execution_provider_type(&self) -> Option<&str> {

@@ -13,7 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use draft::EngineDraft;
+pub use draft::{EngineDraft, WeightsFile};
 pub use key::{EngineKey, KeyDifference};
 pub use manifest::{
     CompiledFile, CompiledProgram, EngineKernels, EngineManifest, EngineOpenProgram, EngineProgram,

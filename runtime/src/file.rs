@@ -86,20 +86,43 @@ pub fn sync_directory(directory: impl AsRef<Path>) -> Result<()> {
     File::open(directory).and_then(|d| d.sync_all()).map_err(|e| RuntimeError::io("sync", directory, e))
 }
 
-/// Gives a file a second name; where the two places are on different file systems, copies and syncs it.
+/// How a large file gets to a second place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// A file of its own: blocks are shared until one of the two is written to, where the file system can do that, else
+    /// copied.
+    #[default]
+    Copy,
+    /// A second name of the same file, which is made read-only: whoever writes to one writes to both.
+    HardLink,
+}
+
+/// Puts a file at a second place, with its time of change.
 ///
 /// # Errors
-/// [`RuntimeError::Io`] when `from` cannot be read or `to` cannot be made or already exists.
-pub fn link_or_copy(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
+/// [`RuntimeError::Io`] when `from` cannot be read or `to` cannot be made or already exists; for a hard link also when the
+/// two places are on different file systems.
+pub fn place_file(from: impl AsRef<Path>, to: impl AsRef<Path>, how: Placement) -> Result<()> {
     let (from, to) = (from.as_ref(), to.as_ref());
-    let source = fs::canonicalize(from).map_err(|e| RuntimeError::io("read", from, e))?;
-    if fs::hard_link(&source, to).is_ok() {
-        return Ok(());
-    }
+    let unreadable = |e| RuntimeError::io("read", from, e);
+    let source = fs::canonicalize(from).map_err(unreadable)?;
+    let metadata = fs::metadata(&source).map_err(unreadable)?;
     let failed = |e| RuntimeError::io("write", to, e);
-    let mut reader = File::open(&source).map_err(|e| RuntimeError::io("read", from, e))?;
-    let mut writer = File::create_new(to).map_err(failed)?;
-    io::copy(&mut reader, &mut writer).and_then(|_| writer.sync_all()).map_err(|e| {
+    if to.symlink_metadata().is_ok() {
+        return Err(failed(io::ErrorKind::AlreadyExists.into()));
+    }
+    if how == Placement::HardLink {
+        fs::hard_link(&source, to).map_err(|e| RuntimeError::io("hard-link", to, e))?;
+        let mut permissions = metadata.permissions();
+        permissions.set_readonly(true);
+        return fs::set_permissions(to, permissions).map_err(failed);
+    }
+    let copied = reflink_copy::reflink_or_copy(&source, to).and_then(|_| {
+        let file = File::open(to)?;
+        file.set_modified(metadata.modified()?)?;
+        file.sync_all()
+    });
+    copied.map_err(|e| {
         // The half-written copy is of no use to anyone; failing to remove it changes nothing in the report.
         let _ = fs::remove_file(to);
         failed(e)
@@ -215,14 +238,35 @@ mod tests {
     }
 
     #[test]
-    fn link_or_copy_follows_symlinks_and_refuses_to_overwrite() {
+    fn a_placed_file_follows_symlinks_keeps_its_time_and_overwrites_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
-        fs::write(&from, "x").unwrap();
-        link_or_copy(&from, &to).unwrap();
-        assert_eq!(fs::read(&to).unwrap(), b"x");
-        assert!(link_or_copy(&from, &to).is_err());
-        assert_eq!(fs::read(&to).unwrap(), b"x");
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("a"), "x").unwrap();
+        std::os::unix::fs::symlink(at("a"), at("link")).unwrap();
+        let modified = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+        for how in [Placement::Copy, Placement::HardLink] {
+            let to = at(&format!("{how:?}"));
+            place_file(at("link"), &to, how).unwrap();
+            assert_eq!((fs::read(&to).unwrap(), modified(&to)), (b"x".to_vec(), modified(&at("a"))));
+            assert!(place_file(at("a"), &to, how).is_err());
+            assert!(place_file(at("nothing"), at("new"), how).is_err() && !at("new").exists());
+        }
+        fs::remove_file(at("HardLink")).unwrap();
+    }
+
+    #[test]
+    fn whoever_writes_to_a_copy_leaves_the_first_file_alone_and_a_link_is_read_only() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("a"), "x").unwrap();
+        place_file(at("a"), at("copy"), Placement::Copy).unwrap();
+        fs::OpenOptions::new().append(true).open(at("copy")).unwrap().write_all(b"more").unwrap();
+        assert_eq!(fs::read(at("a")).unwrap(), b"x");
+        assert_eq!(fs::metadata(at("copy")).unwrap().nlink(), 1);
+        place_file(at("a"), at("link"), Placement::HardLink).unwrap();
+        let link = fs::metadata(at("link")).unwrap();
+        assert!(link.nlink() == 2 && link.permissions().readonly());
     }
 
     #[test]

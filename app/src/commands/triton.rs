@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use graph_builder::{DType, OnnxProgram, TensorSpec};
-use runtime::file::{link_or_copy, sync_directory, write_atomically};
+use runtime::file::{Placement, place_file, sync_directory, write_atomically};
 
 /// Writes `repository/<program>-b<batch>/{config.pbtxt,1/model.onnx,1/<weights>}` for each program; returns the folders
 /// of the models.
@@ -18,7 +18,7 @@ use runtime::file::{link_or_copy, sync_directory, write_atomically};
 pub(super) fn write_repository(
     repository: &Path,
     programs: &[(usize, &OnnxProgram)],
-    weights: Option<&Path>,
+    weights: Option<(&Path, Placement)>,
 ) -> anyhow::Result<Vec<PathBuf>> {
     ensure!(
         !repository.exists(),
@@ -39,8 +39,8 @@ pub(super) fn write_repository(
         let version = whole.join(&name).join("1");
         fs::create_dir_all(&version).with_context(place)?;
         write_atomically(version.join("model.onnx"), |w| w.write_all(&program.bytes))?;
-        if let (Some(file), Some(source)) = (&program.weights_file, weights) {
-            link_or_copy(source, version.join(file))?;
+        if let (Some(file), Some((source, placement))) = (&program.weights_file, weights) {
+            place_file(source, version.join(file), placement)?;
         }
         let config = config(&name, program);
         write_atomically(whole.join(&name).join("config.pbtxt"), |w| w.write_all(config.as_bytes()))?;

@@ -13,10 +13,21 @@ use super::{
 };
 use crate::cuda::kernels::{Architecture, Source};
 use crate::error::{Result, RuntimeError};
-use crate::file::{link_or_copy, sha256_bytes, sha256_file, sync_directory, write_atomically};
+use crate::file::{Placement, place_file, sha256_bytes, sha256_file, sync_directory, write_atomically};
 
 /// Begins the names of drafts' directories.
 const DRAFT: &str = ".engine-";
+
+/// The weights of an engine to be.
+#[derive(Clone, Debug)]
+pub struct WeightsFile<'a> {
+    /// The file that programs point into.
+    pub file: &'a Path,
+    /// The file that it was made from.
+    pub source: FileStamp,
+    /// How it gets into the engine.
+    pub placement: Placement,
+}
 
 /// An engine in a temporary directory beside its place: it can be opened and run, and is gone when it is dropped.
 #[derive(Debug)]
@@ -29,15 +40,14 @@ pub struct EngineDraft {
 }
 
 impl EngineDraft {
-    /// Writes the programs, and the weights under the file name that the programs point into: hard-linked, or copied
-    /// across file systems. `source` is the file that the weights were made from.
+    /// Writes the programs, and the weights under the file name that the programs point into.
     ///
     /// # Errors
     /// [`RuntimeError::Io`]; [`RuntimeError::Engine`] when the programs and the weights do not fit together.
     pub fn new(
         directory: impl AsRef<Path>,
         programs: &[(usize, &OnnxProgram)],
-        weights: Option<(&Path, FileStamp)>,
+        weights: Option<WeightsFile<'_>>,
         notes: EngineNotes,
     ) -> Result<Self> {
         let target = directory.as_ref().to_path_buf();
@@ -48,7 +58,7 @@ impl EngineDraft {
         remove_abandoned(parent);
         let (work, lock) = locked_directory(parent).map_err(create)?;
         let weights = match (weights, weights_name) {
-            (Some((file, source)), Some(name)) => Some(place_weights(file, source, work.path(), name)?),
+            (Some(file), Some(name)) => Some(place_weights(file, work.path(), name)?),
             _ => None,
         };
         let programs =
@@ -268,9 +278,10 @@ fn weights_name<'p>(
     }
 }
 
-fn place_weights(file: &Path, source: FileStamp, work: &Path, name: &str) -> Result<EngineWeights> {
+fn place_weights(weights: WeightsFile<'_>, work: &Path, name: &str) -> Result<EngineWeights> {
+    let WeightsFile { file, source, placement } = weights;
     let target = work.join(name);
-    link_or_copy(file, &target)?;
+    place_file(file, &target, placement)?;
     let sha256 = FileStamp::of(&target, Some(&source))?.sha256;
     let bytes = fs::metadata(&target).map_err(|e| RuntimeError::io("read", &target, e))?.len();
     Ok(EngineWeights { file: name.to_owned(), bytes, sha256, source: Some(source) })

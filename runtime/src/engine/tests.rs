@@ -3,6 +3,7 @@ use graph_builder::{Builder, OnnxProgram, OpenProgram, Type};
 use super::*;
 use crate::binding::Binding;
 use crate::cuda::kernels::{Architecture, RANDOM};
+use crate::file::Placement;
 use crate::test_models::{external, in_time, node, program, runtime, spec};
 
 /// `y = x + w`, with `w` = 1, 2, 3 at the start of a weights file.
@@ -23,13 +24,17 @@ fn notes() -> EngineNotes {
     EngineNotes { extra: serde_json::json!({"model": "tiny"}), ..EngineNotes::default() }
 }
 
+fn weights_file(file: &Path, source: FileStamp) -> WeightsFile<'_> {
+    WeightsFile { file, source, placement: Placement::Copy }
+}
+
 fn write_engine(
     directory: &Path,
     programs: &[(usize, &OnnxProgram)],
     weights: Option<&Path>,
     notes: EngineNotes,
 ) -> Result<EngineManifest> {
-    let weights = weights.map(|path| Ok((path, FileStamp::of(path, None)?))).transpose()?;
+    let weights = weights.map(|path| Ok(weights_file(path, FileStamp::of(path, None)?))).transpose()?;
     EngineDraft::new(directory, programs, weights, notes)?.publish()
 }
 
@@ -115,8 +120,9 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
         let (weights, engine) = (dir.path().join("any.bin"), dir.path().join("engine"));
         let program = program_with_weights(&weights);
         let stamp = FileStamp::of(&weights, None).unwrap();
-        let draft =
-            |notes| EngineDraft::new(&engine, &[(1, &program)], Some((&weights, stamp.clone())), notes);
+        let draft = |notes| {
+            EngineDraft::new(&engine, &[(1, &program)], Some(weights_file(&weights, stamp.clone())), notes)
+        };
         drop(draft(notes()).unwrap());
         assert_eq!(files(dir.path()), ["any.bin"], "a build that was given up leaves nothing");
         let mut draft = draft(notes()).unwrap();
@@ -140,7 +146,8 @@ fn a_draft_can_be_run_and_is_seen_by_nobody_until_it_is_published() {
 
         // Machine code goes with it.
         let place = dir.path().join("next");
-        let mut next = EngineDraft::new(&place, &[(1, &program)], Some((&weights, stamp)), notes()).unwrap();
+        let mut next =
+            EngineDraft::new(&place, &[(1, &program)], Some(weights_file(&weights, stamp)), notes()).unwrap();
         next.add_kernels(&RANDOM, Architecture::SM_90, b"code").unwrap();
         let manifest = next.publish().unwrap();
         assert_eq!(manifest.kernels[0].file, "random-sm_90.cubin");
@@ -161,7 +168,8 @@ fn drafts_of_killed_builds_are_removed_and_no_others() {
     let program = program_with_weights(&weights);
     let stamp = FileStamp::of(&weights, None).unwrap();
     let alive =
-        EngineDraft::new(&engine, &[(1, &program)], Some((&weights, stamp.clone())), notes()).unwrap();
+        EngineDraft::new(&engine, &[(1, &program)], Some(weights_file(&weights, stamp.clone())), notes())
+            .unwrap();
     // A process that is killed holds no lock any more, whenever that was.
     let killed = dir.path().join(".engine-killed");
     fs::create_dir(&killed).unwrap();
@@ -169,7 +177,10 @@ fn drafts_of_killed_builds_are_removed_and_no_others() {
     let begun = dir.path().join(".engine-begun");
     fs::create_dir(&begun).unwrap();
     let second = dir.path().join("second");
-    EngineDraft::new(&second, &[(1, &program)], Some((&weights, stamp)), notes()).unwrap().publish().unwrap();
+    EngineDraft::new(&second, &[(1, &program)], Some(weights_file(&weights, stamp)), notes())
+        .unwrap()
+        .publish()
+        .unwrap();
     assert!(!killed.exists() && !begun.exists() && alive.directory().exists());
     assert_eq!(files(&second), ["engine.json", "test-b1.onnx", "w.bin"]);
     alive.publish().unwrap();

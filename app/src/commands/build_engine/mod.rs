@@ -17,7 +17,8 @@ use clap::{Args, ValueEnum};
 use graph_builder::{OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::cuda::kernels::Architecture;
-use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference};
+use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, WeightsFile};
+use runtime::file::Placement;
 use runtime::{Engine, EngineManifest, Provider};
 use serde_json::json;
 use train_engine::mup::MupTable;
@@ -75,6 +76,14 @@ pub struct BuildEngineArgs {
     architecture: Option<Architecture>,
     #[command(flatten)]
     tensorrt: ForTensorRt,
+    /// Write programs of standard ONNX nodes alone, for readers that know no functions (OpenVINO, tract, converters): each
+    /// fused op is its body. mudit's own kernels do not run in them.
+    #[arg(long)]
+    inline: bool,
+    /// Give the weights file a second name in the engine (a hard link, made read-only) instead of a copy. Saves disk space
+    /// where the file system cannot share blocks; whoever writes to one of the two then spoils both.
+    #[arg(long)]
+    link_weights: bool,
     /// Write a model repository for another server instead of an engine: a model for each program and batch size.
     #[arg(long, value_enum)]
     export: Option<Export>,
@@ -123,7 +132,9 @@ impl BuildEngineArgs {
         let emit_seconds = start.elapsed().as_secs_f64();
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = parameters.as_ref().map(|w| w.file.as_path());
-        let mut draft = EngineDraft::new(&self.out, &programs, file.zip(stamp), self.notes(&model, key)?)?;
+        let placement = self.placement();
+        let weights = file.zip(stamp).map(|(file, source)| WeightsFile { file, source, placement });
+        let mut draft = EngineDraft::new(&self.out, &programs, weights, self.notes(&model, key)?)?;
         for program in &open {
             draft.add_open(&self.emitted_open(program, initializers(parameters.as_ref()))?)?;
         }
@@ -203,6 +214,7 @@ impl BuildEngineArgs {
         key.set("onnxruntime", onnx_runtime());
         key.set("provider", &self.provider);
         key.set("precision", self.precision);
+        key.set("functions", if self.inline { "inlined" } else { "kept" });
         key.set("validation", if self.no_validation { "off" } else { "on" });
         target.add_to(&mut key);
         for p in planned {
@@ -263,11 +275,16 @@ impl BuildEngineArgs {
         let built = self.emit(planned, parameters.as_ref(), &mut stages)?;
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = parameters.as_ref().map(|w| w.file.as_path());
-        let models = triton::write_repository(&self.out, &programs, file)?;
+        let models =
+            triton::write_repository(&self.out, &programs, file.map(|file| (file, self.placement())))?;
         if self.json {
             return console::json(&json!({"repository": self.out, "models": models}));
         }
         models.iter().try_for_each(|m| console::out(&m.display().to_string()))
+    }
+
+    fn placement(&self) -> Placement {
+        if self.link_weights { Placement::HardLink } else { Placement::Copy }
     }
 
     fn notes(&self, model: &DitConfig, key: EngineKey) -> anyhow::Result<EngineNotes> {

@@ -59,6 +59,7 @@ const BAD_USAGE: u8 = 2;
 
 /// Runs the process's own arguments.
 pub fn run_from_env() -> ExitCode {
+    runtime::library::forbid_telemetry();
     run(std::env::args_os())
 }
 

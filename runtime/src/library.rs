@@ -221,11 +221,28 @@ impl Runtime {
     }
 }
 
+/// The variable that keeps ONNX Runtime from gathering and sending telemetry.
+pub const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
+
+/// Keeps ONNX Runtime from sending anything. Its builds for Linux gather telemetry since 1.31: without the variable they
+/// keep a database and an identifier of the device below the user's cache and look up the host that takes them, whatever
+/// the environment that a program makes says. It is read once, when the library is loaded; [`locate`] and
+/// [`Runtime::start`] call this before. A program with threads of its own calls it at its start.
+#[allow(unsafe_code, reason = "the variable is ONNX Runtime's only switch that comes early enough")]
+pub fn forbid_telemetry() {
+    if env::var_os(NO_TELEMETRY).is_none_or(|value| value != "1") {
+        // SAFETY: the binary does this before it has threads. Elsewhere the standard library's readers of the environment
+        // take turns with it, and code that reads it by itself must not run beside the first start.
+        unsafe { env::set_var(NO_TELEMETRY, "1") };
+    }
+}
+
 /// Finds or fetches the library without loading it.
 ///
 /// # Errors
 /// As [`Runtime::start`].
 pub fn locate(options: &RuntimeOptions<'_>) -> Result<LibraryInfo> {
+    forbid_telemetry();
     Surroundings {
         path: env::var_os("ORT_DYLIB_PATH").filter(|p| !p.is_empty()).map(PathBuf::from),
         cache: cache_directory(),

@@ -143,7 +143,7 @@ pub enum GraphError {
     /// The CUDA provider has no kernel for a node in its type.
     #[error(
         "program `{program}`: {op} of `{layer}`{within} has no CUDA kernel for {got}, only for {legal}; give the op the \
-         policy f32 in the table of `passes::POLICIES`"
+         policy f32 in its rules"
     )]
     IllegalType {
         /// Name of the program.

@@ -55,7 +55,7 @@ pub use graph::{Dim, Graph, Init, Parameter};
 pub use onnx::{
     ExternalTensor, NativeCall, NativeKernel, NativeName, OpenDim, OpenProgram, OpenSpec, Weights,
 };
-pub use op::{Cost, Op};
+pub use op::{Cost, Op, Policy, Storage};
 pub use ops::activation::Activation;
 pub use ops::patch::PatchOrder;
 pub use ops::window::Window;

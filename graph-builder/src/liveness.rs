@@ -1,7 +1,7 @@
 //! How much memory the values between a program's inputs and outputs need at once.
 
 use crate::graph::{Graph, ValueId};
-use crate::op::Op;
+use crate::op::{Op, Storage};
 
 /// The moment at which most bytes of intermediate values are alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +22,8 @@ struct Block {
 impl Graph {
     /// The peak over the nodes in their order: a value is born at its node and dies after its last use.
     ///
-    /// A reshape shares its operand's memory; of several results each counts for itself, from the node that makes them; an
-    /// elementwise answer takes over the memory of an operand of its size that dies there. Inputs, parameters, constants and the program's outputs do not count: their memory is the caller's or
+    /// Where an answer lies is the op's rule ([`Storage`]). Of several results each counts for itself, from the node that
+    /// makes them. Inputs, parameters, constants and the program's outputs do not count: their memory is the caller's or
     /// the model's.
     pub fn activation_peak(&self) -> ActivationPeak {
         let live = self.live();
@@ -40,13 +40,14 @@ impl Graph {
         for (i, node) in self.nodes.iter().enumerate().filter(|(i, _)| live[*i]) {
             // Several results are values of their own, which the nodes that name them stand for.
             let several = self.results(ValueId(i as u32)).len() > 1;
-            if given[i] || several || is_leaf(&node.op) {
+            let storage = node.op.rules().storage();
+            if given[i] || several || storage == Storage::Leaf {
                 continue;
             }
             let bytes = node.ty.bytes() as u64;
-            let shared = if is_view(&node.op) {
+            let shared = if storage == Storage::View {
                 node.args.first().map(|a| block_of[a.index()])
-            } else if is_elementwise(&node.op) {
+            } else if storage == Storage::InPlace {
                 let dying = node.args.iter().filter_map(|a| block_of[a.index()]).find(|&b| {
                     let only = node.args.iter().filter(|a| block_of[a.index()] == Some(b)).count() == 1;
                     only && blocks[b].bytes == bytes && dies_at(b, i, &block_of, &last_use)
@@ -95,30 +96,6 @@ fn dies_at(block: usize, i: usize, block_of: &[Option<usize>], last_use: &[usize
     // Views of a block that come after node `i` would need the old values.
     let later = |a: &ValueId| block_of[a.index()] == Some(block) && last_use[a.index()] > i;
     !(0..i).any(|k| later(&ValueId(k as u32)))
-}
-
-fn is_leaf(op: &Op) -> bool {
-    matches!(op, Op::Input(_) | Op::Parameter(_) | Op::Constant(_))
-}
-
-fn is_view(op: &Op) -> bool {
-    matches!(op, Op::Reshape(_) | Op::StopGradient(_))
-}
-
-fn is_elementwise(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Neg(_)
-            | Op::Exp(_)
-            | Op::Log(_)
-            | Op::Sqrt(_)
-            | Op::Tanh(_)
-            | Op::Sigmoid(_)
-            | Op::Add(_)
-            | Op::Sub(_)
-            | Op::Mul(_)
-            | Op::Div(_)
-    )
 }
 
 #[cfg(test)]

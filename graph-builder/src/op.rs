@@ -60,10 +60,52 @@ pub(crate) enum Grad<'g> {
     None,
 }
 
-/// The five rules of an op, and its name. They have no defaults, so that every omission is a decision.
+/// How an op meets a program of mixed precision. Only float operands are meant; integers and truth values stay.
+///
+/// Where PyTorch's autocast knows an op, its choice is the same but for three: layer norm and attention's softmax give
+/// the compute type (their statistics are f32 inside the op, as in PyTorch's kernels on bf16 tensors), a table's rows
+/// have the type of the table, and sines are f32, for the angles of the time embedding go to 1000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// A leaf: inputs stay f32; a constant and a parameter take the type that they are used in.
+    Leaf,
+    /// In the compute type: operands are rounded to it. Sums inside are f32. Products, where the time goes, and the fused
+    /// ops around them.
+    Compute,
+    /// In f32: operands of the compute type are widened. Where range or cancellation matter (exponentials, sines), what
+    /// decides (comparisons), sums of many terms outside a fused op, images, conversions that an author asked for.
+    F32,
+    /// In the widest type of the operands. Numbers (constants of one value) and parameters do not count. Arithmetic with
+    /// one rounding of an f32 result, and moves without arithmetic.
+    Widest,
+    /// In the type of the first operand; the others stay as they are.
+    First,
+}
+
+/// Where an op's answer lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// In memory of the caller's or the model's.
+    Leaf,
+    /// In its first operand's memory.
+    View,
+    /// In the memory of an operand of its size that nobody needs any more, else in its own: ONNX Runtime runs the op in
+    /// place.
+    InPlace,
+    /// In its own memory.
+    Own,
+}
+
+/// The rules of an op, and its name. They have no defaults, so that every omission is a decision.
 pub(crate) trait Rules {
     /// ONNX's name where ONNX has the op.
     fn name(&self) -> &'static str;
+
+    /// The type it computes in, in mixed precision.
+    fn policy(&self) -> Policy;
+
+    /// Where its answer lies.
+    fn storage(&self) -> Storage;
 
     /// Type of the answer, or the constraint (C1, C2, …) that the operands break.
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal>;
@@ -143,6 +185,11 @@ impl Op {
     /// Name of the op, ONNX's where there is one.
     pub fn name(&self) -> &'static str {
         self.rules().name()
+    }
+
+    /// The type it computes in, in mixed precision.
+    pub fn policy(&self) -> Policy {
+        self.rules().policy()
     }
 
     /// The attributes in the text form, such as `{axes: [1]}`; empty when there are none.

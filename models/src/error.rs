@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{config::Objective, solver::SolverKind};
+use crate::{objective::Objective, solver::SolverKind};
 
 /// The error of this crate.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,8 @@
 
 use graph_builder::{DType, Dim, Init, PatchOrder, Scope, Value};
 
-use crate::config::InitScheme;
+use crate::model::InitScheme;
+use crate::network::Parameterised;
 
 /// Added to the variance in every layer norm.
 const EPSILON: f64 = 1e-6;
@@ -55,6 +56,20 @@ pub(crate) fn linear<'g>(s: &Scope<'g>, x: Value<'g>, input: Dim, output: Dim, i
     let weight = s.param("weight", &[output, input], init); // (out, in)
     let bias = s.param("bias", &[output], Init::Zeros); // (out)
     x.linear(weight, bias) // (…, out)
+}
+
+/// The output layer `x (α/m W)ᵀ + b`, which begins at zero.
+pub(crate) fn output_linear<'g>(
+    s: &Scope<'g>,
+    x: Value<'g>,
+    features: usize,
+    p: Parameterised<'g>,
+) -> Value<'g> {
+    let d = x.dim(2);
+    let weight = s.param("weight", &[Dim::Fixed(features), Dim::Width(d)], Init::Zeros);
+    let bias = s.param("bias", &[Dim::Fixed(features)], Init::Zeros);
+    let weight = weight * (p.output_multiplier * (1.0 / p.width_multiplier)); // (features, D)
+    x.linear(weight, bias) // (N, T, features)
 }
 
 /// `LN(x) · (1 + scale) + shift`.

@@ -1,5 +1,7 @@
 //! The closest valid name to a mistyped one.
 
+use crate::error::ModelError;
+
 /// The candidate with the fewest edits from `given`, if that is close enough to be what was meant.
 pub(crate) fn nearest<'a>(given: &str, candidates: &[&'a str]) -> Option<&'a str> {
     let given = given.to_lowercase();
@@ -16,6 +18,20 @@ pub(crate) fn hint(given: &str, candidates: &[&str]) -> String {
         Some(name) => format!("did you mean \"{name}\"?"),
         None => format!("valid are {}", candidates.join(", ")),
     }
+}
+
+/// The value of that name in a closed list.
+pub(crate) fn by_name<T: Copy>(
+    key: &'static str,
+    name: &str,
+    all: &[(&'static str, T)],
+) -> Result<T, ModelError> {
+    let names: Vec<&str> = all.iter().map(|(name, _)| *name).collect();
+    all.iter().find(|(n, _)| *n == name).map(|(_, value)| *value).ok_or_else(|| ModelError::BadValue {
+        key,
+        expected: names.join(" or "),
+        got: format!("\"{name}\" ({})", hint(name, &names)),
+    })
 }
 
 #[cfg(test)]

@@ -1,9 +1,48 @@
 //! Training losses as graphs: DDPM's hybrid of mean square and variational bound, and flow matching.
 
+use std::{fmt, str::FromStr};
+
 use graph_builder::{Builder, DType, Value};
 
 use crate::error::ModelError;
+use crate::nearest::by_name;
 use crate::schedule::{DdpmSchedule, TRAINING_STEPS};
+
+/// What the model is trained to predict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Objective {
+    /// The noise of a DDPM chain of 1000 linear betas, with a learned variance range where the network predicts one.
+    #[default]
+    Ddpm,
+    /// The velocity `e − x_0` of a linear flow from data at `t = 0` to noise at `t = 1`.
+    Flow,
+}
+
+impl Objective {
+    const NAMES: [(&'static str, Self); 2] = [("ddpm", Self::Ddpm), ("flow", Self::Flow)];
+
+    /// The name in `config.json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ddpm => "ddpm",
+            Self::Flow => "flow",
+        }
+    }
+}
+
+impl fmt::Display for Objective {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Objective {
+    type Err = ModelError;
+
+    fn from_str(name: &str) -> Result<Self, ModelError> {
+        by_name("objective", name, &Self::NAMES)
+    }
+}
 
 /// Terms of a loss, one value a sample.
 pub(crate) struct Terms<'g> {

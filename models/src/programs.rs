@@ -6,11 +6,12 @@ use std::str::FromStr;
 use graph_builder::{Builder, DType, Graph, Precision, Type, Value};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DitConfig, Objective};
-use crate::dit::{BLOCKS, dit, dit_with_and_without_label};
+use crate::condition::Condition;
 use crate::error::ModelError;
+use crate::model::Model;
 use crate::nearest::hint;
-use crate::objective::{DdpmAt, Terms, flow_interpolate, flow_loss};
+use crate::network::Parameterised;
+use crate::objective::{DdpmAt, Objective, Terms, flow_interpolate, flow_loss};
 use crate::solver::{COEFFICIENTS, coefficient};
 
 /// Which program to build.
@@ -92,19 +93,6 @@ pub enum Recompute {
     Blocks,
 }
 
-impl Recompute {
-    /// The optimised graph of a training step, rewritten.
-    ///
-    /// # Errors
-    /// [`ModelError::Graph`] when the rewritten graph breaks an invariant.
-    pub fn apply(self, optimised: Graph) -> Result<Graph, ModelError> {
-        match self {
-            Self::None => Ok(optimised),
-            Self::Blocks => Ok(optimised.recomputed(BLOCKS)?),
-        }
-    }
-}
-
 /// Scalars that stay inputs of the training programs, with the value that leaves the published loss as it is.
 pub const HYPERPARAMETERS: [(&str, f32); 2] = [("hp.output_multiplier", 1.0), ("hp.vb_weight", 1.0)];
 
@@ -117,150 +105,214 @@ pub fn has_loss_scale(kind: ProgramKind, precision: Precision) -> bool {
     kind == ProgramKind::TrainStep && precision == Precision::F16
 }
 
-/// Builds `kind` for a batch of `n` samples, in f32.
-///
-/// # Errors
-/// [`ModelError::Graph`] when the graph cannot be built, [`ModelError::BadValue`] for a batch of zero or guidance
-/// that the model cannot give.
-pub fn program(
-    cfg: &DitConfig,
-    kind: ProgramKind,
-    n: usize,
-    guidance: Guidance,
-) -> Result<Graph, ModelError> {
-    program_for(cfg, kind, n, guidance, Precision::F32)
+/// A program of a model: which one, and how it is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProgramSpec {
+    /// Which program.
+    pub kind: ProgramKind,
+    /// Samples of one run.
+    pub batch: usize,
+    /// Channels that guidance changes, in sampling programs.
+    pub guidance: Guidance,
+    /// What a training step computes again.
+    pub recompute: Recompute,
+    /// What it computes in.
+    pub precision: Precision,
 }
 
-/// The optimised program in a precision: [`program_for`], the passes, `recompute`, and the conversions last.
-///
-/// # Errors
-/// As [`program`].
-pub fn optimised_program(
-    cfg: &DitConfig,
-    kind: ProgramKind,
-    n: usize,
-    guidance: Guidance,
-    recompute: Recompute,
-    precision: Precision,
-) -> Result<Graph, ModelError> {
-    let optimised = program_for(cfg, kind, n, guidance, precision)?.optimised()?;
-    Ok(recompute.apply(optimised)?.in_precision(precision)?)
-}
-
-/// Builds `kind` as it is brought to a precision later: f32 throughout, with [`LOSS_SCALE`] where the precision needs
-/// one. [`Graph::in_precision`] makes the conversions, after all other passes.
-///
-/// # Errors
-/// As [`program`].
-pub fn program_for(
-    cfg: &DitConfig,
-    kind: ProgramKind,
-    n: usize,
-    guidance: Guidance,
-    precision: Precision,
-) -> Result<Graph, ModelError> {
-    cfg.validate()?;
-    if n == 0 {
-        return Err(ModelError::BadValue { key: "batch", expected: "1 or more".into(), got: "0".into() });
+impl ProgramSpec {
+    /// Without guidance, in f32, everything kept.
+    pub const fn new(kind: ProgramKind, batch: usize) -> Self {
+        let (guidance, recompute, precision) = (Guidance::Off, Recompute::None, Precision::F32);
+        Self { kind, batch, guidance, recompute, precision }
     }
-    let b = Builder::new(kind.name());
-    match kind {
-        ProgramKind::Denoise => {
-            let out = Sampling::inputs(&b, cfg, n).denoise(cfg);
-            b.output("out", out);
-        }
-        ProgramKind::DenoiseCfg => {
-            let guidance = if guidance == Guidance::Off { Guidance::First(3) } else { guidance };
-            let out = Sampling::inputs(&b, cfg, n).guided(cfg, guidance)?;
-            b.output("out", out);
-        }
-        ProgramKind::Step => {
-            let sampling = Sampling::inputs(&b, cfg, n);
-            step(&sampling, cfg, sampling.guided(cfg, guidance)?);
-        }
-        ProgramKind::StepRows => {
-            let sampling = Sampling::inputs(&b, cfg, n);
-            step(&sampling, cfg, sampling.paired(cfg, guidance));
-        }
-        ProgramKind::Loss => {
-            let _ = loss(&b, cfg, n)?;
-        }
-        ProgramKind::TrainStep => train_step(&b, cfg, n, has_loss_scale(kind, precision))?,
+
+    /// With guidance.
+    #[must_use]
+    pub const fn guided(self, guidance: Guidance) -> Self {
+        Self { guidance, ..self }
     }
-    Ok(b.finish()?)
+
+    /// Computing again.
+    #[must_use]
+    pub const fn recomputing(self, recompute: Recompute) -> Self {
+        Self { recompute, ..self }
+    }
+
+    /// In a precision.
+    #[must_use]
+    pub const fn in_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
 }
 
-fn image(cfg: &DitConfig, n: usize) -> Type {
-    Type::f32([n, cfg.in_channels, cfg.input_size, cfg.input_size])
+impl Model {
+    /// Builds a program as its author wrote it: f32 throughout, with [`LOSS_SCALE`] where the precision needs one.
+    /// [`Model::compiled`] makes what runs.
+    ///
+    /// # Errors
+    /// [`ModelError::Graph`] when the graph cannot be built, [`ModelError::BadValue`] for a model that is none, a batch of
+    /// zero and guidance that the model cannot give.
+    pub fn program(&self, spec: &ProgramSpec) -> Result<Graph, ModelError> {
+        self.validate()?;
+        let (kind, n) = (spec.kind, spec.batch);
+        if n == 0 {
+            return Err(ModelError::BadValue { key: "batch", expected: "1 or more".into(), got: "0".into() });
+        }
+        let b = Builder::new(kind.name());
+        match kind {
+            ProgramKind::Denoise => {
+                let out = Sampling::inputs(&b, self, n).denoise();
+                b.output("out", out);
+            }
+            ProgramKind::DenoiseCfg => {
+                let guidance =
+                    if spec.guidance == Guidance::Off { Guidance::First(3) } else { spec.guidance };
+                let out = Sampling::inputs(&b, self, n).guided(guidance)?;
+                b.output("out", out);
+            }
+            ProgramKind::Step => {
+                let sampling = Sampling::inputs(&b, self, n);
+                sampling.step(sampling.guided(spec.guidance)?);
+            }
+            ProgramKind::StepRows => {
+                let sampling = Sampling::inputs(&b, self, n);
+                sampling.step(sampling.paired(spec.guidance));
+            }
+            ProgramKind::Loss => {
+                let _ = loss(&b, self, n)?;
+            }
+            ProgramKind::TrainStep => train_step(&b, self, n, has_loss_scale(kind, spec.precision))?,
+        }
+        Ok(b.finish()?)
+    }
+
+    /// The program as it runs: [`Model::program`], all passes, what is computed again, and the conversions of its precision
+    /// last.
+    ///
+    /// # Errors
+    /// As [`Model::program`].
+    pub fn compiled(&self, spec: &ProgramSpec) -> Result<Graph, ModelError> {
+        let mut graph = self.program(spec)?.optimised()?;
+        if spec.recompute == Recompute::Blocks {
+            for stack in self.network.stacks() {
+                graph = graph.recomputed(stack)?;
+            }
+        }
+        Ok(graph.in_precision(spec.precision)?)
+    }
+
+    /// Type of a batch of what is denoised.
+    fn image(&self, n: usize) -> Type {
+        Type::f32(self.latent().batch(n))
+    }
+
+    fn denoised<'g>(
+        &self,
+        b: &'g Builder,
+        (x, t): (Value<'g>, Value<'g>),
+        condition: &Condition<'g>,
+        output_multiplier: Value<'g>,
+    ) -> Value<'g> {
+        let (init, width_multiplier) = (self.init, self.width_multiplier());
+        let parameterised = Parameterised { init, width_multiplier, output_multiplier };
+        self.network.forward(&b.root(), x, t, condition, parameterised) // (N, Cout, H, W)
+    }
 }
 
 /// Inputs of the sampling programs.
-struct Sampling<'g> {
+struct Sampling<'g, 'm> {
     b: &'g Builder,
+    model: &'m Model,
     x: Value<'g>,
     t: Value<'g>,
-    y: Value<'g>,
+    condition: Condition<'g>,
 }
 
-impl<'g> Sampling<'g> {
-    fn inputs(b: &'g Builder, cfg: &DitConfig, n: usize) -> Self {
-        let x = b.input("x", image(cfg, n)); // (N, C, H, W)
+impl<'g, 'm> Sampling<'g, 'm> {
+    fn inputs(b: &'g Builder, model: &'m Model, n: usize) -> Self {
+        let x = b.input("x", model.image(n)); // (N, C, H, W)
         let t = b.input("t", Type::f32([n])); // (N)
-        let y = b.input("y", Type::new(DType::I64, [n])); // (N)
-        Self { b, x, t, y }
+        let condition = model.conditioning().declare(b, n);
+        Self { b, model, x, t, condition }
     }
 
-    fn denoise(&self, cfg: &DitConfig) -> Value<'g> {
-        dit(&self.b.root(), self.x, self.t, self.y, self.output_multiplier(cfg), cfg) // (N, Cout, H, W)
+    fn denoise(&self) -> Value<'g> {
+        self.denoised(self.x, self.t, &self.condition) // (N, Cout, H, W)
     }
 
-    /// muP's α, a constant here.
-    fn output_multiplier(&self, cfg: &DitConfig) -> Value<'g> {
-        self.b.scalar(cfg.mup.map_or(1.0, |mup| mup.output_multiplier))
+    /// muP's α is a constant here.
+    fn denoised(&self, x: Value<'g>, t: Value<'g>, condition: &Condition<'g>) -> Value<'g> {
+        let alpha = self.b.scalar(self.model.mup.map_or(1.0, |mup| mup.output_multiplier));
+        self.model.denoised(self.b, (x, t), condition, alpha)
     }
 
-    /// `u + g (c − u)` on the guided channels; both halves see the same `x`.
-    fn guided(&self, cfg: &DitConfig, channels: Guidance) -> Result<Value<'g>, ModelError> {
-        let guided = match channels {
-            Guidance::Off => return Ok(self.denoise(cfg)),
-            Guidance::First(n) => n.min(cfg.in_channels),
-            Guidance::All => cfg.in_channels,
-        };
-        let null = cfg.null_class().ok_or_else(|| ModelError::BadValue {
-            key: "class_dropout_prob",
-            expected: "above 0 for guidance, which needs the null class".into(),
-            got: "0".into(),
-        })?;
+    /// Channels that guidance changes; `None` without guidance.
+    fn channels(&self, guidance: Guidance) -> Option<usize> {
+        let all = self.model.latent().channels;
+        match guidance {
+            Guidance::Off => None,
+            Guidance::First(n) => Some(n.min(all)),
+            Guidance::All => Some(all),
+        }
+    }
+
+    /// `u + g (c − u)` on the guided channels, from one run of 2N samples: with the condition, and with the null condition.
+    fn guided(&self, guidance: Guidance) -> Result<Value<'g>, ModelError> {
+        let Some(channels) = self.channels(guidance) else { return Ok(self.denoise()) };
         let n = self.x.dim(0);
+        let null = self.model.conditioning().null(self.b, n).ok_or_else(|| ModelError::BadValue {
+            key: "guidance",
+            expected: "off: the model was not trained with a null condition (class_dropout_prob above 0)"
+                .into(),
+            got: "on".into(),
+        })?;
         let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
-        let labels = [self.y, self.b.constant(DType::I64, [1], vec![null as f64])]; // (N) and (1)
-        let [cond, uncond] = dit_with_and_without_label(
-            &self.b.root(),
-            self.x,
-            self.t,
-            labels,
-            self.output_multiplier(cfg),
-            cfg,
-        );
-        Ok(mixed(cond, uncond, guidance, guided))
+        let twice = |v: Value<'g>| v.concat(&[v], 0);
+        let out = self.denoised(twice(self.x), twice(self.t), &self.condition.concat(null)); // (2N, Cout, H, W)
+        let [cond, uncond] = out.chunk(0); // 2 × (N, Cout, H, W)
+        Ok(mixed(cond, uncond, guidance, channels))
     }
 
     /// `u + g (c − u)` on the guided channels, where `u` is the answer of the row that `pair` names.
     ///
-    /// A guided sample takes two rows with the same `x` and `t`, one with its class and one with the null class; a
+    /// A guided sample takes two rows with the same `x` and `t`, one with its condition and one with the null condition; a
     /// sample without guidance is its own pair, which leaves its answer as it is. So one batch holds both kinds and
     /// computes no row for nothing.
-    fn paired(&self, cfg: &DitConfig, channels: Guidance) -> Value<'g> {
-        let out = self.denoise(cfg); // (N, Cout, H, W)
-        let guided = match channels {
-            Guidance::Off => return out,
-            Guidance::First(n) => n.min(cfg.in_channels),
-            Guidance::All => cfg.in_channels,
-        };
+    fn paired(&self, guidance: Guidance) -> Value<'g> {
+        let out = self.denoise(); // (N, Cout, H, W)
+        let Some(channels) = self.channels(guidance) else { return out };
         let n = self.x.dim(0);
         let pair = self.b.input("pair", Type::new(DType::I64, [n]));
         let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
-        mixed(out, out.gather(pair), guidance, guided)
+        mixed(out, out.gather(pair), guidance, channels)
+    }
+
+    /// One step of any solver from the model's answer `out` (N, Cout, H, W) and a row of coefficients a sample (see
+    /// [`crate::solver`]).
+    fn step(&self, out: Value<'g>) {
+        let (b, x, n) = (self.b, self.x, self.x.dim(0));
+        let coef = b.input("coef", Type::f32([n, COEFFICIENTS]));
+        let noise = b.input("noise", self.model.image(n));
+        let history = b.input("history", self.model.image(n));
+        let c = |i: usize| coef.slice(1, i, i + 1).reshape([n, 1, 1, 1]);
+
+        let channels = self.model.latent().channels;
+        let e = out.slice(1, 0, channels); // (N, C, H, W)
+        let mut scale = c(coefficient::NOISE);
+        if self.model.learns_variance() && self.model.objective == Objective::Ddpm {
+            let logits = out.slice(1, channels, 2 * channels); // (N, C, H, W)
+            scale = scale * (c(coefficient::NOISE_LOGIT) * logits).exp();
+        }
+        let x0_hat = c(coefficient::X0_X) * x + c(coefficient::X0_OUT) * e;
+        let x_next = c(coefficient::NEXT_X) * x
+            + c(coefficient::NEXT_OUT) * e
+            + c(coefficient::NEXT_HISTORY) * history
+            + scale * noise;
+        let history_next = c(coefficient::HISTORY_X) * x + c(coefficient::HISTORY_OUT) * e;
+        b.output("x_next", x_next);
+        b.output("x0_hat", x0_hat);
+        b.output("history_next", history_next);
     }
 }
 
@@ -277,48 +329,21 @@ fn mixed<'g>(c: Value<'g>, u: Value<'g>, guidance: Value<'g>, channels: usize) -
     c.builder().constant(DType::Bool, [1, all, 1, 1], guided).select(mixed, c)
 }
 
-/// One step of any solver from the model's answer `out` (N, Cout, H, W) and a row of coefficients a sample (see
-/// [`crate::solver`]).
-fn step<'g>(sampling: &Sampling<'g>, cfg: &DitConfig, out: Value<'g>) {
-    let (b, n) = (sampling.b, sampling.x.dim(0));
-    let coef = b.input("coef", Type::f32([n, COEFFICIENTS]));
-    let noise = b.input("noise", image(cfg, n));
-    let history = b.input("history", image(cfg, n));
-    let c = |i: usize| coef.slice(1, i, i + 1).reshape([n, 1, 1, 1]);
-
-    let (x, channels) = (sampling.x, cfg.in_channels);
-    let e = out.slice(1, 0, channels); // (N, C, H, W)
-    let mut scale = c(coefficient::NOISE);
-    if cfg.learn_sigma && cfg.objective == Objective::Ddpm {
-        let logits = out.slice(1, channels, 2 * channels); // (N, C, H, W)
-        scale = scale * (c(coefficient::NOISE_LOGIT) * logits).exp();
-    }
-    let x0_hat = c(coefficient::X0_X) * x + c(coefficient::X0_OUT) * e;
-    let x_next = c(coefficient::NEXT_X) * x
-        + c(coefficient::NEXT_OUT) * e
-        + c(coefficient::NEXT_HISTORY) * history
-        + scale * noise;
-    let history_next = c(coefficient::HISTORY_X) * x + c(coefficient::HISTORY_OUT) * e;
-    b.output("x_next", x_next);
-    b.output("x0_hat", x0_hat);
-    b.output("history_next", history_next);
-}
-
 /// The loss; returns the scalar.
-fn loss<'g>(b: &'g Builder, cfg: &DitConfig, n: usize) -> Result<Value<'g>, ModelError> {
-    let x0 = b.input("x0", image(cfg, n)); // (N, C, H, W)
-    let noise = b.input("noise", image(cfg, n)); // (N, C, H, W)
+fn loss<'g>(b: &'g Builder, model: &Model, n: usize) -> Result<Value<'g>, ModelError> {
+    let x0 = b.input("x0", model.image(n)); // (N, C, H, W)
+    let noise = b.input("noise", model.image(n)); // (N, C, H, W)
     let t = b.input("t", Type::f32([n])); // (N)
-    let y = b.input("y", Type::new(DType::I64, [n])); // (N)
+    let condition = model.conditioning().declare(b, n);
     let [alpha, vb_weight] = HYPERPARAMETERS.map(|(name, _)| b.input(name, Type::f32([])));
-    let model = |x: Value<'g>| dit(&b.root(), x, t, y, alpha, cfg);
-    let Terms { mse, vb } = match cfg.objective {
+    let denoised = |x: Value<'g>| model.denoised(b, (x, t), &condition, alpha);
+    let Terms { mse, vb } = match model.objective {
         Objective::Ddpm => {
             let at = DdpmAt::new(b, t)?;
             let xt = at.diffuse(x0, noise); // (N, C, H, W)
-            at.loss(model(xt), x0, xt, noise)
+            at.loss(denoised(xt), x0, xt, noise)
         }
-        Objective::Flow => flow_loss(model(flow_interpolate(x0, noise, t)), x0, noise),
+        Objective::Flow => flow_loss(denoised(flow_interpolate(x0, noise, t)), x0, noise),
     };
     let per_sample = vb.map_or(mse, |vb| mse + vb_weight * vb); // (N)
     let loss = per_sample.mean(&[0]).reshape([]);
@@ -330,8 +355,8 @@ fn loss<'g>(b: &'g Builder, cfg: &DitConfig, n: usize) -> Result<Value<'g>, Mode
     Ok(loss)
 }
 
-fn train_step(b: &Builder, cfg: &DitConfig, n: usize, scaled: bool) -> Result<(), ModelError> {
-    let mut loss = loss(b, cfg, n)?;
+fn train_step(b: &Builder, model: &Model, n: usize, scaled: bool) -> Result<(), ModelError> {
+    let mut loss = loss(b, model, n)?;
     if scaled {
         loss = loss * b.input(LOSS_SCALE, Type::f32([]));
     }

@@ -15,9 +15,9 @@
 use std::{fmt, str::FromStr};
 
 use crate::{
-    config::Objective,
     error::ModelError,
     nearest::hint,
+    objective::Objective,
     schedule::{DdpmSchedule, Spacing, TRAINING_STEPS},
 };
 

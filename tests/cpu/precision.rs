@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use graph_builder::passes::{Policy, policy};
-use graph_builder::{DType, Graph, NativeKernel, Precision, Shape, Weights as Parameters};
+use graph_builder::{DType, Graph, NativeKernel, Op, Policy, Precision, Shape, Weights as Parameters};
 use models::{Guidance, LOSS_SCALE, ProgramKind, Recompute, has_loss_scale, program_for};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::execution::{array, run};
@@ -42,7 +41,7 @@ fn errors(
     graph: &Graph,
     variant: &str,
     precision: Precision,
-    policy: fn(&str) -> Policy,
+    policy: fn(&Op) -> Policy,
 ) -> Vec<(String, f64)> {
     let low = graph.in_precision_by(precision, policy).unwrap();
     let feeds = feeds(graph, variant);
@@ -60,13 +59,13 @@ fn answers_losses_and_gradients_stay_within_their_tolerances() {
     for (precision, answer, loss, gradient) in TOLERANCES {
         for variant in tiny::VARIANTS {
             for kind in [ProgramKind::Denoise, ProgramKind::DenoiseCfg, ProgramKind::Step] {
-                let errors = errors(&f32_graph(variant, kind, precision), variant, precision, policy);
+                let errors = errors(&f32_graph(variant, kind, precision), variant, precision, Op::policy);
                 let error = worst(&errors, |_| true);
                 println!("{precision} {variant} {kind}: {error:.1e}");
                 assert!(error <= answer, "{precision} {variant} {kind}: {errors:?}");
             }
             let graph = f32_graph(variant, ProgramKind::TrainStep, precision);
-            let errors = errors(&graph, variant, precision, policy);
+            let errors = errors(&graph, variant, precision, Op::policy);
             let gradients = worst(&errors, |name| name.starts_with("grad."));
             let losses = worst(&errors, |name| name.starts_with("loss"));
             println!("{precision} {variant} train-step: losses {losses:.1e}, gradients {gradients:.1e}");
@@ -94,18 +93,18 @@ fn conversions_alone_change_nothing() {
 }
 
 /// Loss terms and their sums in the compute type.
-fn loss_is_narrow(op: &str) -> Policy {
-    match op {
+fn loss_is_narrow(op: &Op) -> Policy {
+    match op.variant() {
         "Unpatchify" | "Mul" | "Sub" | "Add" | "Mean" | "Sum" | "Exp" => Policy::Compute,
-        op => policy(op),
+        _ => op.policy(),
     }
 }
 
 /// The time embedding in the compute type: angles up to 1000.
-fn time_is_narrow(op: &str) -> Policy {
-    match op {
+fn time_is_narrow(op: &Op) -> Policy {
+    match op.variant() {
         "Mul" | "Sin" | "Cos" => Policy::Compute,
-        op => policy(op),
+        _ => op.policy(),
     }
 }
 
@@ -212,12 +211,12 @@ fn cuda_has_a_kernel_for_every_node() {
         }
     }
     // A table that puts images into bf16 is caught by name.
-    let images = |op: &str| if op == "Patchify" { Policy::Compute } else { policy(op) };
+    let images = |op: &Op| if op.variant() == "Patchify" { Policy::Compute } else { op.policy() };
     let graph = f32_graph("flow", ProgramKind::Denoise, Precision::Bf16);
     let program = graph.in_precision_by(Precision::Bf16, images).unwrap().emit(Parameters::Inputs).unwrap();
     let refusal = program.check_cuda(&|_| NativeKernel::Body).unwrap_err().to_string();
     let parts =
-        ["SpaceToDepth of `x_embedder/Patchify", "(in the body of Patchify)", "no CUDA kernel for bf16"];
+        ["SpaceToDepth of `x_embedder/Patchify", "(in the body of PatchifyBf16)", "no CUDA kernel for bf16"];
     assert!(parts.iter().all(|part| refusal.contains(part)), "{refusal}");
 }
 

@@ -5,7 +5,7 @@ use ndarray::Zip;
 use crate::error::Refusal;
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter, FunctionBody};
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::ops::elementwise::{GELU_CUBIC, GELU_SLOPE, gelu};
 use crate::ops::nn::twins;
 use crate::shape::Type;
@@ -113,6 +113,12 @@ pub(crate) fn gelu_grad(x: &Array, ct: &Array) -> Array {
 impl Rules for GeluGrad {
     fn name(&self) -> &'static str {
         "GeluGrad"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         twins(args)

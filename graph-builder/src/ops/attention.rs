@@ -5,7 +5,7 @@ use ndarray::{Array2, Axis};
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, operand};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
-use crate::op::{Cost, Grad, Rules, traffic};
+use crate::op::{Cost, Grad, Policy, Rules, Storage, traffic};
 use crate::shape::{DType, Shape, Type};
 use crate::value::Value;
 
@@ -119,6 +119,12 @@ impl Rules for Attention {
     fn name(&self) -> &'static str {
         "Attention"
     }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         infer(args[0], self.heads)
     }
@@ -171,6 +177,12 @@ impl Rules for Attention {
 impl Rules for AttentionGrad {
     fn name(&self) -> &'static str {
         "AttentionGrad"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if infer(args[0], self.heads)? != *args[1] {

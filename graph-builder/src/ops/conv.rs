@@ -5,7 +5,7 @@ use ndarray::{ArrayD, IxDyn};
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
-use crate::op::{Cost, Grad, Rules, traffic};
+use crate::op::{Cost, Grad, Policy, Rules, Storage, traffic};
 use crate::ops::window::{Window, moved};
 use crate::shape::{Shape, Type};
 use crate::value::Value;
@@ -116,6 +116,12 @@ impl Rules for Conv {
     fn name(&self) -> &'static str {
         "Conv"
     }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let [o, c, i, j] = operands(args, 0)?;
         let x = &args[0].shape;
@@ -180,6 +186,12 @@ pub struct ConvTranspose {
 impl Rules for ConvTranspose {
     fn name(&self) -> &'static str {
         "ConvTranspose"
+    }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let [o, c, i, j] = operands(args, 1)?;

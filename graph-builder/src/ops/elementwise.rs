@@ -5,7 +5,7 @@ use ndarray::Zip;
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, expand};
 use crate::onnx::{Attribute, Emitter};
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::shape::{DType, Type};
 use crate::value::Value;
 
@@ -40,7 +40,7 @@ fn zip(a: &Array, b: &Array, out: &Type, f: impl Fn(f64, f64) -> f64) -> Array {
 
 /// One float operand: formula, derivative from (operand, answer, cotangent), operations an element.
 macro_rules! unary {
-    ($(#[$doc:meta])* $name:ident, $onnx:literal, $flops:literal, $f:expr, $vjp:expr, $attributes:expr) => {
+    ($(#[$doc:meta])* $name:ident, $onnx:literal, $policy:ident, $storage:ident, $flops:literal, $f:expr, $vjp:expr, $attributes:expr) => {
         $(#[$doc])*
         ///
         /// # Constraints
@@ -51,6 +51,12 @@ macro_rules! unary {
         impl Rules for $name {
             fn name(&self) -> &'static str {
                 $onnx
+            }
+            fn policy(&self) -> Policy {
+                Policy::$policy
+            }
+            fn storage(&self) -> Storage {
+                Storage::$storage
             }
             fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
                 float_operand(args)
@@ -77,41 +83,41 @@ macro_rules! unary {
 }
 
 unary!(/// `−x`.
-    Neg, "Neg", 1, |x| -x, |_, _, ct| Grad::Value(-ct), vec![]);
+    Neg, "Neg", Widest, InPlace, 1, |x| -x, |_, _, ct| Grad::Value(-ct), vec![]);
 unary!(/// `eˣ`.
-    Exp, "Exp", 1, f64::exp, |_, out, ct| Grad::Value(ct * out), vec![]);
+    Exp, "Exp", F32, InPlace, 1, f64::exp, |_, out, ct| Grad::Value(ct * out), vec![]);
 unary!(/// Natural logarithm of a positive number.
-    Log, "Log", 1, f64::ln, |x, _, ct| Grad::Value(ct / x), vec![]);
+    Log, "Log", F32, InPlace, 1, f64::ln, |x, _, ct| Grad::Value(ct / x), vec![]);
 unary!(/// Square root.
-    Sqrt, "Sqrt", 1, f64::sqrt, |_, out, ct| Grad::Value(ct / (out * 2.0)), vec![]);
+    Sqrt, "Sqrt", F32, InPlace, 1, f64::sqrt, |_, out, ct| Grad::Value(ct / (out * 2.0)), vec![]);
 unary!(/// Sine; radians.
-    Sin, "Sin", 1, f64::sin, |x, _, ct| Grad::Value(ct * x.cos()), vec![]);
+    Sin, "Sin", F32, InPlace, 1, f64::sin, |x, _, ct| Grad::Value(ct * x.cos()), vec![]);
 unary!(/// Cosine; radians.
-    Cos, "Cos", 1, f64::cos, |x, _, ct| Grad::Value(-(ct * x.sin())), vec![]);
+    Cos, "Cos", F32, InPlace, 1, f64::cos, |x, _, ct| Grad::Value(-(ct * x.sin())), vec![]);
 unary!(/// Hyperbolic tangent.
-    Tanh, "Tanh", 1, f64::tanh, |_, out, ct| Grad::Value(ct * (1.0 - out * out)), vec![]);
+    Tanh, "Tanh", Widest, InPlace, 1, f64::tanh, |_, out, ct| Grad::Value(ct * (1.0 - out * out)), vec![]);
 unary!(/// Logistic function `1 / (1 + e⁻ˣ)`.
-    Sigmoid, "Sigmoid", 1, |x| 1.0 / (1.0 + (-x).exp()), |_, out, ct| Grad::Value(ct * (out * (1.0 - out))), vec![]);
+    Sigmoid, "Sigmoid", Widest, InPlace, 1, |x| 1.0 / (1.0 + (-x).exp()), |_, out, ct| Grad::Value(ct * (out * (1.0 - out))), vec![]);
 unary!(/// GELU, tanh approximation: `½x(1 + tanh(√(2/π)(x + 0.044715x³)))`.
     ///
     /// # Source
     /// ONNX Gelu, opset 20.
-    Gelu, "Gelu", 8, gelu,
+    Gelu, "Gelu", Widest, Own, 8, gelu,
     |x, _, ct| Grad::Value(x.gelu_grad(ct)),
     vec![Attribute::text("approximate", "tanh")]);
 unary!(/// `max(x, 0)`; its slope at 0 is 0.
-    Relu, "Relu", 1, |x| x.max(0.0),
+    Relu, "Relu", Widest, InPlace, 1, |x| x.max(0.0),
     |x, _, ct| {
         let zero = x.builder().constant(x.ty().dtype, [0; 0], vec![0.0]);
         Grad::Value(zero.less(x).select(ct, zero))
     },
     vec![]);
 unary!(/// Identity whose gradient is zero.
-    StopGradient, "Identity", 0, |x| x, |_, _, _| Grad::Zero, vec![]);
+    StopGradient, "Identity", Widest, View, 0, |x| x, |_, _, _| Grad::Zero, vec![]);
 
 /// Two broadcasting operands of one dtype: formula, the two derivatives from (operands, answer, cotangent).
 macro_rules! binary {
-    ($(#[$doc:meta])* $name:ident, $onnx:literal, $f:expr, $vjp:expr) => {
+    ($(#[$doc:meta])* $name:ident, $onnx:literal, $policy:ident, $storage:ident, $f:expr, $vjp:expr) => {
         $(#[$doc])*
         ///
         /// # Constraints
@@ -122,6 +128,12 @@ macro_rules! binary {
         impl Rules for $name {
             fn name(&self) -> &'static str {
                 $onnx
+            }
+            fn policy(&self) -> Policy {
+                Policy::$policy
+            }
+            fn storage(&self) -> Storage {
+                Storage::$storage
             }
             fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
                 broadcast_operands(args[0], args[1])
@@ -145,15 +157,15 @@ macro_rules! binary {
 }
 
 binary!(/// `a + b`.
-    Add, "Add", |a, b| a + b, |_, _, _, ct| [ct, ct]);
+    Add, "Add", Widest, InPlace, |a, b| a + b, |_, _, _, ct| [ct, ct]);
 binary!(/// `a − b`.
-    Sub, "Sub", |a, b| a - b, |_, _, _, ct| [ct, -ct]);
+    Sub, "Sub", Widest, InPlace, |a, b| a - b, |_, _, _, ct| [ct, -ct]);
 binary!(/// `a · b`.
-    Mul, "Mul", |a, b| a * b, |a, b, _, ct| [ct * b, ct * a]);
+    Mul, "Mul", Widest, InPlace, |a, b| a * b, |a, b, _, ct| [ct * b, ct * a]);
 binary!(/// `a / b`.
-    Div, "Div", |a, b| a / b, |_, b, out, ct| [ct / b, -(ct * out / b)]);
+    Div, "Div", Widest, InPlace, |a, b| a / b, |_, b, out, ct| [ct / b, -(ct * out / b)]);
 binary!(/// The larger of the two; where they are equal the cotangent goes to `a`.
-Maximum, "Max", f64::max, |a, b, _, ct| {
+Maximum, "Max", F32, Own, f64::max, |a, b, _, ct| {
     let b_won = a.less(b).select(ct, ct.builder().scalar(0.0));
     [ct - b_won, b_won]
 });
@@ -171,6 +183,12 @@ macro_rules! comparison {
         impl Rules for $name {
             fn name(&self) -> &'static str {
                 $onnx
+            }
+            fn policy(&self) -> Policy {
+                Policy::F32
+            }
+            fn storage(&self) -> Storage {
+                Storage::Own
             }
             fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
                 let ty = broadcast_operands(args[0], args[1])?;
@@ -211,6 +229,12 @@ impl Rules for Cast {
     fn name(&self) -> &'static str {
         "Cast"
     }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         Ok(Type { dtype: self.to, shape: args[0].shape.clone() })
     }
@@ -243,6 +267,12 @@ pub struct Select;
 impl Rules for Select {
     fn name(&self) -> &'static str {
         "Where"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args[0].dtype != DType::Bool {

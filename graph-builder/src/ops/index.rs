@@ -5,7 +5,7 @@ use ndarray::{ArrayD, Axis, IxDyn};
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::shape::{DType, Shape, Type};
 use crate::value::Value;
 
@@ -25,6 +25,12 @@ pub struct Gather;
 impl Rules for Gather {
     fn name(&self) -> &'static str {
         "Gather"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args[1].dtype != DType::I64 || args[1].shape.rank() != 1 {

@@ -5,7 +5,7 @@ use ndarray::{ArrayD, Axis, IxDyn, Slice as Range};
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, expand, filled};
 use crate::onnx::{Attribute, Emitter};
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::shape::{Shape, Type};
 use crate::value::Value;
 
@@ -22,6 +22,12 @@ pub struct Reshape {
 impl Rules for Reshape {
     fn name(&self) -> &'static str {
         "Reshape"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::View
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args[0].shape.numel() != self.shape.numel() {
@@ -58,6 +64,12 @@ pub struct Transpose {
 impl Rules for Transpose {
     fn name(&self) -> &'static str {
         "Transpose"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let mut sorted = self.perm.clone();
@@ -99,6 +111,12 @@ impl Rules for Broadcast {
     fn name(&self) -> &'static str {
         "Expand"
     }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args[0].shape.broadcast(&self.shape).as_ref() != Some(&self.shape) {
             return refuse(format!("C1: a shape that broadcasts to {}", self.shape));
@@ -138,6 +156,12 @@ pub struct Slice {
 impl Rules for Slice {
     fn name(&self) -> &'static str {
         "Slice"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let mut dims = args[0].shape.0.clone();
@@ -181,6 +205,12 @@ pub struct Concat {
 impl Rules for Concat {
     fn name(&self) -> &'static str {
         "Concat"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let Some((first, rest)) = args.split_first() else {
@@ -249,6 +279,12 @@ pub struct Pad {
 impl Rules for Pad {
     fn name(&self) -> &'static str {
         "Pad"
+    }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if !args[0].dtype.is_float() {

@@ -8,7 +8,7 @@ use ndarray::{ArrayD, IxDyn};
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, filled};
 use crate::onnx::Emitter;
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::shape::Type;
 use crate::value::Value;
 
@@ -76,6 +76,12 @@ impl Rules for Input {
     fn name(&self) -> &'static str {
         "Input"
     }
+    fn policy(&self) -> Policy {
+        Policy::Leaf
+    }
+    fn storage(&self) -> Storage {
+        Storage::Leaf
+    }
     fn infer(&self, _: &[&Type]) -> Result<Type, Refusal> {
         Ok(self.ty.clone())
     }
@@ -95,6 +101,12 @@ impl Rules for ParameterRef {
     fn name(&self) -> &'static str {
         "Parameter"
     }
+    fn policy(&self) -> Policy {
+        Policy::Leaf
+    }
+    fn storage(&self) -> Storage {
+        Storage::Leaf
+    }
     fn infer(&self, _: &[&Type]) -> Result<Type, Refusal> {
         Ok(self.ty.clone())
     }
@@ -113,6 +125,12 @@ impl Rules for ParameterRef {
 impl Rules for Constant {
     fn name(&self) -> &'static str {
         "Constant"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Leaf
+    }
+    fn storage(&self) -> Storage {
+        Storage::Leaf
     }
     fn infer(&self, _: &[&Type]) -> Result<Type, Refusal> {
         let (n, numel) = (self.data.len(), self.ty.shape.numel());

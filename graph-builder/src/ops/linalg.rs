@@ -5,7 +5,7 @@ use ndarray::{ArrayView2, Ix2};
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, expand, filled};
 use crate::onnx::Emitter;
-use crate::op::{Cost, Grad, Rules, traffic};
+use crate::op::{Cost, Grad, Policy, Rules, Storage, traffic};
 use crate::shape::{Shape, Type};
 use crate::value::Value;
 
@@ -42,6 +42,12 @@ fn rows(x: Value<'_>) -> Value<'_> {
 impl Rules for MatMul {
     fn name(&self) -> &'static str {
         "MatMul"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let (a, b) = (args[0], args[1]);

@@ -5,7 +5,7 @@ use ndarray::{Array2, Axis};
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, bundle, expand, filled, operand};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
-use crate::op::{Cost, Grad, Rules, traffic};
+use crate::op::{Cost, Grad, Policy, Rules, Storage, traffic};
 use crate::ops::activation::{Activation, GELU_GRAD_FLOPS, gelu_grad, gelu_slope_nodes};
 use crate::ops::modulation::pair;
 use crate::shape::{DType, Shape, Type};
@@ -104,6 +104,12 @@ impl Rules for Linear {
     fn name(&self) -> &'static str {
         "Linear"
     }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         infer_linear(args)
     }
@@ -141,6 +147,12 @@ pub struct LinearGradInput {
 impl Rules for LinearGradInput {
     fn name(&self) -> &'static str {
         "LinearGradInput"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let dtype = one_float_dtype(args)?;
@@ -197,6 +209,12 @@ impl Rules for LinearGradWeight {
     fn name(&self) -> &'static str {
         "LinearGradWeight"
     }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let dtype = one_float_dtype(args)?;
         let (n, k) = (width(args[0]), width(args[1]));
@@ -249,6 +267,12 @@ pub struct LinearGateResidual {
 impl Rules for LinearGateResidual {
     fn name(&self) -> &'static str {
         "LinearGateResidual"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         one_float_dtype(args)?;

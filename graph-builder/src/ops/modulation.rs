@@ -5,7 +5,7 @@ use ndarray::{Axis, Zip};
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, bundle, expand};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
-use crate::op::{Cost, Grad, Rules, traffic};
+use crate::op::{Cost, Grad, Policy, Rules, Storage, traffic};
 use crate::ops::nn::{layer_norm, layer_norm_grad, layer_norm_grad_nodes, normalised};
 use crate::shape::{Shape, Type};
 use crate::value::Value;
@@ -45,6 +45,12 @@ pub struct LayerNormModulate {
 impl Rules for LayerNormModulate {
     fn name(&self) -> &'static str {
         "LayerNormModulate"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         conditioned(args[0], &args[1..])
@@ -94,6 +100,12 @@ pub struct LayerNormModulateGrad {
 impl Rules for LayerNormModulateGrad {
     fn name(&self) -> &'static str {
         "LayerNormModulateGrad"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args[2..].iter().any(|t| *t != args[0]) {
@@ -167,6 +179,12 @@ impl Rules for GateResidual {
     fn name(&self) -> &'static str {
         "GateResidual"
     }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args[2] != args[0] {
             return refuse("C3: a branch of the type of x");
@@ -208,6 +226,12 @@ pub struct GateResidualGrad;
 impl Rules for GateResidualGrad {
     fn name(&self) -> &'static str {
         "GateResidualGrad"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args[2] != args[1] {

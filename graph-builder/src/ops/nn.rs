@@ -5,7 +5,7 @@ use ndarray::{Axis, Zip};
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter, FunctionBody};
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::shape::Type;
 use crate::value::Value;
 
@@ -70,6 +70,12 @@ impl Rules for Softmax {
     fn name(&self) -> &'static str {
         "Softmax"
     }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         last_axis_operand(args[0])
     }
@@ -104,6 +110,12 @@ pub struct SoftmaxGrad;
 impl Rules for SoftmaxGrad {
     fn name(&self) -> &'static str {
         "SoftmaxGrad"
+    }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         twin_rows(args)
@@ -147,6 +159,12 @@ pub struct LayerNorm {
 impl Rules for LayerNorm {
     fn name(&self) -> &'static str {
         "LayerNormalization"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         last_axis_operand(args[0])
@@ -230,6 +248,12 @@ pub struct LayerNormGrad {
 impl Rules for LayerNormGrad {
     fn name(&self) -> &'static str {
         "LayerNormGrad"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Compute
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         twin_rows(args)

@@ -3,7 +3,7 @@
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter, FunctionBody};
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::shape::{Shape, Type};
 use crate::value::Value;
 
@@ -97,6 +97,12 @@ impl Rules for Patchify {
     fn name(&self) -> &'static str {
         "Patchify"
     }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let x = args[0];
         let &[n, c, height, width] = x.shape.dims() else {
@@ -149,6 +155,12 @@ impl Rules for Patchify {
 impl Rules for Unpatchify {
     fn name(&self) -> &'static str {
         "Unpatchify"
+    }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let x = args[0];

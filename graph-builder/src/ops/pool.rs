@@ -5,7 +5,7 @@ use ndarray::{ArrayD, IxDyn};
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
-use crate::op::{Cost, Grad, Rules, traffic};
+use crate::op::{Cost, Grad, Policy, Rules, Storage, traffic};
 use crate::ops::window::{Window, moved, spread, thinned};
 use crate::shape::Type;
 use crate::value::Value;
@@ -108,6 +108,12 @@ impl Rules for MaxPool {
     fn name(&self) -> &'static str {
         "MaxPool"
     }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         infer(self.kernel, &self.window, args)
     }
@@ -186,6 +192,12 @@ impl AveragePool {
 impl Rules for AveragePool {
     fn name(&self) -> &'static str {
         "AveragePool"
+    }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         infer(self.kernel, &self.window, args)

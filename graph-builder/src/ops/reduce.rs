@@ -5,7 +5,7 @@ use ndarray::Axis;
 use crate::error::{Refusal, refuse};
 use crate::eval::Array;
 use crate::onnx::{Attribute, Emitter};
-use crate::op::{Cost, Grad, Rules, traffic};
+use crate::op::{Cost, Grad, Policy, Rules, Storage, traffic};
 use crate::shape::{Shape, Type};
 use crate::value::Value;
 
@@ -58,6 +58,12 @@ impl Rules for Sum {
     fn name(&self) -> &'static str {
         "ReduceSum"
     }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
+    }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         infer(&self.axes, args)
     }
@@ -88,6 +94,12 @@ pub struct Mean {
 impl Rules for Mean {
     fn name(&self) -> &'static str {
         "ReduceMean"
+    }
+    fn policy(&self) -> Policy {
+        Policy::F32
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         infer(&self.axes, args)

@@ -6,7 +6,7 @@
 use crate::error::{Refusal, refuse};
 use crate::eval::{Array, bundle, filled};
 use crate::onnx::{Attribute, Emitter, FunctionBody};
-use crate::op::{Cost, Grad, Rules};
+use crate::op::{Cost, Grad, Policy, Rules, Storage};
 use crate::shape::{Shape, Type};
 use crate::value::Value;
 
@@ -27,6 +27,12 @@ pub struct Part {
 impl Rules for Part {
     fn name(&self) -> &'static str {
         "Part"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let end = self.offset + self.shape.numel();
@@ -63,6 +69,12 @@ pub struct Split {
 impl Rules for Split {
     fn name(&self) -> &'static str {
         "Split"
+    }
+    fn policy(&self) -> Policy {
+        Policy::Widest
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         let Some(size) = args[0].shape.0.get(self.axis) else {
@@ -116,6 +128,12 @@ pub struct After;
 impl Rules for After {
     fn name(&self) -> &'static str {
         "After"
+    }
+    fn policy(&self) -> Policy {
+        Policy::First
+    }
+    fn storage(&self) -> Storage {
+        Storage::Own
     }
     fn infer(&self, args: &[&Type]) -> Result<Type, Refusal> {
         if args.iter().any(|a| !a.dtype.is_float()) {

@@ -8,8 +8,6 @@ mod precision;
 mod recompute;
 mod simplify;
 
-pub use precision::{POLICIES, Policy, policy};
-
 use crate::error::{Place, Result};
 use crate::graph::{Graph, Node, ValueId};
 use crate::op::Op;

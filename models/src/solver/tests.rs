@@ -2,7 +2,7 @@
 
 use super::{Solver, SolverKind, SolverPlan, coefficient};
 use crate::{
-    config::Objective::{self, Ddpm, Flow},
+    objective::Objective::{self, Ddpm, Flow},
     schedule::{DdpmSchedule, Spacing},
 };
 

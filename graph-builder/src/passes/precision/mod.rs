@@ -1,15 +1,11 @@
-//! Mixed precision: conversions between f32 and the compute type where the table of policies asks for them.
-
-mod policy;
+//! Mixed precision: conversions between f32 and the compute type where the ops' policies ask for them.
 
 use std::collections::BTreeMap;
-
-pub use policy::{POLICIES, Policy, policy};
 
 use super::{Rewriter, sweep};
 use crate::error::{GraphError, Result};
 use crate::graph::{Graph, Node, ValueId};
-use crate::op::Op;
+use crate::op::{Op, Policy};
 use crate::ops::elementwise::Cast;
 use crate::ops::leaf::{Constant, ParameterRef};
 use crate::precision::Precision;
@@ -22,7 +18,7 @@ const PASS: &str = "in_precision";
 const GRADIENT: &str = "grad.";
 
 impl Graph {
-    /// The same computation in mixed precision, by the table [`POLICIES`].
+    /// The same computation in mixed precision, by each op's [`Policy`].
     ///
     /// Inputs and outputs keep their names and types, but for parameters and gradients: a parameter that is used in the
     /// compute type only has it ([`crate::Parameter::dtype`]), and the output `grad.<parameter>` has the type of the
@@ -35,18 +31,18 @@ impl Graph {
     /// [`GraphError::NotF32`] for a graph that has a narrower value already, [`GraphError::Malformed`] when the
     /// rewritten graph breaks an invariant.
     pub fn in_precision(&self, precision: Precision) -> Result<Graph> {
-        self.in_precision_by(precision, policy)
+        self.in_precision_by(precision, Op::policy)
     }
 
-    /// [`Graph::in_precision`] by another table, from the name of an op's variant to its policy.
+    /// [`Graph::in_precision`] by other policies than the ops' own.
     ///
     /// # Errors
     /// As [`Graph::in_precision`].
-    pub fn in_precision_by(&self, precision: Precision, policy: impl Fn(&str) -> Policy) -> Result<Graph> {
+    pub fn in_precision_by(&self, precision: Precision, policy: impl Fn(&Op) -> Policy) -> Result<Graph> {
         if precision == Precision::F32 {
             return Ok(self.clone());
         }
-        let policies: Vec<Policy> = self.nodes.iter().map(|n| policy(n.op.variant())).collect();
+        let policies: Vec<Policy> = self.nodes.iter().map(|n| policy(&n.op)).collect();
         self.refuse_narrow()?;
         let types = Types::of(self, &policies, precision.dtype());
         let mut casts = Casts::default();

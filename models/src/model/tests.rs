@@ -2,13 +2,22 @@
 
 use std::fs;
 
-use super::{DitConfig, InitScheme, MupConfig, Objective, PRESETS};
+use super::{InitScheme, Model, MupConfig};
+use crate::dit::Dit;
+use crate::network::{Latent, Network};
+use crate::objective::Objective;
 
 const SMALL: &str = r#"{"model":"dit","input_size":8,"patch_size":2,"in_channels":4,"hidden_size":96,"depth":2,
     "num_heads":4,"mlp_ratio":4.0,"num_classes":10,"learn_sigma":true}"#;
 
-fn small() -> DitConfig {
-    DitConfig::from_json(SMALL).unwrap()
+fn small() -> Model {
+    Model::from_json(SMALL).unwrap()
+}
+
+fn dit(model: &Model) -> &Dit {
+    match &model.network {
+        Network::Dit(dit) => dit,
+    }
 }
 
 fn edited(from: &str, to: &str) -> String {
@@ -17,23 +26,30 @@ fn edited(from: &str, to: &str) -> String {
 }
 
 fn refusal(json: &str) -> String {
-    DitConfig::from_json(json).unwrap_err().to_string()
+    Model::from_json(json).unwrap_err().to_string()
 }
 
 #[test]
 fn the_official_keys_make_a_config() {
     let c = small();
-    assert_eq!((c.input_size, c.patch_size, c.in_channels, c.hidden_size), (8, 2, 4, 96));
-    assert_eq!((c.depth, c.num_heads, c.num_classes, c.learn_sigma), (2, 4, 10, true));
-    assert_eq!((c.mlp_ratio, c.class_dropout_prob), (4.0, 0.1));
+    let d = dit(&c);
+    assert_eq!((d.input_size, d.patch_size, d.in_channels, d.hidden_size), (8, 2, 4, 96));
+    assert_eq!((d.depth, d.num_heads, d.num_classes, d.learn_sigma), (2, 4, 10, true));
+    assert_eq!((d.mlp_ratio, d.class_dropout_prob), (4.0, 0.1));
     assert_eq!((c.objective, c.init, c.mup), (Objective::Ddpm, InitScheme::Dit, None));
-    assert_eq!((c.tokens(), c.out_channels(), c.head_size(), c.mlp_hidden()), (16, 8, 24, 384));
-    assert_eq!((c.null_class(), c.label_rows(), c.width_multiplier()), (Some(10), 11, 1.0));
+    assert_eq!(c.latent(), Latent { channels: 4, height: 8, width: 8 });
+    let n = &c.network;
+    assert_eq!((n.out_channels(), n.width(), n.head_size(), n.depth(), n.dropout()), (8, 96, 24, 2, 0.1));
+    let classes = c.conditioning().classes().unwrap();
+    assert_eq!((classes.null_class(), classes.rows(), c.width_multiplier()), (Some(10), 11, 1.0));
+    assert!(c.learns_variance());
+    let wide = n.resized(192, 48);
+    assert_eq!((wide.width(), wide.head_size(), wide.latent()), (192, 48, n.latent()));
 }
 
 #[test]
 fn own_keys_are_read() {
-    let c = DitConfig::from_json(&edited(
+    let c = Model::from_json(&edited(
         "\"learn_sigma\":true",
         r#""objective":"flow","init":"mup","mup":{"base_width":48,"output_multiplier":0.25},"class_dropout_prob":0,
         "class_names":["a","b","c","d","e","f","g","h","i","j"]"#,
@@ -41,20 +57,21 @@ fn own_keys_are_read() {
     .unwrap();
     assert_eq!((c.objective, c.init), (Objective::Flow, InitScheme::Mup));
     assert_eq!(c.mup, Some(MupConfig { base_width: 48, output_multiplier: 0.25 }));
-    assert_eq!((c.width_multiplier(), c.out_channels()), (2.0, 4));
-    assert_eq!((c.null_class(), c.label_rows()), (None, 10));
+    assert_eq!((c.width_multiplier(), c.network.out_channels(), c.learns_variance()), (2.0, 4, false));
+    let classes = c.conditioning().classes().unwrap();
+    assert_eq!((classes.null_class(), classes.rows(), c.conditioning().has_null()), (None, 10, false));
     assert_eq!(c.class_names.as_ref().unwrap()[9], "j");
-    assert_eq!(DitConfig::from_json(&c.to_json()).unwrap(), c);
+    assert_eq!(Model::from_json(&c.to_json()).unwrap(), c);
 }
 
 #[test]
 fn json_round_trips_in_the_same_bytes() {
-    for config in PRESETS.iter().map(|name| DitConfig::preset(name).unwrap()).chain([small()]) {
+    for config in Network::presets().iter().map(|name| Model::preset(name).unwrap()).chain([small()]) {
         let json = config.to_json();
-        let back = DitConfig::from_json(&json).unwrap();
+        let back = Model::from_json(&json).unwrap();
         assert_eq!(back, config);
         assert_eq!(back.to_json(), json);
-        assert_eq!(serde_json::from_str::<DitConfig>(&json).unwrap(), config, "by way of serde");
+        assert_eq!(serde_json::from_str::<Model>(&json).unwrap(), config, "by way of serde");
         let value = serde_json::to_value(&config).unwrap();
         assert_eq!(format!("{value:#}\n"), json);
     }
@@ -146,9 +163,11 @@ fn presets_are_the_published_ones() {
         ("DiT-L/8", 24, 1024, 16, 16),
         ("DiT-XL/2", 28, 1152, 16, 256),
     ] {
-        let c = DitConfig::preset(name).unwrap();
+        let c = Model::preset(name).unwrap();
+        let c = dit(&c);
+        let side = c.input_size / c.patch_size;
         assert_eq!(
-            (c.depth, c.hidden_size, c.num_heads, c.tokens()),
+            (c.depth, c.hidden_size, c.num_heads, side * side),
             (depth, width, heads, tokens),
             "{name}"
         );
@@ -158,20 +177,30 @@ fn presets_are_the_published_ones() {
             "{name}"
         );
     }
-    for name in PRESETS {
-        assert!(DitConfig::resolve(name).unwrap().validate().is_ok(), "{name}");
+    for name in Network::presets() {
+        assert!(Model::resolve(name).unwrap().validate().is_ok(), "{name}");
     }
 }
 
 #[test]
 fn overrides_follow_a_preset() {
-    let c = DitConfig::resolve("DiT-S/2@8x8x3:10").unwrap();
-    assert_eq!((c.input_size, c.in_channels, c.num_classes, c.hidden_size), (8, 3, 10, 384));
-    let c = DitConfig::resolve("DiT-XL/2@64x64").unwrap();
-    assert_eq!((c.input_size, c.in_channels, c.num_classes), (64, 4, 1000));
-    assert_eq!(DitConfig::resolve("DiT-S/2:10").unwrap().num_classes, 10);
+    for (text, latent, classes) in [
+        ("DiT-S/2@8x8x3:10", [3, 8, 8], 10),
+        ("DiT-XL/2@64x64", [4, 64, 64], 1000),
+        ("DiT-S/2:10", [4, 32, 32], 10),
+    ] {
+        let c = Model::resolve(text).unwrap();
+        assert_eq!(
+            (c.latent().shape(), c.conditioning().classes().unwrap().count),
+            (latent, classes),
+            "{text}"
+        );
+    }
     for (text, want) in [
-        ("DiT-S/2@8x16x4", "height 8 and width 16 differ"),
+        (
+            "DiT-S/2@8x16x4",
+            "input_size must be one side: the latents of `dit` are square, got height 8 and width 16",
+        ),
         ("DiT-S/2@8", "\"8\" is no latent size"),
         ("DiT-S/2@8x8x4x2", "is no latent size"),
         ("DiT-S/2@8x8x", "\"\" is no whole number"),
@@ -184,7 +213,7 @@ fn overrides_follow_a_preset() {
         ("/no/such/model", "valid are DiT-S/2, DiT-S/4"),
         ("/no/such/model.json", "cannot read the model config /no/such/model.json"),
     ] {
-        let message = DitConfig::resolve(text).unwrap_err().to_string();
+        let message = Model::resolve(text).unwrap_err().to_string();
         assert!(message.contains(want), "{text}: \"{message}\" lacks \"{want}\"");
     }
 }
@@ -195,9 +224,9 @@ fn files_and_directories_resolve() {
     let file = folder.path().join("config.json");
     fs::write(&file, SMALL).unwrap();
     for path in [folder.path(), &file] {
-        assert_eq!(DitConfig::resolve(path.to_str().unwrap()).unwrap(), small());
+        assert_eq!(Model::resolve(path.to_str().unwrap()).unwrap(), small());
     }
     fs::write(&file, edited("depth", "dept")).unwrap();
-    let message = DitConfig::resolve(file.to_str().unwrap()).unwrap_err().to_string();
+    let message = Model::resolve(file.to_str().unwrap()).unwrap_err().to_string();
     assert!(message.contains("config.json: unknown key \"dept\""), "{message}");
 }

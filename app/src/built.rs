@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, anyhow};
 use graph_builder::{Graph, Precision};
-use models::{DitConfig, Guidance, ModelError, ProgramKind};
+use models::{Guidance, Model, ModelError, ProgramKind};
 use runtime::{Binding, Engine, Provider, Runtime, Session, SessionOptions};
 
 use crate::Usage;
@@ -20,7 +20,7 @@ const FOR_SERVERS: [&[usize]; 2] = [&[1, 2, 4, 8], &[1, 2, 4, 8, 16, 32, 64]];
 /// An engine directory with what its manifest says of the model.
 pub struct BuiltEngine {
     engine: Engine,
-    model: DitConfig,
+    model: Model,
     guided: Guidance,
     provider: Provider,
     precision: Precision,
@@ -96,7 +96,7 @@ impl BuiltEngine {
     }
 
     /// What it is an engine of.
-    pub fn model(&self) -> &DitConfig {
+    pub fn model(&self) -> &Model {
         &self.model
     }
 
@@ -160,7 +160,7 @@ impl BuiltEngine {
     /// # Errors
     /// [`Usage`] naming both.
     pub fn check_guided(&self, asked: Guidance) -> anyhow::Result<()> {
-        let all = self.model.in_channels;
+        let all = self.model.latent().channels;
         let count = |guided| match guided {
             Guidance::Off => 0,
             Guidance::First(n) => all.min(n),

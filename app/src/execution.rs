@@ -9,7 +9,7 @@ use std::sync::{Arc, LockResult, Mutex, PoisonError};
 use anyhow::{Context, ensure};
 use graph_builder::{DType, ExternalTensor, Graph, Precision, Shape, Type, Weights};
 use half::{bf16, f16};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Model, ProgramKind, ProgramSpec};
 use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::library::cache_directory;
@@ -188,11 +188,11 @@ impl Placed {
     ///
     /// # Errors
     /// An arena that lacks a parameter of the model; no memory on the GPU.
-    pub fn of(parameters: &SharedArena, model: &DitConfig, execution: &Execution) -> anyhow::Result<Self> {
+    pub fn of(parameters: &SharedArena, model: &Model, execution: &Execution) -> anyhow::Result<Self> {
         if !execution.provider.is_gpu() {
             return Ok(Self(Place::Host(parameters.clone())));
         }
-        let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?.optimised()?;
+        let graph = model.compiled(&ProgramSpec::new(ProgramKind::Denoise, 1))?;
         let graph = graph.in_precision(execution.precision)?;
         let arena = lock(parameters.read())?;
         if let Provider::Cuda(CudaOptions { ordinal, .. }) = execution.provider {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use graph_builder::{Graph, Weights};
-use models::DitConfig;
+use models::Model;
 use runtime::cuda::Gpu;
 use runtime::cuda::kernels::scratch_bytes;
 use runtime::{CudaOptions, Provider, RuntimeError};
@@ -31,7 +31,7 @@ impl SamplingPlan {
     ///
     /// # Errors
     /// A program that cannot be built or run there; a GPU that cannot be asked.
-    pub(crate) fn before(settings: &Settings, model: &DitConfig) -> anyhow::Result<Option<Self>> {
+    pub(crate) fn before(settings: &Settings, model: &Model) -> anyhow::Result<Option<Self>> {
         let Provider::Cuda(CudaOptions { ordinal, .. }) = settings.execution.provider else {
             return Ok(None);
         };
@@ -39,12 +39,7 @@ impl SamplingPlan {
         Ok(Some(Self::of(settings, model, ordinal, (free as u64, total as u64))?))
     }
 
-    fn of(
-        settings: &Settings,
-        model: &DitConfig,
-        gpu: usize,
-        (free, total): (u64, u64),
-    ) -> anyhow::Result<Self> {
+    fn of(settings: &Settings, model: &Model, gpu: usize, (free, total): (u64, u64)) -> anyhow::Result<Self> {
         let graph: Graph =
             settings.program(model)?.optimised()?.in_precision(settings.execution.precision)?;
         let inputs: usize = graph.inputs().map(|(_, ty)| ty.bytes()).sum();
@@ -60,7 +55,7 @@ impl SamplingPlan {
     ///
     /// # Errors
     /// [`RuntimeError::GpuOutOfMemory`].
-    pub(crate) fn check(&self, settings: &Settings, model: &DitConfig) -> anyhow::Result<()> {
+    pub(crate) fn check(&self, settings: &Settings, model: &Model) -> anyhow::Result<()> {
         if self.values - self.values / MARGIN <= self.free {
             return Ok(());
         }
@@ -105,14 +100,14 @@ impl fmt::Display for SamplingPlan {
 
 #[cfg(test)]
 mod tests {
-    use models::{Guidance, Solver, SolverKind};
+    use models::{Guidance, Model, Solver, SolverKind};
 
     use super::*;
     use crate::execution::Execution;
 
     #[test]
     fn a_batch_that_does_not_fit_is_refused_with_one_that_does() {
-        let model = DitConfig::resolve("DiT-S/8@16x16x4:10").unwrap();
+        let model = Model::resolve("DiT-S/8@16x16x4:10").unwrap();
         let execution = Execution { provider: "cuda".parse().unwrap(), ..Execution::default() };
         let guided = Guidance::All;
         let of = |batch: usize| {

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use graph_builder::Graph;
 use models::{
-    COEFFICIENTS, DitConfig, Guidance, ModelError, Objective, ProgramKind, Solver, SolverKind, SolverPlan,
-    program,
+    COEFFICIENTS, Guidance, Model, ModelError, Objective, ProgramKind, Solver, SolverKind, SolverPlan,
 };
 use runtime::cuda::kernels::NormalStream;
 use runtime::{Binding, Runtime};
@@ -93,7 +92,7 @@ impl Settings {
     ///
     /// # Errors
     /// Guidance that the model cannot give.
-    pub fn program(&self, model: &DitConfig) -> Result<Graph, ModelError> {
+    pub fn program(&self, model: &Model) -> Result<Graph, ModelError> {
         program(model, ProgramKind::Step, self.batch, self.channels())
     }
 }
@@ -154,7 +153,7 @@ impl Sampler {
     /// memory, a session that does not load.
     pub fn new(
         runtime: &Arc<Runtime>,
-        model: &DitConfig,
+        model: &Model,
         parameters: &Placed,
         settings: &Settings,
     ) -> anyhow::Result<Self> {
@@ -199,14 +198,15 @@ impl Sampler {
     }
 
     /// `binding` is a `step` or `step-rows` program of so many rows.
-    fn over(binding: Binding, rows: usize, model: &DitConfig, settings: &Settings) -> anyhow::Result<Self> {
-        let plan = settings.solver.plan(model.objective, model.learn_sigma)?;
+    fn over(binding: Binding, rows: usize, model: &Model, settings: &Settings) -> anyhow::Result<Self> {
+        let plan = settings.solver.plan(model.objective, model.learns_variance())?;
         let has = |name: &str| binding.session().inputs().iter().any(|input| input.name == name);
         let (paired, guided) = (has("pair"), has("guidance"));
         let rows_each = if paired && settings.guidance != 1.0 { GUIDED_ROWS } else { 1 };
-        let image = model.in_channels * model.input_size * model.input_size;
+        let image = model.latent().values();
         let guidance = guided.then_some(settings.guidance as f32);
-        let (label_rows, null_class) = (model.label_rows(), model.null_class());
+        let null_class = model.conditioning().null_class();
+        let label_rows = model.conditioning().class_count() + usize::from(null_class.is_some());
         Ok(Self { binding, plan, rows, rows_each, paired, image, label_rows, null_class, guidance })
     }
 

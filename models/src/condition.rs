@@ -62,6 +62,16 @@ impl Conditioning {
         }
     }
 
+    /// How many classes there are, without the null class; 0 for a model without classes.
+    pub fn class_count(&self) -> usize {
+        self.classes().map_or(0, |classes| classes.count)
+    }
+
+    /// Number of the null class, of a model that has one.
+    pub fn null_class(&self) -> Option<usize> {
+        self.classes().and_then(Classes::null_class)
+    }
+
     /// Whether there is a null condition, which guidance needs.
     pub const fn has_null(&self) -> bool {
         match self {

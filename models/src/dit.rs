@@ -166,6 +166,12 @@ impl Denoiser for Dit {
         Network::Dit(Self { hidden_size: width, num_heads: width / head_size.max(1), ..self.clone() })
     }
 
+    fn canonical(&self) -> Network {
+        // Only whether there is a null class.
+        let class_dropout_prob = if self.class_dropout_prob > 0.0 { 0.5 } else { 0.0 };
+        Network::Dit(Self { class_dropout_prob, ..self.clone() })
+    }
+
     fn stacks(&self) -> &'static [&'static str] {
         &["blocks"]
     }

@@ -183,7 +183,7 @@ impl Model {
             })?;
         }
         if let Some(names) = &self.class_names {
-            let classes = self.conditioning().classes().map_or(0, |classes| classes.count);
+            let classes = self.conditioning().class_count();
             check(names.len() == classes, "class_names", format!("{} names", names.len()), || {
                 format!("one name for each of num_classes {classes}")
             })?;
@@ -272,7 +272,7 @@ fn overridden(preset: &Model, text: &str, overrides: &str) -> Result<Model, Mode
             _ => return Err(bad(format!("\"{size}\" is no latent size"))),
         };
     }
-    let classes = classes.or(preset.conditioning().classes().map(|classes| classes.count)).unwrap_or(0);
+    let classes = classes.unwrap_or_else(|| preset.conditioning().class_count());
     let mut keys = preset.keys();
     keys.extend(Network::fixed_by_data(Some(preset.network.name()), latent, classes)?);
     Model::try_from(keys)

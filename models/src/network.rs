@@ -79,6 +79,10 @@ pub(crate) trait Denoiser {
     /// The same network at another width, with heads of a size; everything that is a multiple of the width follows.
     fn resized(&self, width: usize, head_size: usize) -> Network;
 
+    /// The same network without what no program depends on, such as the probability of dropping a condition: networks whose
+    /// canonical forms are equal have the same programs.
+    fn canonical(&self) -> Network;
+
     /// Scopes of the stacks of blocks: `blocks` where the first block is `blocks.0`.
     fn stacks(&self) -> &'static [&'static str];
 
@@ -246,6 +250,11 @@ impl Network {
     /// The same network at another width, with heads of a size.
     pub fn resized(&self, width: usize, head_size: usize) -> Self {
         self.family().resized(width, head_size)
+    }
+
+    /// The same network without what no program depends on: equal ones have the same programs.
+    pub fn canonical(&self) -> Self {
+        self.family().canonical()
     }
 
     /// Scopes of the stacks of blocks.

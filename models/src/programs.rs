@@ -105,6 +105,19 @@ pub fn has_loss_scale(kind: ProgramKind, precision: Precision) -> bool {
     kind == ProgramKind::TrainStep && precision == Precision::F16
 }
 
+impl Recompute {
+    /// The optimised graph of a training step, rewritten; `stacks` are the scopes of its stacks of blocks.
+    ///
+    /// # Errors
+    /// [`ModelError::Graph`] when the rewritten graph breaks an invariant.
+    pub fn apply(self, optimised: Graph, stacks: &[&str]) -> Result<Graph, ModelError> {
+        match self {
+            Self::None => Ok(optimised),
+            Self::Blocks => stacks.iter().try_fold(optimised, |graph, stack| Ok(graph.recomputed(stack)?)),
+        }
+    }
+}
+
 /// A program of a model: which one, and how it is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProgramSpec {
@@ -193,12 +206,7 @@ impl Model {
     /// # Errors
     /// As [`Model::program`].
     pub fn compiled(&self, spec: &ProgramSpec) -> Result<Graph, ModelError> {
-        let mut graph = self.program(spec)?.optimised()?;
-        if spec.recompute == Recompute::Blocks {
-            for stack in self.network.stacks() {
-                graph = graph.recomputed(stack)?;
-            }
-        }
+        let graph = spec.recompute.apply(self.program(spec)?.optimised()?, self.network.stacks())?;
         Ok(graph.in_precision(spec.precision)?)
     }
 

@@ -144,7 +144,7 @@ fn a_given_classifier_is_used_and_other_sizes_are_refused() {
     let path = folder.path().join("classifier.safetensors");
     let shape = models::classifier::Classifier { channels: 1, height: 28, width: 28, classes: 10 };
     let graph = shape.features(1).unwrap();
-    let layout = train_engine::step::parameter_layout(&graph).unwrap();
+    let layout = train_engine::step::parameter_layout(graph.parameters()).unwrap();
     let mut arena = runtime::Arena::zeros(Arc::clone(&layout)).unwrap();
     train_engine::mup::draw_parameters(&graph, 1, 1.0, &mut arena).unwrap();
     arena.write_safetensors(&path, &std::collections::BTreeMap::new()).unwrap();

@@ -2,16 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use graph_builder::Weights as Parameters;
-use models::{DitConfig, Guidance, ProgramKind, program};
+use graph_builder::{NativeName, Weights as Parameters};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use mudit_tests::execution::{alone, options};
 use onnx_protobuf::ModelProto;
 use protobuf::Message as _;
 use runtime::{Session, SessionOptions, Weights};
 
 /// How often each op stands in the graph that ONNX Runtime executes after its own optimisations.
-fn executed(cfg: &DitConfig, kind: ProgramKind) -> BTreeMap<String, usize> {
-    let graph = program(cfg, kind, 2, Guidance::First(3)).unwrap().optimised().unwrap();
+fn executed(cfg: &Model, kind: ProgramKind) -> BTreeMap<String, usize> {
+    let graph = cfg.compiled(&ProgramSpec::new(kind, 2).guided(Guidance::First(3))).unwrap();
     let emitted = graph.emit(Parameters::Inputs).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("optimised.onnx");
@@ -23,14 +23,15 @@ fn executed(cfg: &DitConfig, kind: ProgramKind) -> BTreeMap<String, usize> {
     let model = ModelProto::parse_from_bytes(&std::fs::read(path).unwrap()).unwrap();
     let mut counts = BTreeMap::new();
     for node in &model.graph.node {
-        *counts.entry(node.op_type.clone()).or_default() += 1;
+        let op = NativeName::parse(&node.op_type).map_or(&*node.op_type, |name| name.op);
+        *counts.entry(op.to_owned()).or_default() += 1;
     }
     counts
 }
 
 #[test]
 fn no_transposes_are_left_and_every_linear_layer_is_a_native_product() {
-    let cfg = DitConfig::preset("DiT-S/8").unwrap();
+    let cfg = Model::preset("DiT-S/8").unwrap();
     for kind in ProgramKind::ALL {
         let counts = executed(&cfg, kind);
         let count = |op: &str| counts.get(op).copied().unwrap_or(0);
@@ -39,9 +40,9 @@ fn no_transposes_are_left_and_every_linear_layer_is_a_native_product() {
             assert_eq!(count(op), 0, "{kind}: {op}");
         }
         // Four linear layers and an adaLN a block, five more around them; half of a block's end in a gate.
-        let layers = 5 * cfg.depth + 5;
+        let layers = 5 * cfg.network.depth() + 5;
         assert_eq!(count("Linear") + count("LinearGateResidual"), layers, "{kind}");
-        assert_eq!(count("Attention"), cfg.depth, "{kind}");
+        assert_eq!(count("Attention"), cfg.network.depth(), "{kind}");
         if kind == ProgramKind::TrainStep {
             assert_eq!(count("LinearGradWeight"), layers);
             // The image and the sinusoids need no gradient.

@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use graph_builder::{Graph, Init, Op, Weights as Parameters};
-use models::config::PRESETS;
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::dit::Dit;
+use models::{Guidance, Model, Network, ProgramKind, ProgramSpec};
+
+use crate::tiny::dit;
 
 /// Preset, all parameters, 10⁶ trainable ones, 10⁹ multiply-adds of a forward pass.
 ///
@@ -26,30 +28,38 @@ const PUBLISHED: [(&str, usize, f64, f64); 12] = [
 ];
 
 fn build(preset: &str, kind: ProgramKind, batch: usize) -> Graph {
-    let cfg = DitConfig::resolve(preset).unwrap();
-    program(&cfg, kind, batch, Guidance::First(3)).unwrap_or_else(|e| panic!("{preset} {kind}: {e}"))
+    let cfg = Model::resolve(preset).unwrap();
+    cfg.program(&ProgramSpec::new(kind, batch).guided(Guidance::First(3)))
+        .unwrap_or_else(|e| panic!("{preset} {kind}: {e}"))
+}
+
+/// Tokens of an image.
+fn tokens(model: &Model) -> usize {
+    (dit(model).input_size / dit(model).patch_size).pow(2)
 }
 
 /// Multiply-adds of a forward pass of one image, from the sizes.
-fn macs(cfg: &DitConfig) -> u64 {
-    let (t, d, l) = (cfg.tokens(), cfg.hidden_size, cfg.depth);
-    let (patch, answer) =
-        (cfg.patch_size.pow(2) * cfg.in_channels, cfg.patch_size.pow(2) * cfg.out_channels());
+fn macs(model: &Model) -> u64 {
+    let cfg = dit(model);
+    let (t, d, l) = (tokens(model), cfg.hidden_size, cfg.depth);
+    let pixels = cfg.patch_size.pow(2);
+    let (patch, answer) = (pixels * cfg.in_channels, pixels * model.network.out_channels());
     let block = 12 * t * d * d + 2 * t * t * d + 6 * d * d;
     (t * d * patch + 256 * d + d * d + l * block + 2 * d * d + t * d * answer) as u64
 }
 
 #[test]
 fn presets_have_the_published_sizes_and_work() {
-    assert_eq!(PUBLISHED.map(|(name, ..)| name), PRESETS);
+    let published = PUBLISHED.map(|(name, ..)| name);
+    assert!(Network::presets().starts_with(&published));
     for (preset, parameters, trainable, gmacs) in PUBLISHED {
-        let cfg = DitConfig::preset(preset).unwrap();
+        let cfg = Model::preset(preset).unwrap();
         let graph = build(preset, ProgramKind::Denoise, 1);
         let (all, moved) = graph.parameter_counts();
         assert_eq!(all, parameters, "{preset}: parameters");
         assert_eq!(
             all - moved,
-            cfg.tokens() * cfg.hidden_size,
+            tokens(&cfg) * cfg.network.width(),
             "{preset}: only the position table is frozen"
         );
         assert!((moved as f64 / 1e6 - trainable).abs() <= 0.01, "{preset}: {moved} trainable parameters");
@@ -65,13 +75,10 @@ fn presets_have_the_published_sizes_and_work() {
 
 #[test]
 fn work_grows_with_the_batch_and_a_training_step_is_three_forward_passes() {
-    let cfg = DitConfig::preset("DiT-S/4").unwrap();
+    let cfg = Model::preset("DiT-S/4").unwrap();
     let work = |kind, batch| build("DiT-S/4", kind, batch).optimised().unwrap().cost().macs;
     assert_eq!(work(ProgramKind::Denoise, 5), 5 * macs(&cfg));
-    // Both halves of guidance share the embedding of image and time.
-    let (d, patch) = (cfg.hidden_size, cfg.patch_size.pow(2) * cfg.in_channels);
-    let embedding = (cfg.tokens() * d * patch + 256 * d + d * d) as u64;
-    assert_eq!(work(ProgramKind::DenoiseCfg, 2), 4 * macs(&cfg) - 2 * embedding);
+    assert_eq!(work(ProgramKind::DenoiseCfg, 2), 4 * macs(&cfg), "two rows an image");
     assert_eq!(work(ProgramKind::Loss, 3), 3 * macs(&cfg));
     let step = work(ProgramKind::TrainStep, 4) as f64 / (4 * macs(&cfg)) as f64;
     assert!((2.98..3.0).contains(&step), "{step}: no gradient of the input is needed, all others are");
@@ -169,13 +176,16 @@ fn the_largest_training_step_is_emitted_quickly_and_without_weights() {
 fn every_program_can_be_recorded_as_a_cuda_graph() {
     let tiny = crate::tiny::config("ddpm");
     // Guidance on three of four and eight channels, on all of them, and on none.
-    let wide = DitConfig { in_channels: 4, learn_sigma: false, ..tiny.clone() };
-    let models = [("wide", wide.clone()), ("learned", DitConfig { learn_sigma: true, ..wide })];
+    let wide = |learn_sigma| {
+        let network = Network::Dit(Dit { in_channels: 4, learn_sigma, ..dit(&tiny).clone() });
+        Model { network, ..tiny.clone() }
+    };
+    let models = [("wide", wide(false)), ("learned", wide(true))];
     for (name, model) in models {
         for kind in ProgramKind::ALL {
             for guidance in [Guidance::First(3), Guidance::All, Guidance::Off] {
                 for batch in [1, 3] {
-                    let graph = program(&model, kind, batch, guidance).unwrap().optimised().unwrap();
+                    let graph = model.compiled(&ProgramSpec::new(kind, batch).guided(guidance)).unwrap();
                     let program = graph.emit(Parameters::Inputs).unwrap();
                     let found = &program.unrepeatable;
                     assert!(found.is_empty(), "{name} {kind}, {guidance:?}, batch {batch}: {found:?}");
@@ -187,8 +197,9 @@ fn every_program_can_be_recorded_as_a_cuda_graph() {
 
 #[test]
 fn channels_that_are_not_guided_are_the_conditional_answer() {
-    let model = DitConfig { in_channels: 4, ..crate::tiny::config("ddpm") };
-    let graph = |kind| program(&model, kind, crate::tiny::BATCH, Guidance::First(3)).unwrap();
+    let model = Model { in_channels: 4, ..crate::tiny::config("ddpm") };
+    let graph =
+        |kind| model.program(&ProgramSpec::new(kind, crate::tiny::BATCH).guided(Guidance::First(3))).unwrap();
     let (plain, guided) = (graph(ProgramKind::Denoise), graph(ProgramKind::DenoiseCfg));
     let feeds = crate::tiny::feeds(&guided, "ddpm");
     let [plain, guided] = [plain, guided].map(|graph| graph.eval(&feeds).unwrap().remove(0));

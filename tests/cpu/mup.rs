@@ -186,7 +186,7 @@ fn a_plain_checkpoint_computes_what_the_mup_one_does() {
 
 #[test]
 fn a_step_that_runs_share_gives_the_bits_of_their_own() {
-    use models::{DitConfig, InitScheme, MupConfig};
+    use models::{InitScheme, Model, MupConfig};
     use mudit_tests::execution::onnx_runtime;
     use train_engine::config::TrainConfig;
     use train_engine::data::{Batch, Dataset as _, GaussianImages};
@@ -195,7 +195,7 @@ fn a_step_that_runs_share_gives_the_bits_of_their_own() {
 
     within(LIMIT, "sharing a step", || {
         let runtime = onnx_runtime();
-        let model = |mup: Option<MupConfig>, init| DitConfig { mup, init, ..crate::tiny::config("ddpm") };
+        let model = |mup: Option<MupConfig>, init| Model { mup, init, ..crate::tiny::config("ddpm") };
         let images = GaussianImages::new(8, 1, 4, 3);
         let mut x0 = vec![0.0; 8 * 16];
         let y: Vec<i64> = (0..8)
@@ -238,7 +238,7 @@ fn a_step_that_runs_share_gives_the_bits_of_their_own() {
             };
             assert!(train(shared) == own, "seed {seed}, rate {rate}");
         }
-        let other = DitConfig { depth: 2, ..runs[0].0.clone() };
+        let other = Model { depth: 2, ..runs[0].0.clone() };
         assert!(shared.unwrap().restart(&config(1, 1e-2), &other).is_err(), "another shape");
     });
 }

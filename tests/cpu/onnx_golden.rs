@@ -7,8 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use graph_builder::Graph;
-use models::config::PRESETS;
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, Network, ProgramKind, ProgramSpec};
 use runtime::file::sha256_bytes;
 
 use crate::tiny;
@@ -50,10 +49,10 @@ fn tiny_programs_have_the_reviewed_text() {
 #[test]
 fn preset_programs_have_the_recorded_hashes() {
     let mut table = String::from("preset program nodes-built nodes-emitted sha256-of-text\n");
-    for preset in PRESETS {
-        let cfg = DitConfig::preset(preset).unwrap();
+    for preset in Network::presets() {
+        let cfg = Model::preset(preset).unwrap();
         for kind in ProgramKind::ALL {
-            let built = program(&cfg, kind, 2, Guidance::First(3)).unwrap();
+            let built = cfg.program(&ProgramSpec::new(kind, 2).guided(Guidance::First(3))).unwrap();
             let graph = optimised(&built);
             let (before, after) = (built.nodes().len(), graph.nodes().len());
             let hash = sha256_bytes(graph.text().as_bytes());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use graph_builder::{DType, ExternalTensor, Graph, OpenProgram, Precision, Type, Weights};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use mudit_tests::Feeds;
 use mudit_tests::execution::{alone, feed, options};
 use ndarray::ArrayD;
@@ -19,10 +19,10 @@ const BATCHES: [usize; 3] = [1, 3, 4];
 const FILE: &str = "parameters";
 
 /// The models and ways of guidance that make different sampling programs.
-fn cases() -> Vec<(String, DitConfig, ProgramKind, Guidance)> {
+fn cases() -> Vec<(String, Model, ProgramKind, Guidance)> {
     let mut cases = Vec::new();
     for (name, channels) in [("ddpm", 4), ("flow", 4), ("flow-mup", 1)] {
-        let model = DitConfig { in_channels: channels, ..tiny::config(name) };
+        let model = Model { in_channels: channels, ..tiny::config(name) };
         for kind in SAMPLING {
             for guidance in [Guidance::First(3), Guidance::All, Guidance::Off] {
                 cases.push((name.to_owned(), model.clone(), kind, guidance));
@@ -30,15 +30,15 @@ fn cases() -> Vec<(String, DitConfig, ProgramKind, Guidance)> {
         }
     }
     // Without the null class there is nothing to guide with.
-    let plain = DitConfig { class_dropout_prob: 0.0, ..tiny::config("ddpm") };
+    let plain = Model { class_dropout_prob: 0.0, ..tiny::config("ddpm") };
     for kind in [ProgramKind::Denoise, ProgramKind::Step, ProgramKind::StepRows] {
         cases.push(("plain".to_owned(), plain.clone(), kind, Guidance::Off));
     }
     cases
 }
 
-fn graph(model: &DitConfig, kind: ProgramKind, n: usize, guidance: Guidance, precision: Precision) -> Graph {
-    program(model, kind, n, guidance).unwrap().optimised().unwrap().in_precision(precision).unwrap()
+fn graph(model: &Model, kind: ProgramKind, n: usize, guidance: Guidance, precision: Precision) -> Graph {
+    model.compiled(&ProgramSpec::new(kind, n).guided(guidance)).unwrap().in_precision(precision).unwrap()
 }
 
 fn open(build: &dyn Fn(usize) -> Graph, weights: Weights<'_>) -> OpenProgram {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use graph_builder::{ExternalTensor, OnnxProgram, Type, Weights as Parameters};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::execution::{Answer, alone, array, feed, options, run};
 use mudit_tests::tolerance::{MODEL, MODEL_REACHED};
@@ -40,7 +40,7 @@ const TRAINED: [&str; 11] = [
 struct Fixture {
     name: &'static str,
     folder: PathBuf,
-    cfg: DitConfig,
+    cfg: Model,
     inputs: Feeds,
     expected: Feeds,
 }
@@ -53,7 +53,7 @@ fn tensors(path: &Path) -> Feeds {
 impl Fixture {
     fn open(name: &'static str) -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
-        let cfg = DitConfig::resolve(folder.to_str().unwrap()).unwrap_or_else(|e| panic!("{e}"));
+        let cfg = Model::resolve(folder.to_str().unwrap()).unwrap_or_else(|e| panic!("{e}"));
         let read = |file: &str| tensors(&folder.join(format!("{file}.safetensors")));
         Self { name, cfg, inputs: read("inputs"), expected: read("expected"), folder }
     }
@@ -71,7 +71,7 @@ impl Fixture {
     fn batch(&self, k: usize) -> Feeds {
         let input = |key: &str| self.inputs[&format!("train{k}_{key}")].clone();
         let mut labels = input("y");
-        let null = self.cfg.null_class().unwrap() as f64;
+        let null = self.cfg.conditioning().null_class().unwrap() as f64;
         labels.zip_mut_with(&input("drop"), |y, &drop| *y = if drop == 1.0 { null } else { *y });
         let one = ndarray::arr0(1.0).into_dyn();
         [
@@ -95,7 +95,7 @@ impl Fixture {
             (name.to_owned(), ExternalTensor { ty, offset: range.start, length: range.end - range.start })
         });
         let tensors: BTreeMap<String, ExternalTensor> = located.collect();
-        let graph = program(&self.cfg, kind, n, guidance).unwrap().optimised().unwrap();
+        let graph = self.cfg.compiled(&ProgramSpec::new(kind, n).guided(guidance)).unwrap();
         let program = graph.emit(Parameters::External { file: WEIGHTS, tensors: &tensors }).unwrap();
         run(&program, &Weights::Directory(self.folder.clone()), &self.sampling(n), native_kernels)
     }
@@ -103,7 +103,7 @@ impl Fixture {
     /// A training program; parameters are inputs.
     fn training_program(&self, kind: ProgramKind) -> OnnxProgram {
         let n = self.inputs["train0_t"].len();
-        let graph = program(&self.cfg, kind, n, Guidance::Off).unwrap().optimised().unwrap();
+        let graph = self.cfg.compiled(&ProgramSpec::new(kind, n)).unwrap();
         graph.emit(Parameters::Inputs).unwrap()
     }
 

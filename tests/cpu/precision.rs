@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use graph_builder::{DType, Graph, NativeKernel, Op, Policy, Precision, Shape, Weights as Parameters};
-use models::{Guidance, LOSS_SCALE, ProgramKind, Recompute, has_loss_scale, program_for};
+use models::{Guidance, LOSS_SCALE, ProgramKind, ProgramSpec, Recompute, has_loss_scale};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::execution::{array, run};
 use mudit_tests::{Array, Feeds};
@@ -23,8 +23,9 @@ const SCALE: f64 = 1024.0;
 
 /// The optimised program before its conversions.
 fn f32_graph(variant: &str, kind: ProgramKind, precision: Precision) -> Graph {
-    let graph =
-        program_for(&tiny::config(variant), kind, tiny::BATCH, Guidance::First(3), precision).unwrap();
+    let graph = tiny::config(variant)
+        .program(&ProgramSpec::new(kind, tiny::BATCH).guided(Guidance::First(3)).in_precision(precision))
+        .unwrap();
     graph.optimised().unwrap()
 }
 

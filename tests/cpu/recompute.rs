@@ -1,7 +1,8 @@
 //! Recomputation: the same bits from less memory.
 
 use graph_builder::{Graph, Weights as Parameters};
-use models::{DitConfig, Guidance, ProgramKind, Recompute, program};
+use models::dit::Dit;
+use models::{Model, Network, ProgramKind, ProgramSpec, Recompute};
 use mudit_tests::execution::run;
 use runtime::Weights;
 
@@ -13,10 +14,12 @@ const DEPTH: usize = 3;
 
 /// The optimised training step of a variant, plain and with its blocks recomputed.
 fn graphs(variant: &str) -> [Graph; 2] {
-    let cfg = DitConfig { depth: DEPTH, ..tiny::config(variant) };
-    let graph =
-        program(&cfg, ProgramKind::TrainStep, tiny::BATCH, Guidance::Off).unwrap().optimised().unwrap();
-    [Recompute::None, Recompute::Blocks].map(|recompute| recompute.apply(graph.clone()).unwrap())
+    let tiny = tiny::config(variant);
+    let network = Network::Dit(Dit { depth: DEPTH, ..tiny::dit(&tiny).clone() });
+    let model = Model { network, ..tiny };
+    let spec = ProgramSpec::new(ProgramKind::TrainStep, tiny::BATCH);
+    [Recompute::None, Recompute::Blocks]
+        .map(|recompute| model.compiled(&spec.recomputing(recompute)).unwrap())
 }
 
 #[test]
@@ -61,10 +64,11 @@ fn every_block_is_computed_again_once_from_its_input() {
 
 #[test]
 fn recomputation_lowers_the_predicted_memory() {
-    let cfg = DitConfig::preset("DiT-S/2").unwrap();
-    let graph = program(&cfg, ProgramKind::TrainStep, 8, Guidance::Off).unwrap().optimised().unwrap();
-    let peaks = [Recompute::None, Recompute::Blocks]
-        .map(|recompute| recompute.apply(graph.clone()).unwrap().activation_peak().bytes as f64 / 1e6);
+    let model = Model::preset("DiT-S/2").unwrap();
+    let spec = ProgramSpec::new(ProgramKind::TrainStep, 8);
+    let peaks = [Recompute::None, Recompute::Blocks].map(|recompute| {
+        model.compiled(&spec.recomputing(recompute)).unwrap().activation_peak().bytes as f64 / 1e6
+    });
     println!(
         "DiT-S/2, batch 8: {:.0} MB of activations, {:.0} MB with blocks recomputed",
         peaks[0], peaks[1]

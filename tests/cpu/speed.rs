@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use models::{DitConfig, Recompute};
+use models::{Model, Recompute};
 use mudit::roof::{Means, Product};
 use mudit_tests::execution::{onnx_runtime, within};
 use runtime::SessionOptions;
@@ -58,7 +58,7 @@ fn the_step_keeps_its_pace() {
 }
 
 fn step(native_kernels: bool) -> CompiledStep {
-    let model = DitConfig::from_json(MODEL).unwrap();
+    let model = Model::from_json(MODEL).unwrap();
     // One thread: the other core may be anybody's.
     let options = SessionOptions { threads: 1, native_kernels, ..SessionOptions::default() };
     let step = CompiledStep::compile(&onnx_runtime(), &model, BATCH, Recompute::None, &options).unwrap();

@@ -1,7 +1,8 @@
 //! The smallest diffusion transformer that has every part, in the variants that the proofs use.
 
 use graph_builder::{DType, Graph};
-use models::{DitConfig, Guidance, InitScheme, MupConfig, Objective, ProgramKind, program};
+use models::dit::Dit;
+use models::{Guidance, InitScheme, Model, MupConfig, Network, Objective, ProgramKind, ProgramSpec};
 use mudit_tests::Feeds;
 use mudit_tests::draws::Draws;
 
@@ -12,10 +13,10 @@ pub(crate) const BATCH: usize = 3;
 pub(crate) const VARIANTS: [&str; 4] = ["ddpm", "flow", "ddpm-mup", "flow-mup"];
 
 /// One block of width 8 on 4 × 4 × 1 latents in 4 tokens.
-pub(crate) fn config(variant: &str) -> DitConfig {
+pub(crate) fn config(variant: &str) -> Model {
     let (objective, mup) = (variant.split('-').next().unwrap(), variant.ends_with("mup"));
     let objective: Objective = objective.parse().unwrap();
-    DitConfig {
+    let network = Network::Dit(Dit {
         input_size: 4,
         patch_size: 2,
         in_channels: 1,
@@ -26,6 +27,9 @@ pub(crate) fn config(variant: &str) -> DitConfig {
         class_dropout_prob: 0.1,
         num_classes: 3,
         learn_sigma: objective == Objective::Ddpm,
+    });
+    Model {
+        network,
         objective,
         init: if mup { InitScheme::Mup } else { InitScheme::Dit },
         mup: mup.then_some(MupConfig { base_width: 4, output_multiplier: 1.5 }),
@@ -33,9 +37,17 @@ pub(crate) fn config(variant: &str) -> DitConfig {
     }
 }
 
+/// The transformer of a model.
+pub(crate) fn dit(model: &Model) -> &Dit {
+    match &model.network {
+        Network::Dit(dit) => dit,
+    }
+}
+
 /// A program as it is built, before any pass.
 pub(crate) fn graph(variant: &str, kind: ProgramKind) -> Graph {
-    program(&config(variant), kind, BATCH, Guidance::First(3))
+    config(variant)
+        .program(&ProgramSpec::new(kind, BATCH).guided(Guidance::First(3)))
         .unwrap_or_else(|e| panic!("{variant} {kind}: {e}"))
 }
 
@@ -59,7 +71,7 @@ pub(crate) fn feeds(graph: &Graph, variant: &str) -> Feeds {
             }
             // Each row has another one's answer for its pair, and the last its own.
             ("pair", _) => ndarray::ArrayD::from_shape_fn(shape, |i| (i[0] + 1).min(BATCH - 1) as f64),
-            (_, DType::I64) => draws.array(shape, |d| d.below(cfg.label_rows()) as f64),
+            (_, DType::I64) => draws.array(shape, |d| d.below(dit(&cfg).num_classes + 1) as f64),
             ("hp.output_multiplier", _) => {
                 draws.array(shape, |_| cfg.mup.map_or(1.0, |m| m.output_multiplier))
             }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use graph_builder::Weights as Parameters;
-use models::{DitConfig, Guidance, InitScheme, MupConfig, Objective, ProgramKind, program};
+use models::dit::Dit;
+use models::{InitScheme, Model, MupConfig, Network, Objective, ProgramKind, ProgramSpec};
 use mudit_tests::draws::Draws;
 use mudit_tests::execution::{onnx_runtime, within};
 use mudit_tests::tolerance::MODEL;
@@ -24,8 +25,8 @@ const LEARNING_RATE: f64 = 1.0 / 128.0;
 const SEEDS: u64 = 2;
 const LIMIT: Duration = Duration::from_mins(1);
 
-fn model(width: usize, objective: Objective, mup: bool) -> DitConfig {
-    DitConfig {
+fn model(width: usize, objective: Objective, mup: bool) -> Model {
+    let network = Network::Dit(Dit {
         input_size: 8,
         patch_size: 4,
         in_channels: 1,
@@ -36,6 +37,9 @@ fn model(width: usize, objective: Objective, mup: bool) -> DitConfig {
         class_dropout_prob: 0.1,
         num_classes: 4,
         learn_sigma: objective == Objective::Ddpm,
+    });
+    Model {
+        network,
         objective,
         init: InitScheme::Mup,
         mup: mup.then_some(MupConfig { base_width: WIDTHS[0], output_multiplier: 1.0 }),
@@ -49,7 +53,7 @@ fn normal(draws: &mut Draws, count: usize) -> Vec<f32> {
 }
 
 /// The mean size of every layer's answer after a few steps of training, by layer.
-fn sizes_after_training(model: &DitConfig, seed: u64) -> BTreeMap<String, f64> {
+fn sizes_after_training(model: &Model, seed: u64) -> BTreeMap<String, f64> {
     let mut config = TrainConfig::default();
     config.train.seed = seed;
     config.train.batch_size = BATCH;
@@ -65,7 +69,7 @@ fn sizes_after_training(model: &DitConfig, seed: u64) -> BTreeMap<String, f64> {
         trainer.step(&Batch { step, indices: (0..BATCH).collect(), x0, y: classes.clone() }).unwrap();
     }
 
-    let graph = program(model, ProgramKind::Denoise, BATCH, Guidance::Off).unwrap();
+    let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, BATCH)).unwrap();
     let scopes: Vec<String> =
         graph.scopes().iter().filter(|s| !s.is_empty()).map(|s| (*s).to_owned()).collect();
     let probed = graph.with_outputs_at(scopes.iter().map(String::as_str)).unwrap().optimised().unwrap();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use graph_builder::{Precision, Shape};
 use indexmap::IndexMap;
-use models::{DitConfig, Guidance, HYPERPARAMETERS, LOSS_SCALE, ProgramKind, program, program_for};
+use models::{HYPERPARAMETERS, LOSS_SCALE, Model, ProgramKind, ProgramSpec};
 use mudit::execution::{Execution, Placed};
 use mudit_tests::Feeds;
 use mudit_tests::execution::array;
@@ -31,8 +31,8 @@ const EMULATED_SCALE: f64 = 1024.0;
 /// Reads `weights.safetensors` and `inputs.safetensors` of a folder; writes `answer.safetensors` there: `out` and, but by
 /// TensorRT, `mse`, `vb` and `grad.*`.
 pub(crate) fn write(runtime: &Arc<Runtime>, model: &str, folder: &Path, execution: &Execution) -> Result<()> {
-    let dit = DitConfig::resolve(model)?;
-    let layout = parameter_layout(&program(&dit, ProgramKind::Denoise, 1, Guidance::Off)?)?;
+    let dit = Model::resolve(model)?;
+    let layout = parameter_layout(&dit.parameters()?)?;
     let weights = Arena::read_safetensors(&layout, folder.join("weights.safetensors"), false)?.into_shared();
     let inputs = read_safetensors_file(folder.join("inputs.safetensors"))?;
     let batch = inputs["y"].shape().numel();
@@ -53,14 +53,14 @@ pub(crate) fn write(runtime: &Arc<Runtime>, model: &str, folder: &Path, executio
 
 fn denoise(
     runtime: &Arc<Runtime>,
-    dit: &DitConfig,
+    dit: &Model,
     batch: usize,
     inputs: &Tensors,
     weights: &SharedArena,
     execution: &Execution,
     answer: &mut Tensors,
 ) -> Result<()> {
-    let graph = program(dit, ProgramKind::Denoise, batch, Guidance::Off)?;
+    let graph = dit.program(&ProgramSpec::new(ProgramKind::Denoise, batch))?;
     let placed = Placed::of(weights, dit, execution)?;
     let mut binding = placed.load(runtime, &graph, execution, &execution.session_options())?;
     binding.set_input("x", &inputs["x"].to_f32())?;
@@ -74,7 +74,7 @@ fn denoise(
 
 fn train(
     runtime: &Arc<Runtime>,
-    dit: &DitConfig,
+    dit: &Model,
     batch: usize,
     inputs: &Tensors,
     weights: &SharedArena,
@@ -109,7 +109,7 @@ fn labels(inputs: &Tensors) -> Result<Vec<i64>> {
 }
 
 fn emulate(
-    dit: &DitConfig,
+    dit: &Model,
     batch: usize,
     inputs: &Tensors,
     weights: &SharedArena,
@@ -124,7 +124,7 @@ fn emulate(
     let weights = read_lock(weights)?;
     feeds.extend(weights.iter().map(|(name, e, values)| (name.to_owned(), array(e.shape.dims(), values))));
     for kind in [ProgramKind::Denoise, ProgramKind::TrainStep] {
-        let graph = program_for(dit, kind, batch, Guidance::Off, precision)?.optimised()?;
+        let graph = dit.compiled(&ProgramSpec::new(kind, batch).in_precision(precision))?;
         let graph = graph.in_precision(precision)?;
         let scaled = graph.inputs().any(|(name, _)| name == LOSS_SCALE);
         for ((name, _), values) in graph.outputs().iter().zip(graph.eval_rounded(&feeds)?) {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use graph_builder::{DType, Precision};
-use models::{DitConfig, Guidance, ProgramKind, program_for};
+use models::{Model, ProgramKind, ProgramSpec};
 use mudit::execution::Execution;
 use runtime::cuda::{DeviceAdamW, DeviceArena, DeviceUpdate, Gpu, GradientGroup};
 use runtime::update::{UpdateState, UpdateStep};
@@ -28,9 +28,9 @@ struct Layouts {
 
 impl Layouts {
     fn of(model: &str, precision: Precision) -> Result<Self> {
-        let dit = DitConfig::resolve(model)?;
-        let graph = program_for(&dit, ProgramKind::TrainStep, 1, Guidance::Off, precision)?;
-        let parameters = parameter_layout(&graph)?;
+        let dit = Model::resolve(model)?;
+        let graph = dit.program(&ProgramSpec::new(ProgramKind::TrainStep, 1).in_precision(precision))?;
+        let parameters = parameter_layout(graph.parameters())?;
         let graph = graph.optimised()?.in_precision(precision)?;
         let (gradients, groups) = gradient_layouts(&parameters, &graph)?;
         Ok(Self { parameters, gradients, groups })

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use graph_builder::Weights;
-use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use models::{Guidance, Model, Objective, ProgramKind, ProgramSpec, Solver, SolverKind};
 use mudit::execution::{Execution, Placed};
 use mudit::external;
 use mudit::sampler::{NoiseSource, Sampler, Settings};
@@ -165,8 +165,12 @@ fn training(runtime: &Arc<Runtime>, model: &str, batch: usize, execution: &Execu
             "[model]\npreset = \"{model}\"\n[objective]\nkind = \"ddpm\"\n[mup]\nenabled = false\ninit = \"dit\"\n\
              [data]\nkind = \"latents\"\npath = \"none\"\n[train]\nclip = 1.0\n"
         );
-        let dit = DitConfig::resolve(model)?;
-        let blank = Blank { channels: dit.in_channels, side: dit.input_size, classes: dit.num_classes };
+        let dit = Model::resolve(model)?;
+        let blank = Blank {
+            channels: dit.latent().channels,
+            side: dit.latent().height,
+            classes: dit.conditioning().class_count(),
+        };
         (TrainConfig::parse(&text, model, &size)?, blank)
     };
     let dit = config.model_config(&blank)?;
@@ -185,9 +189,9 @@ fn training(runtime: &Arc<Runtime>, model: &str, batch: usize, execution: &Execu
 }
 
 /// Parameters of the size that trained ones have.
-fn parameters(model: &DitConfig) -> Result<Arena> {
-    let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
-    let mut arena = Arena::zeros(parameter_layout(&graph)?)?;
+fn parameters(model: &Model) -> Result<Arena> {
+    let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, 1))?;
+    let mut arena = Arena::zeros(parameter_layout(graph.parameters())?)?;
     for (i, view) in arena.views_mut().into_iter().enumerate() {
         Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
         for value in view.iter_mut() {
@@ -200,14 +204,14 @@ fn parameters(model: &DitConfig) -> Result<Arena> {
 /// The `denoise` program of an engine: parameters are initializers that point into a safetensors file.
 fn forward(runtime: &Arc<Runtime>, model: &str, batch: usize, threads: usize) -> Result<(Work, f64)> {
     const FILE: &str = "model.safetensors";
-    let dit = DitConfig::resolve(model)?;
+    let dit = Model::resolve(model)?;
     let directory = tempfile::tempdir()?;
     let arena = parameters(&dit)?;
     arena.write_safetensors(directory.path().join(FILE), &BTreeMap::new())?;
     let reader = SafetensorsReader::open(directory.path().join(FILE))?;
     let tensors = external::tensors(&reader, arena.layout(), |_| graph_builder::DType::F32)?;
     drop(arena);
-    let graph = program(&dit, ProgramKind::Denoise, batch, Guidance::Off)?.optimised()?;
+    let graph = dit.compiled(&ProgramSpec::new(ProgramKind::Denoise, batch))?;
     let emitted = graph.emit(Weights::External { file: FILE, tensors: &tensors })?;
     let weights = runtime::Weights::Directory(directory.path().to_path_buf());
     let options = SessionOptions { threads, ..SessionOptions::default() };
@@ -235,9 +239,9 @@ fn forward_on_gpu(
     batch: usize,
     execution: &Execution,
 ) -> Result<(Work, f64)> {
-    let dit = DitConfig::resolve(model)?;
+    let dit = Model::resolve(model)?;
     let placed = Placed::of(&parameters(&dit)?.into_shared(), &dit, execution)?;
-    let graph = program(&dit, ProgramKind::Denoise, batch, Guidance::Off)?;
+    let graph = dit.program(&ProgramSpec::new(ProgramKind::Denoise, batch))?;
     let flops = graph.optimised()?.cost().flops as f64;
     let mut binding = placed.load(runtime, &graph, execution, &execution.session_options())?;
     Stream::new(0, Purpose::SampleInit, 0, 0).fill_normal(binding.input_f32("x")?);
@@ -259,13 +263,13 @@ fn sampling(
     (guidance, guided): (f64, Guidance),
     execution: Execution,
 ) -> Result<(Work, f64)> {
-    let mut dit = DitConfig::resolve(model)?;
+    let mut dit = Model::resolve(model)?;
     dit.objective = Objective::Ddpm;
     let arena = parameters(&dit)?.into_shared();
     let settings = Settings { solver, guidance, guided, batch, execution };
     let placed = Placed::of(&arena, &dit, &settings.execution)?;
     let mut sampler = Sampler::new(runtime, &dit, &placed, &settings)?;
-    let flops = program(&dit, ProgramKind::Step, batch, guided)?.optimised()?.cost().flops as f64;
+    let flops = dit.compiled(&ProgramSpec::new(ProgramKind::Step, batch).guided(guided))?.cost().flops as f64;
     let flops = flops * sampler.steps() as f64;
     let labels = vec![7; batch];
     let mut seed = 0;

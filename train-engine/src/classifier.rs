@@ -147,7 +147,7 @@ pub fn train_classifier(
     }
     let graph = shape.train_step(settings.batch)?;
     let options = SessionOptions { threads: settings.threads, ..SessionOptions::default() };
-    let prepared = Prepared::new(&graph, Recompute::None, Precision::F32)?;
+    let prepared = Prepared::new(&graph, Recompute::None, &[], Precision::F32)?;
     let (mut binding, arenas) = prepared.bind(runtime, Precision::F32, &options)?;
     let StepArenas::Host(step) = arenas else {
         return Err(TrainError::Internal("the classifier is trained on the CPU".into()));

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use graph_builder::probe::AT;
 use graph_builder::{Graph, Role, Weights};
-use models::{DitConfig, Guidance, ModelError, ProgramKind, TRAINING_STEPS, program};
+use models::{Model, ModelError, ProgramKind, ProgramSpec, TRAINING_STEPS};
 use runtime::{Binding, Runtime, Session, SessionOptions};
 use serde::Serialize;
 
@@ -114,14 +114,14 @@ fn steepness(slope: f64) -> f64 {
 ///
 /// # Errors
 /// [`crate::TrainError::Model`] when the width is no multiple of the head size.
-pub fn at_width(model: &DitConfig, width: usize) -> Result<DitConfig> {
-    let head = model.head_size();
+pub fn at_width(model: &Model, width: usize) -> Result<Model> {
+    let head = model.network.head_size();
     if width == 0 || !width.is_multiple_of(head) {
         let expected = format!("a multiple of the head size {head}, which stays");
         let got = width.to_string();
         return Err(ModelError::BadValue { key: "hidden_size", expected, got }.into());
     }
-    let wider = DitConfig { hidden_size: width, num_heads: width / head, ..model.clone() };
+    let wider = Model { network: model.network.resized(width, head), ..model.clone() };
     wider.validate()?;
     Ok(wider)
 }
@@ -136,7 +136,7 @@ pub fn at_width(model: &DitConfig, width: usize) -> Result<DitConfig> {
 pub fn measure(
     runtime: &Arc<Runtime>,
     config: &TrainConfig,
-    model: &DitConfig,
+    model: &Model,
     batch: &Batch,
     plan: &CheckPlan,
     progress: &mut dyn FnMut(usize, usize),
@@ -201,12 +201,12 @@ impl Probe {
     fn new(
         runtime: &Arc<Runtime>,
         config: &TrainConfig,
-        model: &DitConfig,
+        model: &Model,
         trainer: &Trainer,
         batch: &Batch,
     ) -> Result<Self> {
         let n = batch.y.len();
-        let graph = program(model, ProgramKind::Denoise, n, Guidance::Off)?;
+        let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, n))?;
         let scopes: Vec<(String, Option<Role>)> = graph
             .scopes()
             .into_iter()
@@ -373,8 +373,9 @@ mod tests {
 
     #[test]
     fn widths_keep_the_head_size() {
-        let model = DitConfig::preset("DiT-S/2").unwrap();
-        assert_eq!(at_width(&model, 576).unwrap().num_heads, 9);
+        let model = Model::preset("DiT-S/2").unwrap();
+        let wide = at_width(&model, 576).unwrap().network;
+        assert_eq!((wide.width(), wide.head_size()), (576, 64));
         let error = at_width(&model, 100).unwrap_err().to_string();
         assert!(error.contains("head size 64"), "{error}");
     }

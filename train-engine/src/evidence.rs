@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
-use models::DitConfig;
+use models::Model;
 use runtime::HostTensor;
 use serde_json::json;
 
@@ -21,7 +21,7 @@ use crate::trainer::{Part, TrainingState};
 pub(crate) fn save(
     run_dir: &Path,
     state: &dyn TrainingState,
-    model: &DitConfig,
+    model: &Model,
     batch: &Batch,
     inputs: &StepInputs<'_>,
     loss: &StepLoss,
@@ -31,7 +31,7 @@ pub(crate) fn save(
     std::fs::create_dir_all(&directory).map_err(TrainError::io("create", &directory))?;
     // The names that `replay` reads.
     let n = inputs.y.len();
-    let image = [n, model.in_channels, model.input_size, model.input_size];
+    let image = model.latent().batch(n);
     let mut tensors = IndexMap::new();
     tensors.insert("step0.x0".to_owned(), HostTensor::f32(image, inputs.x0.to_vec())?);
     tensors.insert("step0.noise".to_owned(), HostTensor::f32(image, inputs.noise.to_vec())?);

@@ -5,10 +5,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use graph_builder::{Cost, DType, Graph, OnnxProgram, Precision, Weights};
-use models::{
-    DitConfig, Guidance, HYPERPARAMETERS, InitScheme, LOSS_SCALE, ProgramKind, Recompute, program_for,
-};
+use graph_builder::{Cost, DType, Graph, OnnxProgram, Parameter, Precision, Weights};
+use models::{HYPERPARAMETERS, InitScheme, LOSS_SCALE, Model, ProgramKind, ProgramSpec, Recompute};
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::update::trainable_layout;
 use runtime::{Arena, ArenaLayout, Binding, Recording, Runtime, Session, SessionOptions, SharedArena};
@@ -39,9 +37,9 @@ pub struct StepShape(String);
 
 impl StepShape {
     /// The shape of a run's step.
-    pub fn of(config: &TrainConfig, model: &DitConfig) -> Self {
+    pub fn of(config: &TrainConfig, model: &Model) -> Self {
         let train = &config.train;
-        let model = neutral(model).to_json().replace(['\n', ' '], "");
+        let model = cache_shape(model).to_json().replace(['\n', ' '], "");
         Self(format!(
             "{model} batch {} recompute {:?} {}",
             train.batch_size / train.accumulate,
@@ -58,13 +56,12 @@ impl std::fmt::Display for StepShape {
 }
 
 /// The model without what is no part of the program's shape.
-pub(crate) fn neutral(model: &DitConfig) -> DitConfig {
-    let dropout = if model.class_dropout_prob > 0.0 { 0.5 } else { 0.0 }; // only whether there is a null class
-    DitConfig {
+pub(crate) fn cache_shape(model: &Model) -> Model {
+    Model {
+        network: model.network.canonical(),
         mup: None,
         init: InitScheme::Dit,
         class_names: None,
-        class_dropout_prob: dropout,
         ..model.clone()
     }
 }
@@ -128,13 +125,18 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// Brings a graph into its last form.
-    pub(crate) fn new(graph: &Graph, recompute: Recompute, precision: Precision) -> Result<Self> {
+    pub(crate) fn new(
+        graph: &Graph,
+        recompute: Recompute,
+        stacks: &[&str],
+        precision: Precision,
+    ) -> Result<Self> {
         let built = models::ModelError::from;
         let optimised = graph.optimised().map_err(built)?;
         let cost = optimised.cost();
-        let last = recompute.apply(optimised)?.in_precision(precision).map_err(built)?;
+        let last = recompute.apply(optimised, stacks)?.in_precision(precision).map_err(built)?;
         let program = last.emit(Weights::Inputs).map_err(built)?;
-        let parameters = parameter_layout(graph)?;
+        let parameters = parameter_layout(graph.parameters())?;
         let (gradients, groups) = gradient_layouts(&parameters, &last)?;
         Ok(Self { graph: last, program, cost, parameters, gradients, groups })
     }
@@ -224,12 +226,12 @@ pub fn gradient_layouts(parameters: &ArenaLayout, last: &Graph) -> Result<Gradie
 /// All gradients, and those of each element type.
 pub type GradientLayouts = (Arc<ArenaLayout>, Vec<(DType, Arc<ArenaLayout>)>);
 
-/// Layout of all parameters of a graph, in order of declaration.
+/// Layout of parameters, in order of declaration.
 ///
 /// # Errors
 /// [`TrainError::Runtime`] when two parameters share a name.
-pub fn parameter_layout(graph: &Graph) -> Result<Arc<ArenaLayout>> {
-    let entries = graph.parameters().iter().map(|p| (p.name.clone(), p.shape()));
+pub fn parameter_layout(parameters: &[Parameter]) -> Result<Arc<ArenaLayout>> {
+    let entries = parameters.iter().map(|p| (p.name.clone(), p.shape()));
     Ok(Arc::new(ArenaLayout::new(entries)?))
 }
 
@@ -240,7 +242,7 @@ impl CompiledStep {
     /// [`TrainError::Model`], [`TrainError::Runtime`].
     pub fn compile(
         runtime: &Arc<Runtime>,
-        model: &DitConfig,
+        model: &Model,
         batch: usize,
         recompute: Recompute,
         options: &SessionOptions,
@@ -255,7 +257,7 @@ impl CompiledStep {
     /// As [`compile`](Self::compile), and those of `inspect`.
     pub(crate) fn compile_in(
         runtime: &Arc<Runtime>,
-        model: &DitConfig,
+        model: &Model,
         batch: usize,
         recompute: Recompute,
         precision: Precision,
@@ -263,8 +265,10 @@ impl CompiledStep {
         inspect: &mut dyn FnMut(&Prepared) -> Result<()>,
     ) -> Result<Self> {
         let start = Instant::now();
-        let graph = program_for(model, ProgramKind::TrainStep, batch, Guidance::Off, precision)?;
-        let prepared = Prepared::new(&graph, recompute, precision)?;
+        let spec =
+            ProgramSpec::new(ProgramKind::TrainStep, batch).recomputing(recompute).in_precision(precision);
+        let graph = model.program(&spec)?;
+        let prepared = Prepared::new(&graph, recompute, model.network.stacks(), precision)?;
         inspect(&prepared)?;
         let cost = prepared.cost;
         let (mut binding, arenas) = prepared.bind(runtime, precision, options)?;
@@ -297,7 +301,7 @@ impl CompiledStep {
     ///
     /// # Errors
     /// [`TrainError::Runtime`].
-    pub fn parameterise(&mut self, model: &DitConfig) -> Result<()> {
+    pub fn parameterise(&mut self, model: &Model) -> Result<()> {
         let alpha = model.mup.map_or(1.0, |mup| mup.output_multiplier) as f32;
         // Rounded as the program would round its constant, so that a shared step gives the bits of an own one.
         let rest = (self.width_multiplier / model.width_multiplier()) as f32;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::ensure;
 use clap::Args;
 use graph_builder::Role;
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Model, ProgramKind, ProgramSpec};
 use runtime::file::write_atomically;
 use serde_json::json;
 use train_engine::checkpoint::{CONFIG_FILE, EMA_FILE, MODEL_FILE};
@@ -39,7 +39,7 @@ impl ConvertArgs {
             return Err(Usage(format!("`{}` is no checkpoint directory", self.checkpoint.display())).into());
         }
         let directory = weights::directory(&self.checkpoint)?;
-        let model = DitConfig::resolve(&directory.join(CONFIG_FILE).display().to_string())?;
+        let model = Model::resolve(&directory.join(CONFIG_FILE).display().to_string())?;
         let Some(mup) = model.mup else {
             return Err(Usage(format!(
                 "`{}` is a plain checkpoint already: its {CONFIG_FILE} names no muP",
@@ -49,7 +49,7 @@ impl ConvertArgs {
         };
         ensure!(!self.out.join(CONFIG_FILE).exists(), "`{}` holds a checkpoint already", self.out.display());
         let scale = mup.output_multiplier / model.width_multiplier();
-        let plain = DitConfig { mup: None, ..model.clone() };
+        let plain = Model { mup: None, ..model.clone() };
         let mut files = Vec::new();
         for name in [MODEL_FILE, EMA_FILE] {
             let from = directory.join(name);
@@ -72,9 +72,9 @@ impl ConvertArgs {
     }
 }
 
-fn fold(model: &DitConfig, plain: &DitConfig, scale: f64, from: &Path, to: &Path) -> anyhow::Result<()> {
+fn fold(model: &Model, plain: &Model, scale: f64, from: &Path, to: &Path) -> anyhow::Result<()> {
     let mut parameters = weights::read(model, from)?;
-    let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
+    let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, 1))?;
     for (i, parameter) in graph.parameters().iter().enumerate() {
         if graph.role(i) == Role::Output {
             for value in parameters.view_mut(&parameter.name)? {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use models::{DitConfig, InitScheme};
+use models::{InitScheme, Model};
 use runtime::file::write_atomically;
 use serde_json::json;
 use train_engine::config::TrainConfig;
@@ -107,7 +107,7 @@ impl CoordCheckArgs {
             if head == 0 || !widths[0].is_multiple_of(head) {
                 return Err(Usage(format!("--head-size {head} does not divide width {}", widths[0])).into());
             }
-            (model.hidden_size, model.num_heads) = (widths[0], widths[0] / head);
+            model.network = model.network.resized(widths[0], head);
         }
         for &width in &widths {
             at_width(&model, width)?; // before anything is compiled
@@ -151,11 +151,11 @@ impl CoordCheckArgs {
             return Ok((config, dataset));
         }
         let name = self.model.as_deref().unwrap_or(DEFAULT_MODEL);
-        let model = DitConfig::resolve(name)?;
+        let model = Model::resolve(name)?;
         let mut config = TrainConfig::parse("", "the defaults", &self.overrides)?;
         if config.model.config.is_none() && config.model.preset.is_none() {
             let is_file = self.model.is_some()
-                && DitConfig::preset(name.split(['@', ':']).next().unwrap_or(name)).is_none();
+                && Model::preset(name.split(['@', ':']).next().unwrap_or(name)).is_none();
             if is_file {
                 config.model.config = Some(name.into());
             } else {
@@ -164,8 +164,8 @@ impl CoordCheckArgs {
         }
         config.objective.kind = model.objective;
         config.data.flip = false;
-        let (images, classes) = (self.batch.max(2), model.num_classes);
-        let dataset = GaussianImages::new(images, model.in_channels, model.input_size, classes);
+        let (images, classes) = (self.batch.max(2), model.conditioning().class_count());
+        let dataset = GaussianImages::new(images, model.latent().channels, model.latent().height, classes);
         Ok((config, Arc::new(dataset)))
     }
 

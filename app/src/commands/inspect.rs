@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Args;
 use graph_builder::{DType, Graph, Precision, TensorSpec};
-use models::{DitConfig, Guidance, ProgramKind, Recompute, optimised_program, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec, Recompute};
 use runtime::{Engine, engine};
 use serde_json::json;
 
@@ -53,7 +53,7 @@ impl InspectArgs {
         if Path::new(&self.model).join(engine::MANIFEST).is_file() {
             return self.engine();
         }
-        let model = DitConfig::resolve(&self.model)?;
+        let model = Model::resolve(&self.model)?;
         match self.program {
             Some(kind) => self.signature(&model, kind),
             None => self.counts(&model),
@@ -77,9 +77,11 @@ impl InspectArgs {
         Ok(())
     }
 
-    fn signature(&self, model: &DitConfig, kind: ProgramKind) -> anyhow::Result<()> {
+    fn signature(&self, model: &Model, kind: ProgramKind) -> anyhow::Result<()> {
         let (none, precision) = (Recompute::None, self.precision);
-        let graph = optimised_program(model, kind, self.batch, self.cfg_channels, none, precision)?;
+        let graph = model.compiled(
+            &ProgramSpec::new(kind, self.batch).guided(self.cfg_channels).in_precision(precision),
+        )?;
         if self.graph {
             return console::out(graph.text().trim_end());
         }
@@ -110,9 +112,9 @@ impl InspectArgs {
         specs("out", &outputs)
     }
 
-    fn counts(&self, model: &DitConfig) -> anyhow::Result<()> {
-        let forward = program(model, ProgramKind::Denoise, 1, Guidance::Off)?.optimised()?;
-        let train = program(model, ProgramKind::TrainStep, 1, Guidance::Off)?.optimised()?;
+    fn counts(&self, model: &Model) -> anyhow::Result<()> {
+        let forward = model.compiled(&ProgramSpec::new(ProgramKind::Denoise, 1))?;
+        let train = model.compiled(&ProgramSpec::new(ProgramKind::TrainStep, 1))?;
         let (parameters, trainable) = forward.parameter_counts();
         let gmacs = forward.cost().macs as f64 / 1e9;
         let train_gflops = 2.0 * train.cost().macs as f64 / 1e9;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context;
-use models::{DitConfig, Guidance, InitScheme, MupConfig, ProgramKind, program};
+use models::{InitScheme, Model, MupConfig, ProgramKind, ProgramSpec};
 use runtime::{Engine, engine};
 use train_engine::checkpoint::{CONFIG_FILE, STATE_FILE, State};
 use train_engine::mup::{MupRow, MupTable};
@@ -77,7 +77,7 @@ fn table(name: &str, base_width: Option<usize>) -> anyhow::Result<(MupTable, &'s
         let table = serde_json::from_value(value).context("the saved muP table does not read")?;
         return Ok((table, origin));
     }
-    let mut model = DitConfig::resolve(name)?;
+    let mut model = Model::resolve(name)?;
     if let Some(base_width) = base_width {
         if model.mup.is_none() {
             model.init = InitScheme::Mup;
@@ -85,6 +85,6 @@ fn table(name: &str, base_width: Option<usize>) -> anyhow::Result<(MupTable, &'s
         let output_multiplier = model.mup.map_or(1.0, |mup| mup.output_multiplier);
         model.mup = Some(MupConfig { base_width, output_multiplier });
     }
-    let graph = program(&model, ProgramKind::Loss, 1, Guidance::Off)?;
+    let graph = model.program(&ProgramSpec::new(ProgramKind::Loss, 1))?;
     Ok((MupTable::new(&graph, &model), "derived from the graph"))
 }

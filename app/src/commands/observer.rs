@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use graph_builder::Graph;
-use models::{DitConfig, Guidance, Objective, Solver, SolverKind};
+use models::{Guidance, Model, Objective, Solver, SolverKind};
 use runtime::{Runtime, SharedArena};
 use train_engine::TrainError;
 use train_engine::config::SampleSection;
@@ -58,12 +58,12 @@ impl Console {
     }
 
     /// How pictures are drawn.
-    fn settings(&self, model: &DitConfig) -> Settings {
+    fn settings(&self, model: &Model) -> Settings {
         Settings {
             solver: solver(&self.sample, model.objective),
             guidance: guidance(self.sample.guidance, model),
             guided: Guidance::All,
-            batch: SAMPLE_BATCH.min(self.sample.per_class * model.num_classes),
+            batch: SAMPLE_BATCH.min(self.sample.per_class * model.conditioning().class_count()),
             execution: self.execution.clone(),
         }
     }
@@ -86,14 +86,14 @@ pub(super) fn solver(section: &SampleSection, objective: Objective) -> Solver {
 }
 
 /// Guidance that the model can give.
-pub(super) fn guidance(wanted: f64, model: &DitConfig) -> f64 {
-    if model.null_class().is_some() { wanted } else { 1.0 }
+pub(super) fn guidance(wanted: f64, model: &Model) -> f64 {
+    if model.conditioning().has_null() { wanted } else { 1.0 }
 }
 
 /// Draws `per_class` images of each class, one class a column.
 pub(super) fn draw_grid(
     sampler: &mut Sampler,
-    model: &DitConfig,
+    model: &Model,
     per_class: usize,
     seed: u64,
     title: String,
@@ -101,12 +101,12 @@ pub(super) fn draw_grid(
 ) -> anyhow::Result<()> {
     let names: Vec<String> = match &model.class_names {
         Some(names) => names.clone(),
-        None => (0..model.num_classes).map(|i| i.to_string()).collect(),
+        None => (0..model.conditioning().class_count()).map(|i| i.to_string()).collect(),
     };
-    let shown = model.num_classes.min(MOST_COLUMNS);
+    let shown = model.conditioning().class_count().min(MOST_COLUMNS);
     let labels: Vec<i64> = (0..per_class * shown).map(|i| (i % shown) as i64).collect();
     let images = sampler.run(&labels, NoiseSource::Seeded { seed, first: 0 }, None, &mut |_| {})?;
-    let shape = [labels.len(), model.in_channels, model.input_size, model.input_size];
+    let shape = model.latent().batch(labels.len());
     let columns = Column::row_major(&names[..shown], labels.len());
     let picture = grid(&images, shape, &columns, &Caption { title: Some(title), note: None })?;
     save_png(&picture, path)
@@ -116,7 +116,7 @@ pub(super) fn draw_grid(
 const MOST_COLUMNS: usize = 16;
 
 impl Observer for Console {
-    fn pictures(&self, model: &DitConfig) -> train_engine::Result<Option<Graph>> {
+    fn pictures(&self, model: &Model) -> train_engine::Result<Option<Graph>> {
         let settings = self.settings(model);
         Ok(Some(settings.program(model)?.optimised().map_err(models::ModelError::from)?))
     }
@@ -154,7 +154,7 @@ impl Observer for Console {
 
     fn saved(&mut self, _: &Path) {}
 
-    fn sample(&mut self, step: u64, model: &DitConfig, ema: &SharedArena) -> train_engine::Result<()> {
+    fn sample(&mut self, step: u64, model: &Model, ema: &SharedArena) -> train_engine::Result<()> {
         let path = self.run_dir.join("samples").join(format!("step-{step:08}.png"));
         let settings = self.settings(model);
         let drawn = (|| -> anyhow::Result<()> {

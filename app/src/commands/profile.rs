@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use models::{DitConfig, Guidance, ProgramKind};
+use models::{Guidance, Model, ProgramKind};
 use runtime::file::write_atomically;
 use serde_json::{Value, json};
 
@@ -54,7 +54,7 @@ pub struct ProfileArgs {
 
 impl ProfileArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let model = DitConfig::resolve(&self.model)?;
+        let model = Model::resolve(&self.model)?;
         let runtime = self.machine.runtime()?;
         let (threads, batch, repeat) = (self.machine.threads, self.batch, self.repeat.max(1));
         let (kind, guidance) = (self.program, self.cfg_channels);

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
-use models::DitConfig;
+use models::Model;
 use runtime::{HostTensor, Recording, SessionOptions, read_safetensors_file};
 use serde_json::json;
 use train_engine::config::{Schedule, TrainConfig, TrainSection};
@@ -83,7 +83,7 @@ struct GivenBatch {
 impl ReplayArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let execution = self.target.training(self.machine)?;
-        let model = DitConfig::resolve(&self.model)?;
+        let model = Model::resolve(&self.model)?;
         let start = weights::read(&model, &self.weights)?;
         let batches = self.batches(&model)?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
@@ -119,7 +119,7 @@ impl ReplayArgs {
     }
 
     /// The configuration of a training that takes these steps.
-    fn config(&self, batch_size: usize, model: &DitConfig, execution: Execution) -> TrainConfig {
+    fn config(&self, batch_size: usize, model: &Model, execution: Execution) -> TrainConfig {
         let mut config = TrainConfig::default();
         config.objective.kind = model.objective;
         let Execution { provider, precision, threads } = execution;
@@ -143,7 +143,7 @@ impl ReplayArgs {
         config
     }
 
-    fn batches(&self, model: &DitConfig) -> anyhow::Result<Vec<(String, GivenBatch)>> {
+    fn batches(&self, model: &Model) -> anyhow::Result<Vec<(String, GivenBatch)>> {
         let tensors = read_safetensors_file(&self.batches)?;
         let steps: BTreeSet<u64> = tensors
             .keys()
@@ -162,14 +162,14 @@ impl ReplayArgs {
     }
 }
 
-fn given(tensors: &IndexMap<String, HostTensor>, k: u64, model: &DitConfig) -> anyhow::Result<GivenBatch> {
+fn given(tensors: &IndexMap<String, HostTensor>, k: u64, model: &Model) -> anyhow::Result<GivenBatch> {
     let find = |what: &str| {
         let name = format!("step{k}.{what}");
         tensors.get(&name).with_context(|| format!("tensor `{name}` is missing"))
     };
     let (x0, noise, t, y) = (find("x0")?, find("noise")?, find("t")?, find("y")?);
     let n = y.shape().numel();
-    let image = [n, model.in_channels, model.input_size, model.input_size];
+    let image = model.latent().batch(n);
     for (what, tensor, expected) in
         [("x0", x0, &image[..]), ("noise", noise, &image[..]), ("t", t, &[n][..]), ("y", y, &[n][..])]
     {
@@ -178,7 +178,7 @@ fn given(tensors: &IndexMap<String, HostTensor>, k: u64, model: &DitConfig) -> a
         ensure!(*got == expected, "tensor `step{k}.{what}`: expected shape {expected}, got {got}");
     }
     let y = y.to_i64().with_context(|| format!("tensor `step{k}.y` must hold integers"))?;
-    let rows = model.label_rows() as i64;
+    let rows = model.conditioning().classes().map_or(0, Classes::rows) as i64;
     ensure!(
         y.iter().all(|y| (0..rows).contains(y)),
         "tensor `step{k}.y` holds a label outside 0..{rows} (the last is the null class)"

@@ -8,7 +8,7 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
-use models::{DitConfig, Solver};
+use models::{Model, Solver};
 use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
 use serde_json::json;
 
@@ -86,7 +86,7 @@ enum MadeBy {
 }
 
 impl MadeBy {
-    fn model(&self) -> &DitConfig {
+    fn model(&self) -> &Model {
         match self {
             Self::Checkpoint(loaded, _) => &loaded.model,
             Self::Engine(engine, _) => engine.model(),
@@ -114,8 +114,8 @@ impl SampleArgs {
         let made_by = self.open()?;
         let model = made_by.model();
         let solver = self.solving.solver(model);
-        let plan = solver.plan(model.objective, model.learn_sigma)?;
-        let image = [model.in_channels, model.input_size, model.input_size];
+        let plan = solver.plan(model.objective, model.learns_variance())?;
+        let image = model.latent().shape();
         let (labels, given) = match &self.noise {
             Some(path) => {
                 let (labels, given) = read_noise(path, image, plan.steps.len())
@@ -201,9 +201,9 @@ impl SampleArgs {
         }
     }
 
-    fn labels(&self, model: &DitConfig) -> anyhow::Result<Vec<i64>> {
+    fn labels(&self, model: &Model) -> anyhow::Result<Vec<i64>> {
         let classes: Vec<i64> = if self.classes.is_empty() {
-            (0..model.num_classes.min(DEFAULT_CLASSES)).map(|c| c as i64).collect()
+            (0..model.conditioning().class_count().min(DEFAULT_CLASSES)).map(|c| c as i64).collect()
         } else {
             self.classes.iter().map(|text| class(text, model)).collect::<anyhow::Result<_>>()?
         };
@@ -217,15 +217,15 @@ impl SampleArgs {
 
     fn write(
         &self,
-        model: &DitConfig,
+        model: &Model,
         labels: &[i64],
         images: &[f32],
         trajectory: Option<Vec<f32>>,
         steps: usize,
         solver: &Solver,
     ) -> anyhow::Result<()> {
-        let (n, c, side) = (labels.len(), model.in_channels, model.input_size);
-        let shape = [n, c, side, side];
+        let (n, latent) = (labels.len(), model.latent());
+        let shape = latent.batch(n);
         let meta = BTreeMap::from([
             ("sampler".to_owned(), solver.kind.to_string()),
             ("cfg".to_owned(), self.solving.cfg.to_string()),
@@ -241,7 +241,8 @@ impl SampleArgs {
                     save_png(&grid(images, shape, &columns, &caption)?, path)?;
                 }
                 Some(Ending::Npz) => {
-                    let mut archive = SampleArchive::create(path, n, [side, side, c])?;
+                    let mut archive =
+                        SampleArchive::create(path, n, [latent.height, latent.width, latent.channels])?;
                     archive.push(&pixels::channels_last(images, shape)?)?;
                     archive.finish(labels)?;
                 }
@@ -281,12 +282,14 @@ fn ending(path: &Path) -> Option<Ending> {
 }
 
 /// A class by number or name.
-pub(super) fn class(text: &str, model: &DitConfig) -> anyhow::Result<i64> {
+pub(super) fn class(text: &str, model: &Model) -> anyhow::Result<i64> {
     if let Ok(number) = text.parse::<usize>() {
-        if number < model.num_classes {
+        if number < model.conditioning().class_count() {
             return Ok(number as i64);
         }
-        return Err(Usage(format!("class {number} is not in 0..{}", model.num_classes)).into());
+        return Err(
+            Usage(format!("class {number} is not in 0..{}", model.conditioning().class_count())).into()
+        );
     }
     let names = model.class_names.as_deref().unwrap_or_default();
     let found = names.iter().position(|name| name.eq_ignore_ascii_case(text));

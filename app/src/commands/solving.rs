@@ -1,7 +1,7 @@
 //! Options of every command that samples a checkpoint.
 
 use clap::Args;
-use models::{DitConfig, Guidance, Solver, SolverKind, Spacing};
+use models::{Guidance, Model, Solver, SolverKind, Spacing};
 
 use crate::Usage;
 use crate::built::BuiltEngine;
@@ -32,7 +32,7 @@ pub(super) struct Solving {
 
 impl Solving {
     /// The solver for a model.
-    pub(super) fn solver(&self, model: &DitConfig) -> Solver {
+    pub(super) fn solver(&self, model: &Model) -> Solver {
         let kind = self.sampler.unwrap_or(default_sampler(model.objective));
         let steps = self.steps.clone().unwrap_or(Spacing::even(default_steps(kind)));
         Solver { eta: self.eta, shift: self.shift, ..Solver::new(kind, steps) }
@@ -42,8 +42,8 @@ impl Solving {
     ///
     /// # Errors
     /// Guidance is asked for and the model has no null class.
-    pub(super) fn guided(&self, model: &DitConfig) -> anyhow::Result<Guidance> {
-        if self.cfg != 1.0 && model.null_class().is_none() {
+    pub(super) fn guided(&self, model: &Model) -> anyhow::Result<Guidance> {
+        if self.cfg != 1.0 && !model.conditioning().has_null() {
             return Err(
                 Usage("the model has no null class, so it cannot be guided: use --cfg 1".into()).into()
             );

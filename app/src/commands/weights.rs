@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::ValueEnum;
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Model, ProgramKind, ProgramSpec};
 use runtime::file::sha256_file;
 use runtime::safetensors_file::SafetensorsReader;
 use runtime::{Arena, SharedArena};
@@ -27,7 +27,7 @@ pub(super) enum Which {
 
 /// A model with its parameters.
 pub(super) struct Loaded {
-    pub(super) model: DitConfig,
+    pub(super) model: Model,
     pub(super) parameters: SharedArena,
     /// The weights file.
     pub(super) file: PathBuf,
@@ -59,7 +59,7 @@ pub(super) fn open_engine(
     };
     let (model, file) = find(checkpoint, which.unwrap_or(Which::Ema))?;
     let (e, c) = (directory.display(), checkpoint.display());
-    let keys = |model: &DitConfig| serde_json::to_value(model);
+    let keys = |model: &Model| serde_json::to_value(model);
     let (built, wanted) = (keys(engine.model())?, keys(&model)?);
     let names = built.as_object().into_iter().chain(wanted.as_object()).flat_map(|keys| keys.keys());
     if let Some(key) = names.into_iter().find(|key| built[*key] != wanted[*key]) {
@@ -75,7 +75,7 @@ pub(super) fn open_engine(
 }
 
 /// The model of a checkpoint and its weights file.
-fn find(path: &Path, which: Which) -> anyhow::Result<(DitConfig, PathBuf)> {
+fn find(path: &Path, which: Which) -> anyhow::Result<(Model, PathBuf)> {
     if !path.is_dir() {
         return Err(Usage(format!(
             "`{}` is no directory; give a checkpoint (with {CONFIG_FILE} and {MODEL_FILE}) or a run directory",
@@ -84,7 +84,7 @@ fn find(path: &Path, which: Which) -> anyhow::Result<(DitConfig, PathBuf)> {
         .into());
     }
     let directory = directory(path)?;
-    let model = DitConfig::resolve(&directory.join(CONFIG_FILE).display().to_string())?;
+    let model = Model::resolve(&directory.join(CONFIG_FILE).display().to_string())?;
     let ema = directory.join(EMA_FILE);
     let file = if which == Which::Ema && ema.is_file() { ema } else { directory.join(MODEL_FILE) };
     Ok((model, file))
@@ -99,9 +99,8 @@ pub(super) fn directory(path: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// Reads the parameters of `model` from a safetensors file; those of another parameterisation are refused.
-pub(super) fn read(model: &DitConfig, file: &Path) -> anyhow::Result<Arena> {
+pub(super) fn read(model: &Model, file: &Path) -> anyhow::Result<Arena> {
     check_stamp(&SafetensorsReader::open(file)?.metadata(), model, file)?;
-    let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
-    Arena::read_safetensors(&parameter_layout(&graph)?, file, false)
+    Arena::read_safetensors(&parameter_layout(&model.parameters()?)?, file, false)
         .with_context(|| format!("`{}` does not hold this model's parameters", file.display()))
 }

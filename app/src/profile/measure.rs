@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use graph_builder::{Cost, DType, Graph, OnnxProgram, Weights};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use runtime::memory::peak_resident_bytes;
 use runtime::safetensors_file::SafetensorsReader;
 use runtime::update::{UpdateState, UpdateStep, trainable_layout};
@@ -31,7 +31,7 @@ const UPDATE_VALUES: u64 = 10;
 #[derive(Clone, Copy, Debug)]
 pub struct Subject<'a> {
     /// The model.
-    pub model: &'a DitConfig,
+    pub model: &'a Model,
     /// The program.
     pub kind: ProgramKind,
     /// Samples of one run.
@@ -67,7 +67,7 @@ impl Subject<'_> {
     /// # Errors
     /// A graph that cannot be built, a session that does not load or run, a disk that is full.
     pub fn measure(&self, runtime: &Arc<Runtime>) -> anyhow::Result<Measured> {
-        let graph = program(self.model, self.kind, self.batch, self.guidance)?.optimised()?;
+        let graph = self.model.compiled(&ProgramSpec::new(self.kind, self.batch).guided(self.guidance))?;
         let directory = tempfile::tempdir().context("a place for the profile")?;
         let parameters = Self::parameters(&graph)?;
         let emitted = self.emit(&graph, &parameters, directory.path())?;
@@ -117,7 +117,7 @@ impl Subject<'_> {
     }
 
     fn parameters(graph: &Graph) -> anyhow::Result<Arena> {
-        let mut arena = Arena::zeros(parameter_layout(graph)?)?;
+        let mut arena = Arena::zeros(parameter_layout(graph.parameters())?)?;
         for (i, view) in arena.views_mut().into_iter().enumerate() {
             Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
             for value in view.iter_mut() {
@@ -170,8 +170,13 @@ impl Subject<'_> {
         for (i, (name, dtype)) in owned.iter().enumerate() {
             let mut draw = Stream::new(0, Purpose::SampleInit, 0, i as u64);
             match (dtype, name.as_str()) {
+                // Each row is its own pair.
+                (DType::I64, "pair") => {
+                    let rows = binding.input_i64("pair")?.iter_mut().enumerate();
+                    rows.for_each(|(row, v)| *v = row as i64);
+                }
                 (DType::I64, name) => {
-                    let classes = self.model.num_classes as u64;
+                    let classes = self.model.conditioning().class_count().max(1) as u64;
                     binding.input_i64(name)?.iter_mut().for_each(|v| *v = draw.below(classes) as i64);
                 }
                 (_, "t") => binding.input_f32("t")?.iter_mut().for_each(|v| *v = draw.below(1000) as f32),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use graph_builder::Weights;
-use models::{Guidance, ProgramKind, program};
+use models::{Guidance, ProgramKind, ProgramSpec};
 use runtime::cuda::Gpu;
 use runtime::file::sha256_bytes;
 use runtime::{Device, Runtime, RuntimeError};
@@ -145,13 +145,14 @@ fn warm_up(
     options: &EngineOptions,
 ) -> anyhow::Result<ModelReport> {
     let start = Instant::now();
-    let null = source.model.null_class().is_some();
+    let null = source.model.conditioning().has_null();
     let candidates = candidates(&recipe.programs, options.max_rows)?;
     let reference = candidates.iter().copied().find(|rows| *rows >= REFERENCE).unwrap_or(REFERENCE);
     let program_sha256 = match &recipe.programs {
         ProgramSource::Compiled(_) => {
             let guided = if null { recipe.guided } else { Guidance::Off };
-            let graph = program(&source.model, ProgramKind::StepRows, reference, guided)?.optimised()?;
+            let graph =
+                source.model.compiled(&ProgramSpec::new(ProgramKind::StepRows, reference).guided(guided))?;
             sha256_bytes(&graph.emit(Weights::Inputs)?.bytes)
         }
         ProgramSource::Built(engine) => sha256_bytes(engine.identity(ProgramKind::StepRows).as_bytes()),
@@ -229,7 +230,8 @@ fn measure(
 ) -> anyhow::Result<Curve> {
     let mut curve = Curve::default();
     for &rows in candidates {
-        let mut slots = vec![Slot::still(recipe.model.num_classes as i64 - 1); rows];
+        let last_class = recipe.model.conditioning().class_count() as i64 - 1;
+        let mut slots = vec![Slot::still(last_class); rows];
         // The first run allocates.
         let tried = RowProgram::new(recipe, rows).and_then(|mut program| {
             program.step(&mut slots)?;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use models::{DitConfig, Guidance, SolverPlan};
+use models::{Guidance, Model, SolverPlan};
 use runtime::SharedArena;
 
 use crate::built::BuiltEngine;
@@ -23,7 +23,7 @@ pub struct Source {
     /// What clients call it.
     pub name: String,
     /// What it is.
-    pub model: DitConfig,
+    pub model: Model,
     /// Its programs.
     pub origin: Origin,
     /// Channels that guidance changes.
@@ -37,23 +37,24 @@ pub struct Source {
 impl Source {
     /// Axis sizes of an image: (C, H, W).
     pub fn shape(&self) -> [usize; 3] {
-        [self.model.in_channels, self.model.input_size, self.model.input_size]
+        self.model.latent().shape()
     }
 
     /// Values of an image.
     pub fn values(&self) -> usize {
-        self.shape().iter().product()
+        self.model.latent().values()
     }
 
     /// The size of a picture as clients write it.
     pub fn size(&self) -> String {
-        format!("{0}x{0}", self.model.input_size)
+        let latent = self.model.latent();
+        format!("{}x{}", latent.width, latent.height)
     }
 
     /// The class that a number or a name means.
     pub fn class(&self, text: &str) -> Option<i64> {
         if let Ok(number) = text.trim().parse::<usize>() {
-            return (number < self.model.num_classes).then_some(number as i64);
+            return (number < self.model.conditioning().class_count()).then_some(number as i64);
         }
         let names = self.model.class_names.as_deref().unwrap_or_default();
         names.iter().position(|name| name.eq_ignore_ascii_case(text.trim())).map(|i| i as i64)
@@ -63,7 +64,7 @@ impl Source {
     pub fn class_name(&self, label: i64) -> String {
         let names = self.model.class_names.as_deref().unwrap_or_default();
         match usize::try_from(label).ok() {
-            Some(i) if Some(i) == self.model.null_class() => "none".to_owned(),
+            Some(i) if Some(i) == self.model.conditioning().null_class() => "none".to_owned(),
             Some(i) => names.get(i).cloned().unwrap_or_else(|| label.to_string()),
             None => label.to_string(),
         }
@@ -71,7 +72,7 @@ impl Source {
 
     /// What may stand for a class, for messages.
     pub fn classes(&self) -> String {
-        let numbers = format!("0 to {}", self.model.num_classes - 1);
+        let numbers = format!("0 to {}", self.model.conditioning().class_count().saturating_sub(1));
         match self.model.class_names.as_deref() {
             Some(names) => {
                 let shown = names.iter().take(20).cloned().collect::<Vec<_>>().join(", ");
@@ -86,6 +87,6 @@ impl Source {
     /// # Errors
     /// The solver does not fit the model, or an option is out of range.
     pub fn plan(&self, solver: &models::Solver) -> Result<Arc<SolverPlan>, models::ModelError> {
-        solver.plan(self.model.objective, self.model.learn_sigma).map(Arc::new)
+        solver.plan(self.model.objective, self.model.learns_variance()).map(Arc::new)
     }
 }

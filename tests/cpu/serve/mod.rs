@@ -13,7 +13,7 @@ use std::ops::Deref;
 use std::path::Path;
 use std::time::Duration;
 
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use mudit::execution::Execution;
 use mudit::serve::engine::EngineOptions;
 use mudit::serve::http::Limits;
@@ -34,8 +34,8 @@ const DDPM: &str = "dit-d48-h4-p2";
 /// The fixture's model with the reference's weights.
 pub(crate) fn ddpm() -> Source {
     let file = fixture(DDPM, "weights.safetensors");
-    let model = DitConfig::resolve(&fixture(DDPM, "config.json").display().to_string()).unwrap();
-    let layout = parameter_layout(&program(&model, ProgramKind::Denoise, 1, Guidance::Off).unwrap()).unwrap();
+    let model = Model::resolve(&fixture(DDPM, "config.json").display().to_string()).unwrap();
+    let layout = parameter_layout(&model.parameters().unwrap()).unwrap();
     let parameters = Arena::read_safetensors(&layout, &file, false).unwrap().into_shared();
     let origin = Origin::Parameters(parameters);
     let guided = Guidance::First(3);
@@ -45,8 +45,8 @@ pub(crate) fn ddpm() -> Source {
 /// The tiny flow model on grey 4 × 4 pictures, with names for its three classes.
 fn flow() -> Source {
     let names = ["dot", "dash", "ring"].map(str::to_owned).to_vec();
-    let model = DitConfig { class_names: Some(names), ..tiny::config("flow") };
-    let layout = parameter_layout(&program(&model, ProgramKind::Denoise, 1, Guidance::Off).unwrap()).unwrap();
+    let model = Model { class_names: Some(names), ..tiny::config("flow") };
+    let layout = parameter_layout(&model.parameters().unwrap()).unwrap();
     let mut arena = Arena::zeros(layout.clone()).unwrap();
     for (name, entry) in layout.entries() {
         let values = Draws::named(name).uniform(entry.shape.dims(), -0.4, 0.4);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use graph_builder::Precision;
-use models::{DitConfig, Objective};
+use models::{Model, Objective};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::draws::Draws;
 use mudit_tests::execution::array;
@@ -34,14 +34,14 @@ fn config(provider: Provider, precision: Precision, accumulate: usize) -> TrainC
     config
 }
 
-fn model() -> DitConfig {
+fn model() -> Model {
     let text = fixture().join("config.json").display().to_string();
-    DitConfig { objective: Objective::Flow, learn_sigma: false, ..DitConfig::resolve(&text).unwrap() }
+    Model { objective: Objective::Flow, learn_sigma: false, ..Model::resolve(&text).unwrap() }
 }
 
-fn batch(model: &DitConfig, step: u64) -> Batch {
+fn batch(model: &Model, step: u64) -> Batch {
     let mut draws = Draws::new(step);
-    let image = model.in_channels * model.input_size * model.input_size;
+    let image = model.latent().values();
     let x0 = (0..BATCH * image).map(|_| draws.between(-1.0, 1.0) as f32).collect();
     Batch { step, indices: (0..BATCH).collect(), x0, y: (0..BATCH).map(|i| (i % 4) as i64).collect() }
 }
@@ -87,7 +87,7 @@ fn a_batch_that_does_not_fit_is_refused_with_one_that_does() {
     let mut config = config(gpu, Precision::Bf16, 1);
     // More than any GPU holds, and no more than the kernels take.
     config.train.batch_size = 1 << 15;
-    let model = DitConfig::resolve("DiT-XL/2").unwrap();
+    let model = Model::resolve("DiT-XL/2").unwrap();
     config.objective.kind = model.objective;
     let refusal = Trainer::new(&runtime(), &config, &model).map(|_| ()).unwrap_err().to_string();
     println!("{refusal}");

@@ -1,7 +1,7 @@
 //! Engines that carry the kernels of another machine's compiler.
 
 use graph_builder::{OnnxProgram, Weights};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use runtime::cuda::kernels::{Architecture, SOURCES};
 use runtime::engine::{EngineDraft, EngineNotes};
 use runtime::{Binding, CudaOptions, Engine, Provider, Recording, Runtime, RuntimeOptions, SessionOptions};
@@ -9,8 +9,8 @@ use runtime::{Binding, CudaOptions, Engine, Provider, Recording, Runtime, Runtim
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn no_compiler() {
-    let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
-    let graph = program(&model, ProgramKind::TrainStep, 1, Guidance::Off).unwrap().optimised().unwrap();
+    let model = Model::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let graph = model.compiled(&ProgramSpec::new(ProgramKind::TrainStep, 1)).unwrap();
     let emitted = graph.emit(Weights::Inputs).unwrap();
     assert!(!emitted.native_ops.is_empty());
     let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };
@@ -39,9 +39,9 @@ fn no_compiler() {
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn recorded() {
-    let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let model = Model::resolve("DiT-S/4@8x8x4:10").unwrap();
     let emitted = |batch, guidance| {
-        let graph = program(&model, ProgramKind::StepRows, batch, guidance).unwrap().optimised().unwrap();
+        let graph = model.compiled(&ProgramSpec::new(ProgramKind::StepRows, batch).guided(guidance)).unwrap();
         graph.emit(Weights::Inputs).unwrap()
     };
     let options = RuntimeOptions { gpu: true, offline: true, ..RuntimeOptions::default() };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use graph_builder::{Graph, Precision, Weights};
 use models::classifier::Classifier;
 use models::inception::{SIDE, Taps, features};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::draws::Draws;
 use mudit_tests::execution::array;
@@ -119,8 +119,8 @@ fn checkpoint_of_fused_heads(folder: &Path) {
     let mut config = fixture.clone();
     (config["hidden_size"], config["num_heads"]) = (json!(32), json!(2));
     std::fs::write(folder.join("checkpoint/config.json"), config.to_string()).unwrap();
-    let model = DitConfig::resolve(folder.join("checkpoint/config.json").to_str().unwrap()).unwrap();
-    let graph = program(&model, ProgramKind::Denoise, 1, Guidance::Off).unwrap();
+    let model = Model::resolve(folder.join("checkpoint/config.json").to_str().unwrap()).unwrap();
+    let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, 1)).unwrap();
     let mut draws = Draws::named("fused heads");
     let tensors = graph.parameters().iter().map(|p| {
         let values = draws.uniform(p.shape().dims(), -0.15, 0.15);
@@ -357,7 +357,7 @@ fn runtime_with_tensorrt() -> std::sync::Arc<Runtime> {
 fn whole_programs() {
     let runtime = runtime_with_tensorrt();
     let mut programs: Vec<(String, Graph, Precision)> = Vec::new();
-    let model = DitConfig::resolve("DiT-S/2").unwrap();
+    let model = Model::resolve("DiT-S/2").unwrap();
     for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
         for (kind, guidance) in [
             (ProgramKind::Denoise, Guidance::Off),
@@ -366,7 +366,7 @@ fn whole_programs() {
             (ProgramKind::StepRows, Guidance::Off),
             (ProgramKind::TrainStep, Guidance::Off),
         ] {
-            let graph = program(&model, kind, 2, guidance).unwrap().optimised().unwrap();
+            let graph = model.compiled(&ProgramSpec::new(kind, 2).guided(guidance)).unwrap();
             let name = format!("{kind}, {guidance:?}, {precision}");
             programs.push((name, graph.in_precision(precision).unwrap(), precision));
         }
@@ -402,8 +402,8 @@ fn whole_programs() {
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn one_recording() {
     let runtime = runtime_with_tensorrt();
-    let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
-    let graph = program(&model, ProgramKind::Denoise, 1, Guidance::Off).unwrap().optimised().unwrap();
+    let model = Model::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let graph = model.compiled(&ProgramSpec::new(ProgramKind::Denoise, 1)).unwrap();
     let emitted = graph.emit(Weights::Inputs).unwrap();
     for (provider, once) in [("tensorrt", false), ("tensorrt+graph", true)] {
         let options = SessionOptions { provider: provider.parse().unwrap(), ..SessionOptions::default() };

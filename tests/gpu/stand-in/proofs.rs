@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use graph_builder::{DType, NativeKernel, OpenProgram, Precision, Shape};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};
 use runtime::{
@@ -45,8 +45,8 @@ fn is_placed_in(
     guidance: Guidance,
     batch: usize,
 ) {
-    let model = DitConfig::resolve("DiT-XL/2").unwrap();
-    let graph = program(&model, kind, batch, guidance).unwrap().optimised().unwrap();
+    let model = Model::resolve("DiT-XL/2").unwrap();
+    let graph = model.compiled(&ProgramSpec::new(kind, batch).guided(guidance)).unwrap();
     let emitted = graph.in_precision(precision).unwrap().emit(graph_builder::Weights::Inputs).unwrap();
     emitted.check_cuda(&|_| NativeKernel::Body).unwrap_or_else(|e| panic!("{kind} {precision}: {e}"));
     for native_kernels in [false, true] {
@@ -194,8 +194,8 @@ fn fused_nodes() {
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn no_compiler() {
-    let model = DitConfig::resolve("DiT-S/2").unwrap();
-    let graph = program(&model, ProgramKind::Step, 1, Guidance::Off).unwrap().optimised().unwrap();
+    let model = Model::resolve("DiT-S/2").unwrap();
+    let graph = model.compiled(&ProgramSpec::new(ProgramKind::Step, 1)).unwrap();
     let emitted = graph.emit(graph_builder::Weights::Inputs).unwrap();
     let runtime = runtime();
     let load = |native_kernels| Session::load(&runtime, &emitted, &Weights::Inside, &on_cuda(native_kernels));
@@ -224,10 +224,10 @@ fn scratch() {
 #[test]
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn large_heads() {
-    let resolved = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
-    let model = |hidden_size| DitConfig { hidden_size, num_heads: 2, depth: 1, ..resolved.clone() };
+    let resolved = Model::resolve("DiT-S/4@8x8x4:10").unwrap();
+    let model = |width| Model { network: resolved.network.resized(width, width / 2), ..resolved.clone() };
     let emitted = |hidden_size, batch| {
-        let graph = program(&model(hidden_size), ProgramKind::Step, batch, Guidance::Off).unwrap();
+        let graph = model(hidden_size).program(&ProgramSpec::new(ProgramKind::Step, batch)).unwrap();
         graph.optimised().unwrap().emit(graph_builder::Weights::Inputs).unwrap()
     };
     let open = |hidden_size| {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use models::{DitConfig, Guidance, Objective, ProgramKind, Solver, SolverKind, program};
+use models::{Guidance, Model, Objective, ProgramKind, ProgramSpec, Solver, SolverKind};
 use mudit::built::ProgramSource;
 use mudit::execution::{Execution, Placed};
 use mudit::sampler::{NoiseSource, Sampler, Settings};
@@ -16,15 +16,15 @@ use super::counts::Counts;
 const SEED: u64 = 0x0123_4567_89ab_cdef;
 
 /// Small, for its kernels run on the host.
-fn model() -> DitConfig {
-    let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
-    DitConfig { hidden_size: 32, num_heads: 2, depth: 1, ..model }
+fn model() -> Model {
+    let model = Model::resolve("DiT-S/4@8x8x4:10").unwrap();
+    Model { hidden_size: 32, num_heads: 2, depth: 1, ..model }
 }
 
 /// The model's parameters, all zero, on the device.
-fn placed(model: &DitConfig, execution: &Execution) -> Placed {
-    let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off).unwrap();
-    let parameters = Arena::zeros(parameter_layout(&graph).unwrap()).unwrap().into_shared();
+fn placed(model: &Model, execution: &Execution) -> Placed {
+    let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, 1)).unwrap();
+    let parameters = Arena::zeros(parameter_layout(graph.parameters()).unwrap()).unwrap().into_shared();
     Placed::of(&parameters, model, execution).unwrap()
 }
 
@@ -57,10 +57,10 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn a_samplers_noise_is_drawn_on_the_device() {
     let execution = execution();
-    let flow = DitConfig { objective: Objective::Flow, learn_sigma: false, ..model() };
+    let flow = Model { objective: Objective::Flow, learn_sigma: false, ..model() };
     for (model, kind, steps) in [(flow, SolverKind::Euler, 1), (model(), SolverKind::Ddpm, 3)] {
         let parameters = placed(&model, &execution);
-        let values = model.in_channels * model.input_size * model.input_size;
+        let values = model.latent().values();
         let settings = Settings {
             solver: Solver::new(kind, steps),
             guidance: 4.0,
@@ -99,7 +99,7 @@ fn a_servers_noise_is_drawn_on_the_device() {
         execution,
         model: model.clone(),
     };
-    let values = model.in_channels * model.input_size * model.input_size;
+    let values = model.latent().values();
     let mut rows = RowProgram::new(&recipe, 7).unwrap();
     let slot = |kind, seed, guidance, done| {
         let plan = Solver::new(kind, 5).plan(model.objective, model.learn_sigma).unwrap();

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use graph_builder::{DType, Precision};
 use half::bf16;
-use models::{DitConfig, InitScheme, Objective};
+use models::dit::Dit;
+use models::{InitScheme, Model, Network, Objective};
 use mudit_tests::draws::Draws;
 use runtime::cuda::{DeviceAdamW, DeviceArena, DeviceUpdate, Gpu, GradientGroup};
 use runtime::update::{UpdateState, UpdateStep, trainable_layout};
@@ -25,8 +26,8 @@ use super::counts::Counts;
 const BATCH: usize = 8;
 const SIDE: usize = 8;
 
-fn model() -> DitConfig {
-    DitConfig {
+fn model() -> Model {
+    let network = Network::Dit(Dit {
         input_size: SIDE,
         patch_size: 4,
         in_channels: 1,
@@ -37,11 +38,8 @@ fn model() -> DitConfig {
         class_dropout_prob: 0.1,
         num_classes: 4,
         learn_sigma: true,
-        objective: Objective::Ddpm,
-        init: InitScheme::Mup,
-        mup: None,
-        class_names: None,
-    }
+    });
+    Model { network, objective: Objective::Ddpm, init: InitScheme::Mup, mup: None, class_names: None }
 }
 
 fn config(provider: &str, precision: Precision, accumulate: usize) -> TrainConfig {
@@ -130,7 +128,7 @@ struct Expected {
 impl Expected {
     fn after_steps(trainer: &Trainer, config: &TrainConfig, start: &Path, steps: u64) -> Self {
         let graph = trainer.compiled().graph();
-        let layout = train_engine::step::parameter_layout(graph).unwrap();
+        let layout = train_engine::step::parameter_layout(graph.parameters()).unwrap();
         let trainable = |name: &str| graph.parameters().iter().any(|p| p.trainable && p.name == name);
         let gradients = Arc::new(trainable_layout(&layout, |name, _| trainable(name)).unwrap());
         let file = |name: &str| start.join(name);
@@ -385,7 +383,7 @@ impl Observer for Seen {
         self.steps.push(report.clone());
     }
     fn saved(&mut self, _: &Path) {}
-    fn sample(&mut self, _: u64, _: &DitConfig, ema: &runtime::SharedArena) -> train_engine::Result<()> {
+    fn sample(&mut self, _: u64, _: &Model, ema: &runtime::SharedArena) -> train_engine::Result<()> {
         let arena = ema.read().unwrap();
         self.samples.push(arena.iter().flat_map(|(_, _, v)| v).map(|v| v.abs()).sum());
         Ok(())
@@ -396,6 +394,7 @@ impl Observer for Seen {
 fn run(config: &TrainConfig, folder: &Path) -> (train_engine::Result<Outcome>, Seen) {
     let mut config = config.clone();
     let from = model();
+    let Network::Dit(from) = &from.network;
     config.model.patch_size = Some(from.patch_size);
     (config.model.hidden_size, config.model.depth) = (Some(from.hidden_size), Some(from.depth));
     (config.model.num_heads, config.mup.base_width) = (Some(from.num_heads), from.hidden_size);

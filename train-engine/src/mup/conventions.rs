@@ -135,13 +135,13 @@ fn shown(x: f64) -> String {
 #[cfg(test)]
 mod tests {
     use graph_builder::Graph;
-    use models::{DitConfig, MupConfig};
+    use models::{Model, MupConfig};
 
     use super::*;
 
     fn warnings(width: usize, change: impl Fn(&mut TrainConfig)) -> Vec<String> {
-        let mut model = DitConfig::preset("DiT-S/8").unwrap();
-        model.hidden_size = width;
+        let mut model = Model::preset("DiT-S/8").unwrap();
+        model.network = model.network.resized(width, 64);
         model.mup = Some(MupConfig { base_width: 96, output_multiplier: 1.0 });
         let mut config = TrainConfig::default();
         change(&mut config);

@@ -11,7 +11,7 @@ mod draw;
 mod stamp;
 
 use graph_builder::{Dim, Graph, Parameter, Role};
-use models::DitConfig;
+use models::Model;
 use runtime::ArenaLayout;
 use serde::{Deserialize, Serialize};
 
@@ -69,12 +69,12 @@ pub struct MupTable {
 
 impl MupTable {
     /// The table of a model whose parameters `graph` declares, under the default [`Conventions`].
-    pub fn new(graph: &Graph, model: &DitConfig) -> Self {
-        let base_width = model.mup.map_or(model.hidden_size, |mup| mup.base_width);
+    pub fn new(graph: &Graph, model: &Model) -> Self {
+        let base_width = model.mup.map_or(model.network.width(), |mup| mup.base_width);
         let rows = graph.parameters().iter().enumerate().map(|(i, p)| row(p, graph.role(i), model));
         let table = Self {
             enabled: model.mup.is_some(),
-            width: model.hidden_size,
+            width: model.network.width(),
             base_width,
             output_multiplier: model.mup.map_or(1.0, |mup| mup.output_multiplier),
             conventions: Conventions::default(),
@@ -126,7 +126,7 @@ impl MupTable {
     }
 }
 
-fn row(parameter: &Parameter, role: Role, model: &DitConfig) -> MupRow {
+fn row(parameter: &Parameter, role: Role, model: &Model) -> MupRow {
     let m = model.width_multiplier();
     let sizes: Vec<f64> = parameter.dims.iter().map(|d| d.size() as f64).collect();
     let at_base = |d: &Dim| match d {
@@ -159,23 +159,23 @@ fn row(parameter: &Parameter, role: Role, model: &DitConfig) -> MupRow {
 mod tests {
     use std::sync::Arc;
 
-    use models::{Guidance, MupConfig, ProgramKind, program};
+    use models::{MupConfig, ProgramKind, ProgramSpec};
     use runtime::Arena;
 
     use super::*;
 
-    fn model(width: usize) -> DitConfig {
+    fn model(width: usize) -> Model {
         let text = format!(
             r#"{{"model":"dit","input_size":8,"patch_size":2,"in_channels":4,"hidden_size":{width},"depth":1,"num_heads":2,"num_classes":10}}"#
         );
-        let mut model = DitConfig::from_json(&text).unwrap();
+        let mut model = Model::from_json(&text).unwrap();
         model.init = models::InitScheme::Mup;
         model.mup = Some(MupConfig { base_width: 16, output_multiplier: 1.0 });
         model
     }
 
     fn rows(width: usize) -> MupTable {
-        let graph = program(&model(width), ProgramKind::Loss, 1, Guidance::Off).unwrap();
+        let graph = model(width).program(&ProgramSpec::new(ProgramKind::Loss, 1)).unwrap();
         MupTable::new(&graph, &model(width))
     }
 
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn drawn_values_have_the_declared_spread() {
-        let graph = program(&model(64), ProgramKind::Loss, 1, Guidance::Off).unwrap();
+        let graph = model(64).program(&ProgramSpec::new(ProgramKind::Loss, 1)).unwrap();
         let entries = graph.parameters().iter().map(|p| (p.name.clone(), p.shape()));
         let layout = Arc::new(ArenaLayout::new(entries).unwrap());
         let mut arena = Arena::zeros(layout).unwrap();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use models::DitConfig;
+use models::Model;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, TrainError};
@@ -26,11 +26,11 @@ impl Stamp {
     pub const KEY: &str = "mup";
 
     /// The stamp of a model.
-    pub fn of(model: &DitConfig) -> Self {
+    pub fn of(model: &Model) -> Self {
         Self {
             enabled: model.mup.is_some(),
-            width: model.hidden_size,
-            base_width: model.mup.map_or(model.hidden_size, |mup| mup.base_width),
+            width: model.network.width(),
+            base_width: model.mup.map_or(model.network.width(), |mup| mup.base_width),
             output_multiplier: model.mup.map_or(1.0, |mup| mup.output_multiplier),
         }
     }
@@ -62,7 +62,7 @@ impl Stamp {
 ///
 /// # Errors
 /// [`TrainError::OtherParameterisation`].
-pub fn check_stamp(metadata: &BTreeMap<String, String>, model: &DitConfig, file: &Path) -> Result<()> {
+pub fn check_stamp(metadata: &BTreeMap<String, String>, model: &Model, file: &Path) -> Result<()> {
     let Some(text) = metadata.get(Stamp::KEY) else { return Ok(()) };
     let Ok(saved) = serde_json::from_str::<Stamp>(text) else { return Ok(()) };
     let wanted = Stamp::of(model);
@@ -87,15 +87,15 @@ mod tests {
 
     use super::*;
 
-    fn model(mup: Option<(usize, f64)>) -> DitConfig {
-        let mut model = DitConfig::preset("DiT-S/8").unwrap();
+    fn model(mup: Option<(usize, f64)>) -> Model {
+        let mut model = Model::preset("DiT-S/8").unwrap();
         model.mup = mup.map(|(base_width, output_multiplier)| MupConfig { base_width, output_multiplier });
         model
     }
 
     #[test]
     fn another_base_width_is_refused_with_the_reason() {
-        let stamped = |m: &DitConfig| Stamp::of(m).metadata().unwrap();
+        let stamped = |m: &Model| Stamp::of(m).metadata().unwrap();
         let check = |saved, wanted| check_stamp(&stamped(&model(saved)), &model(wanted), Path::new("w"));
         for (saved, wanted) in [
             (Some((96, 1.0)), Some((192, 1.0))),

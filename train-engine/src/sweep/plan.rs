@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use models::{DitConfig, Guidance, ModelError, ProgramKind, program};
+use models::{Model, ModelError, ProgramKind, ProgramSpec};
 use runtime::file::{sha256_bytes, write_atomically};
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +32,7 @@ pub struct Trial {
     /// Its configuration.
     pub config: TrainConfig,
     /// Its model.
-    pub model: DitConfig,
+    pub model: Model,
     /// The compiled step that it can use.
     pub shape: StepShape,
 }
@@ -177,16 +177,16 @@ pub fn resolve(base: &TrainConfig, set: &Overrides, head_size: Option<usize>) ->
 ///
 /// # Errors
 /// [`TrainError::Model`].
-pub fn step_cost(config: &TrainConfig, model: &DitConfig) -> Result<StepCost> {
+pub fn step_cost(config: &TrainConfig, model: &Model) -> Result<StepCost> {
     let micro = config.train.batch_size / config.train.accumulate;
-    let graph = program(model, ProgramKind::TrainStep, micro, Guidance::Off)?;
+    let graph = model.program(&ProgramSpec::new(ProgramKind::TrainStep, micro))?;
     let parameters = graph.parameter_counts().1;
     let cost = graph.optimised().map_err(ModelError::from)?.cost();
     Ok(StepCost { flops: cost.flops as f64 * config.train.accumulate as f64, parameters })
 }
 
 /// Everything that decides a trial's losses: the run without its paths, its length, its model.
-fn id(config: &TrainConfig, model: &DitConfig) -> Result<String> {
+fn id(config: &TrainConfig, model: &Model) -> Result<String> {
     let text = format!("{} {} {}", config.hash()?, config.train.steps, model.to_json());
     Ok(sha256_bytes(text.as_bytes()).chars().take(16).collect())
 }
@@ -231,7 +231,7 @@ mod tests {
         assert!(plan.trials.iter().enumerate().all(|(i, t)| t.index == i));
         let ids: std::collections::BTreeSet<&str> = plan.trials.iter().map(|t| t.id.as_str()).collect();
         assert_eq!(ids.len(), 24);
-        assert!(plan.trials.iter().all(|t| t.model.head_size() == 12));
+        assert!(plan.trials.iter().all(|t| t.model.network.head_size() == 12));
         assert_eq!(plan.trials[0].id, self::plan("head_size = 12").unwrap().trials[0].id);
         assert_eq!(plan.varied(), ["model.hidden_size", "train.learning_rate", "train.seed"]);
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use models::{DitConfig, Objective, TRAINING_STEPS};
+use models::{Model, Objective, TRAINING_STEPS};
 
 use crate::config::{TimeSampling, TrainConfig};
 use crate::data::Batch;
@@ -25,12 +25,13 @@ pub(super) fn fill_noise(config: &TrainConfig, batch: &Batch, rows: Range<usize>
 /// Times and labels of some rows of a batch.
 pub(super) fn draw(
     config: &TrainConfig,
-    model: &DitConfig,
+    model: &Model,
     batch: &Batch,
     rows: Range<usize>,
 ) -> (Vec<f32>, Vec<i64>) {
     let (train, objective) = (&config.train, &config.objective);
-    let drop = train.label_drop.unwrap_or(model.class_dropout_prob);
+    let null_class = model.conditioning().null_class();
+    let drop = train.label_drop.unwrap_or(model.network.dropout());
     let stream = |purpose, row: usize| Stream::new(train.seed, purpose, batch.step, row as u64);
     let mut t = Vec::with_capacity(rows.len());
     let mut y = Vec::with_capacity(rows.len());
@@ -44,7 +45,7 @@ pub(super) fn draw(
                 (TRAINING_STEPS as f64 / (1.0 + (-logit).exp())) as f32
             }
         });
-        let null = model.null_class().filter(|_| stream(Purpose::LabelDrop, row).chance(drop));
+        let null = null_class.filter(|_| stream(Purpose::LabelDrop, row).chance(drop));
         y.push(null.map_or(batch.y[row], |null| null as i64));
     }
     (t, y)

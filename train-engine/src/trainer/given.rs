@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use models::{DitConfig, LOSS_SCALE};
+use models::{LOSS_SCALE, Model};
 use runtime::{Arena, Runtime, SessionOptions, UpdateReport};
 
 use super::{Part, Trainer, refuse_precision};
@@ -19,7 +19,7 @@ impl Trainer {
     pub fn from_parameters(
         runtime: &Arc<Runtime>,
         config: &TrainConfig,
-        model: &DitConfig,
+        model: &Model,
         parameters: &Arena,
         options: &SessionOptions,
     ) -> Result<Self> {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use graph_builder::{Graph, Weights};
-use models::{DitConfig, Guidance, ProgramKind, Recompute, optimised_program};
+use models::{Model, ProgramKind, ProgramSpec, Recompute};
 use runtime::cuda::Gpu;
 use runtime::cuda::kernels::scratch_bytes;
 use runtime::{Device, Provider, RuntimeError};
@@ -147,7 +147,7 @@ impl MemoryPlan {
     }
 
     /// An error of memory that ran out, with what would fit in place of general advice; any other as it is.
-    pub(super) fn advise(&self, error: TrainError, config: &TrainConfig, model: &DitConfig) -> TrainError {
+    pub(super) fn advise(&self, error: TrainError, config: &TrainConfig, model: &Model) -> TrainError {
         let TrainError::Runtime(RuntimeError::GpuOutOfMemory { ordinal, bytes, what, .. }) = error else {
             return error;
         };
@@ -157,7 +157,7 @@ impl MemoryPlan {
     }
 
     /// What would fit by the plan.
-    fn advice(&self, config: &TrainConfig, model: &DitConfig) -> String {
+    fn advice(&self, config: &TrainConfig, model: &Model) -> String {
         let train = &config.train;
         let fits = |recompute| self.largest(config, model, recompute).ok().flatten();
         let batch = train.batch_size;
@@ -194,16 +194,11 @@ impl MemoryPlan {
     }
 
     /// Most images at once that fit by the plan, up to the configured number; `None` when not even one does.
-    fn largest(
-        &self,
-        config: &TrainConfig,
-        model: &DitConfig,
-        recompute: Recompute,
-    ) -> Result<Option<usize>> {
+    fn largest(&self, config: &TrainConfig, model: &Model, recompute: Recompute) -> Result<Option<usize>> {
         let train = &config.train;
         let plan = |images: usize| -> Result<Self> {
-            let kind = ProgramKind::TrainStep;
-            let graph = optimised_program(model, kind, images, Guidance::Off, recompute, train.precision)?;
+            let spec = ProgramSpec::new(ProgramKind::TrainStep, images);
+            let graph = model.compiled(&spec.recomputing(recompute).in_precision(train.precision))?;
             let mut config = config.clone();
             config.train.batch_size = images * train.accumulate;
             let more: Vec<_> =
@@ -252,16 +247,14 @@ mod tests {
     use super::*;
 
     /// A small model's plan with so many bytes free.
-    fn plan(batch: usize, free: u64) -> (MemoryPlan, TrainConfig, DitConfig) {
+    fn plan(batch: usize, free: u64) -> (MemoryPlan, TrainConfig, Model) {
         let mut config = TrainConfig::default();
         config.train.provider = "cuda".parse().unwrap();
         (config.train.batch_size, config.train.precision) = (batch, graph_builder::Precision::Bf16);
-        let model =
-            DitConfig { hidden_size: 32, num_heads: 2, depth: 2, ..DitConfig::preset("DiT-S/4").unwrap() };
-        let kind = ProgramKind::TrainStep;
-        let graph =
-            optimised_program(&model, kind, batch, Guidance::Off, Recompute::None, config.train.precision)
-                .unwrap();
+        let mut model = Model::preset("DiT-S/8").unwrap();
+        model.network = model.network.resized(32, 16);
+        let spec = ProgramSpec::new(ProgramKind::TrainStep, batch).in_precision(config.train.precision);
+        let graph = model.compiled(&spec).unwrap();
         (MemoryPlan::of(&config, &graph, &[], 0, (free, free)).unwrap(), config, model)
     }
 
@@ -281,14 +274,13 @@ mod tests {
     #[test]
     fn pictures_count_with_parameters_and_values_and_stay_in_the_advice() {
         let (plan, config, model) = plan(20, 1 << 40);
-        let graph =
-            models::program(&model, ProgramKind::Step, 6, Guidance::All).unwrap().optimised().unwrap();
+        let step = ProgramSpec::new(ProgramKind::Step, 6).guided(models::Guidance::All);
+        let graph = model.compiled(&step).unwrap();
         let more = pictures(&graph, false).unwrap();
         assert_eq!(more[0].1, graph.parameter_counts().0 as u64 * 4);
         assert!(more[1].1 > graph.activation_peak().bytes);
-        let train = ProgramKind::TrainStep;
-        let precision = config.train.precision;
-        let graph = optimised_program(&model, train, 20, Guidance::Off, Recompute::None, precision).unwrap();
+        let train = ProgramSpec::new(ProgramKind::TrainStep, 20).in_precision(config.train.precision);
+        let graph = model.compiled(&train).unwrap();
         let with = MemoryPlan::of(&config, &graph, &more, 0, (1 << 40, 1 << 40)).unwrap();
         assert_eq!(with.bytes(), plan.bytes() + more[0].1 + more[1].1);
         let fits =

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use graph_builder::{Graph, Precision};
-use models::{DitConfig, Guidance, LOSS_SCALE, ProgramKind, program};
+use models::{LOSS_SCALE, Model, ProgramKind, ProgramSpec};
 use runtime::update::UpdateStep;
 use runtime::{Arena, ArenaLayout, Runtime, SessionOptions, SharedArena, UpdateReport};
 
@@ -25,7 +25,7 @@ use crate::evidence;
 use crate::loss_scale::LossScale;
 use crate::mup::{MupTable, Stamp, draw_parameters};
 use crate::schedule::{ema_decay, learning_rate_factor};
-use crate::step::{CompiledStep, NOISE, StepArenas, StepInputs, StepLoss, StepShape, neutral};
+use crate::step::{CompiledStep, NOISE, StepArenas, StepInputs, StepLoss, StepShape, cache_shape};
 
 use draws::{draw, fill_noise, noise};
 pub use memory::MemoryPlan;
@@ -40,7 +40,7 @@ const MOMENTS: [&str; 2] = ["exp_avg.", "exp_avg_sq."];
 #[derive(Debug)]
 pub struct Trainer {
     config: TrainConfig,
-    model: DitConfig,
+    model: Model,
     step: CompiledStep,
     state: Box<dyn TrainingState>,
     mup: MupTable,
@@ -58,7 +58,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`TrainError::Model`], [`TrainError::Runtime`], [`TrainError::BadValue`].
-    pub fn new(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
+    pub fn new(runtime: &Arc<Runtime>, config: &TrainConfig, model: &Model) -> Result<Self> {
         Self::compile(runtime, config, model, model, None, &mut |_| {})
     }
 
@@ -66,7 +66,7 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn shared(runtime: &Arc<Runtime>, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
+    pub fn shared(runtime: &Arc<Runtime>, config: &TrainConfig, model: &Model) -> Result<Self> {
         Self::shared_planned(runtime, config, model, &mut |_| {})
     }
 
@@ -74,10 +74,10 @@ impl Trainer {
     pub(crate) fn shared_planned(
         runtime: &Arc<Runtime>,
         config: &TrainConfig,
-        model: &DitConfig,
+        model: &Model,
         planned: &mut dyn FnMut(&MemoryPlan),
     ) -> Result<Self> {
-        Self::compile(runtime, config, model, &neutral(model), None, planned)
+        Self::compile(runtime, config, model, &cache_shape(model), None, planned)
     }
 
     /// [`new`](Self::new) beside the program that draws sample pictures; on a GPU, `planned` sees the plan of its memory
@@ -85,7 +85,7 @@ impl Trainer {
     fn planned(
         runtime: &Arc<Runtime>,
         config: &TrainConfig,
-        model: &DitConfig,
+        model: &Model,
         pictures: Option<&Graph>,
         planned: &mut dyn FnMut(&MemoryPlan),
     ) -> Result<Self> {
@@ -95,8 +95,8 @@ impl Trainer {
     fn compile(
         runtime: &Arc<Runtime>,
         config: &TrainConfig,
-        model: &DitConfig,
-        compiled: &DitConfig,
+        model: &Model,
+        compiled: &Model,
         pictures: Option<&Graph>,
         planned: &mut dyn FnMut(&MemoryPlan),
     ) -> Result<Self> {
@@ -131,7 +131,7 @@ impl Trainer {
         }
     }
 
-    fn on(step: CompiledStep, config: &TrainConfig, model: &DitConfig) -> Result<Self> {
+    fn on(step: CompiledStep, config: &TrainConfig, model: &Model) -> Result<Self> {
         let declared = declarations(model)?;
         let gradients = match &step.arenas {
             StepArenas::Host(arenas) => crate::step::read_lock(&arenas.gradients)?.layout().clone(),
@@ -150,7 +150,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`TrainError::Internal`] when its [`StepShape`] is another; as [`new`](Self::new).
-    pub fn restart(&mut self, config: &TrainConfig, model: &DitConfig) -> Result<()> {
+    pub fn restart(&mut self, config: &TrainConfig, model: &Model) -> Result<()> {
         let (was, is) = (StepShape::of(&self.config, &self.model), StepShape::of(config, model));
         if was != is || self.config.train.accumulate != config.train.accumulate {
             return Err(TrainError::Internal(format!("a step of {was:?} cannot serve {is:?}")));
@@ -415,13 +415,13 @@ fn session_options(config: &TrainConfig) -> SessionOptions {
 }
 
 /// The parameters of a model as declared: a step that is shared has the declarations of another init.
-fn declarations(model: &DitConfig) -> Result<Graph> {
-    Ok(program(model, ProgramKind::Loss, 1, Guidance::Off)?)
+fn declarations(model: &Model) -> Result<Graph> {
+    Ok(model.program(&ProgramSpec::new(ProgramKind::Loss, 1))?)
 }
 
 fn parameterisation(
     config: &TrainConfig,
-    model: &DitConfig,
+    model: &Model,
     declared: &Graph,
     gradients: &ArenaLayout,
 ) -> (MupTable, OptimizerSettings) {

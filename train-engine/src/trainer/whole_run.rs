@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use graph_builder::Graph;
-use models::DitConfig;
+use models::Model;
 use runtime::memory::peak_resident_bytes;
 use runtime::{Recording, Runtime, SharedArena};
 
@@ -74,7 +74,7 @@ pub trait Observer {
     ///
     /// # Errors
     /// Whatever stops the run.
-    fn pictures(&self, _model: &DitConfig) -> Result<Option<Graph>> {
+    fn pictures(&self, _model: &Model) -> Result<Option<Graph>> {
         Ok(None)
     }
     /// On a GPU: what the run will take of its memory. Nothing has been allocated yet.
@@ -89,7 +89,7 @@ pub trait Observer {
     ///
     /// # Errors
     /// Whatever stops the run.
-    fn sample(&mut self, step: u64, model: &DitConfig, ema: &SharedArena) -> Result<()>;
+    fn sample(&mut self, step: u64, model: &Model, ema: &SharedArena) -> Result<()>;
     /// Something a user should know.
     fn warn(&mut self, message: &str);
 }

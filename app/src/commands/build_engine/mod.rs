@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use graph_builder::{OnnxProgram, Precision, Weights};
-use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
+use models::{Guidance, HYPERPARAMETERS, Model, ProgramKind, ProgramSpec};
 use runtime::cuda::kernels::Architecture;
 use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, WeightsFile};
 use runtime::file::Placement;
@@ -287,8 +287,8 @@ impl BuildEngineArgs {
         if self.link_weights { Placement::HardLink } else { Placement::Copy }
     }
 
-    fn notes(&self, model: &DitConfig, key: EngineKey) -> anyhow::Result<EngineNotes> {
-        let graph = program(model, ProgramKind::Loss, 1, Guidance::Off)?;
+    fn notes(&self, model: &Model, key: EngineKey) -> anyhow::Result<EngineNotes> {
+        let graph = model.program(&ProgramSpec::new(ProgramKind::Loss, 1))?;
         let hyperparameters: BTreeMap<_, _> = HYPERPARAMETERS.into_iter().collect();
         Ok(EngineNotes {
             key,
@@ -309,12 +309,12 @@ impl BuildEngineArgs {
 }
 
 /// The model that is meant; an engine knows its own.
-fn model(text: &str) -> anyhow::Result<DitConfig> {
+fn model(text: &str) -> anyhow::Result<Model> {
     let place = Path::new(text);
     Ok(if BuiltEngine::is_at(place) {
         BuiltEngine::open(place)?.model().clone()
     } else {
-        DitConfig::resolve(text)?
+        Model::resolve(text)?
     })
 }
 

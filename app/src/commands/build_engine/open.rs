@@ -57,13 +57,13 @@ pub(super) fn profiles(programs: &[EngineProgram]) -> Vec<ShapeProfile> {
 #[cfg(test)]
 mod tests {
     use graph_builder::Precision;
-    use models::{DitConfig, Guidance, program};
+    use models::{Guidance, Model, ProgramKind, ProgramSpec};
 
     use super::*;
 
     #[test]
     fn every_sampling_program_of_a_preset_can_leave_its_batch_open() {
-        let model = DitConfig::resolve("DiT-S/2@8x8x4:10").unwrap();
+        let model = Model::resolve("DiT-S/2@8x8x4:10").unwrap();
         for (kind, precision) in [
             (ProgramKind::Denoise, Precision::F32),
             (ProgramKind::DenoiseCfg, Precision::Bf16),
@@ -71,7 +71,7 @@ mod tests {
             (ProgramKind::StepRows, Precision::Bf16),
         ] {
             let build = |n| {
-                let graph = program(&model, kind, n, Guidance::First(3))?.optimised()?;
+                let graph = model.compiled(&ProgramSpec::new(kind, n).guided(Guidance::First(3)))?;
                 Ok(graph.in_precision(precision)?)
             };
             let open = PlannedOpen::new(kind, build).unwrap();
@@ -84,9 +84,11 @@ mod tests {
 
     #[test]
     fn one_profile_spans_all_batch_sizes() {
-        let model = DitConfig::resolve("DiT-S/2@8x8x4:10").unwrap();
+        let model = Model::resolve("DiT-S/2@8x8x4:10").unwrap();
         let at = |batch| {
-            let graph = program(&model, ProgramKind::DenoiseCfg, batch, Guidance::First(3)).unwrap();
+            let graph = model
+                .program(&ProgramSpec::new(ProgramKind::DenoiseCfg, batch).guided(Guidance::First(3)))
+                .unwrap();
             let inputs = graph.emit(Weights::Inputs).unwrap().inputs;
             EngineProgram {
                 name: "denoise-cfg".into(),

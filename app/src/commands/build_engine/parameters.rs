@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use graph_builder::{DType, ExternalTensor, Precision, Shape};
 use half::{bf16, f16};
-use models::{DitConfig, Guidance, ProgramKind, program};
+use models::{Model, ProgramKind, ProgramSpec};
 use runtime::engine::FileStamp;
 use runtime::safetensors_file::SafetensorsReader;
 use runtime::{ArenaLayout, Engine, HostData, HostTensor, write_safetensors_file};
@@ -21,7 +21,7 @@ const CONVERTED: &str = "weights.safetensors";
 
 /// A weights file that holds a model's parameters.
 pub(super) struct Source<'a> {
-    model: &'a DitConfig,
+    model: &'a Model,
     path: &'a Path,
     reader: SafetensorsReader,
     layout: std::sync::Arc<ArenaLayout>,
@@ -40,9 +40,9 @@ pub(super) struct Parameters {
 
 impl<'a> Source<'a> {
     /// Checks a file's header against the model.
-    pub(super) fn open(model: &'a DitConfig, path: &'a Path, precision: Precision) -> anyhow::Result<Self> {
-        let graph = program(model, ProgramKind::Denoise, 1, Guidance::Off)?;
-        let layout = parameter_layout(&graph)?;
+    pub(super) fn open(model: &'a Model, path: &'a Path, precision: Precision) -> anyhow::Result<Self> {
+        let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, 1))?;
+        let layout = parameter_layout(graph.parameters())?;
         let graph = graph.optimised()?.in_precision(precision)?;
         let dtypes = graph.parameters().iter().map(|p| (p.name.clone(), p.dtype)).collect();
         let reader = SafetensorsReader::open(path)?;

@@ -1,7 +1,7 @@
 //! From the options to graphs, and from graphs to ONNX.
 
 use graph_builder::{Graph, NativeKernel, OnnxProgram, OpenProgram, Precision, Weights};
-use models::{DitConfig, ProgramKind, program};
+use models::{Model, ProgramKind, ProgramSpec};
 use runtime::Provider;
 use runtime::cuda::kernels;
 use runtime::engine::model_file_name;
@@ -36,13 +36,13 @@ impl BuildEngineArgs {
         }
     }
 
-    fn graph(&self, model: &DitConfig, kind: ProgramKind, batch: usize) -> anyhow::Result<Graph> {
-        let graph = program(model, kind, batch, self.cfg_channels)?.optimised()?;
+    fn graph(&self, model: &Model, kind: ProgramKind, batch: usize) -> anyhow::Result<Graph> {
+        let graph = model.compiled(&ProgramSpec::new(kind, batch).guided(self.cfg_channels))?;
         Ok(graph.in_precision(self.precision)?)
     }
 
     /// The programs in every batch size, as graphs.
-    pub(super) fn plan(&self, model: &DitConfig) -> anyhow::Result<Vec<Planned>> {
+    pub(super) fn plan(&self, model: &Model) -> anyhow::Result<Vec<Planned>> {
         let mut planned: Vec<Planned> = Vec::new();
         for &kind in &self.programs {
             for batch in self.batches() {
@@ -57,7 +57,7 @@ impl BuildEngineArgs {
     }
 
     /// The programs that are compiled once for all batch sizes.
-    pub(super) fn plan_open(&self, model: &DitConfig, target: &Target) -> anyhow::Result<Vec<PlannedOpen>> {
+    pub(super) fn plan_open(&self, model: &Model, target: &Target) -> anyhow::Result<Vec<PlannedOpen>> {
         let kinds = self.programs.iter().filter(|kind| target.opens(**kind, &self.batches()));
         kinds.map(|&kind| PlannedOpen::new(kind, |n| self.graph(model, kind, n))).collect()
     }

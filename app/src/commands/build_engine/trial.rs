@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use models::DitConfig;
+use models::Model;
 use runtime::engine::{EngineDraft, EngineProgram};
 use runtime::provider::ShapeProfile;
 use runtime::{Engine, Provider, Session, SessionOptions};
@@ -33,7 +33,7 @@ impl BuildEngineArgs {
     pub(super) fn try_out(
         &self,
         target: &Target,
-        model: &DitConfig,
+        model: &Model,
         draft: &mut EngineDraft,
         stages: &mut Stages,
     ) -> anyhow::Result<Vec<Report>> {

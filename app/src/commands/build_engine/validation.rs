@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use graph_builder::{DType, Graph, Precision, TensorSpec};
 use half::{bf16, f16};
-use models::{DitConfig, Guidance, Objective, ProgramKind, program};
+use models::{Guidance, Model, Objective, ProgramKind, ProgramSpec, TRAINING_STEPS};
 use runtime::memory::available_bytes;
 use runtime::{Arena, Binding, Runtime, Session, SessionOptions, SharedArena};
 use serde::Serialize;
@@ -36,7 +36,7 @@ const DRAWS: [u64; 2] = [0, 1];
 
 /// A built program with what is needed to judge it.
 pub(super) struct Case<'a> {
-    pub(super) model: &'a DitConfig,
+    pub(super) model: &'a Model,
     pub(super) kind: ProgramKind,
     pub(super) batch: usize,
     pub(super) guidance: Guidance,
@@ -187,8 +187,8 @@ impl Case<'_> {
         if let Some(file) = self.weights {
             return Ok(Some(weights::read(self.model, file)?.into_shared()));
         }
-        let graph = program(self.model, self.kind, self.batch, self.guidance)?;
-        let mut arena = Arena::zeros(parameter_layout(&graph)?)?;
+        let graph = self.model.program(&ProgramSpec::new(self.kind, self.batch).guided(self.guidance))?;
+        let mut arena = Arena::zeros(parameter_layout(graph.parameters())?)?;
         for (i, view) in arena.views_mut().into_iter().enumerate() {
             Stream::new(0, Purpose::Init, 0, i as u64).fill_normal(view);
             for value in view.iter_mut() {
@@ -200,7 +200,10 @@ impl Case<'_> {
 
     /// The graph without fused ops, whose attention has all T×T weights in memory.
     fn plain(&self) -> anyhow::Result<Graph> {
-        Ok(program(self.model, self.kind, self.batch, self.guidance)?.optimised_until("simplify")?)
+        Ok(self
+            .model
+            .program(&ProgramSpec::new(self.kind, self.batch).guided(self.guidance))?
+            .optimised_until("simplify")?)
     }
 
     /// How many samples the plain program can answer within `free` bytes. A sampling program's answers are each its own
@@ -299,9 +302,9 @@ impl Case<'_> {
                 "x" | "x0" | "noise" | "history" | "coef" => stream.fill_normal(part),
                 // At the first times a bin's mass is a difference of nearly equal numbers.
                 "t" if ddpm => part.fill(100.0 + (800.0 * stream.uniform()).floor()),
-                "t" => part.fill(0.1 + 0.8 * stream.uniform()),
+                "t" => part.fill(TRAINING_STEPS as f32 * (0.1 + 0.8 * stream.uniform())),
                 "guidance" => part.fill(1.0 + 4.0 * stream.uniform()),
-                "y" => part.fill(stream.below(self.model.num_classes.max(1) as u64) as f32),
+                "y" => part.fill(stream.below(self.model.conditioning().class_count().max(1) as u64) as f32),
                 "pair" => part.fill(row as f32),
                 name if name.starts_with("hp.") => part.fill(1.0),
                 _ => return None,
@@ -357,7 +360,7 @@ mod tests {
 
     #[test]
     fn large_batches_are_compared_as_far_as_memory_goes() {
-        let model = DitConfig::resolve("DiT-S/4@8x8x4:10").unwrap();
+        let model = Model::resolve("DiT-S/4@8x8x4:10").unwrap();
         let case = |kind, batch| Case {
             model: &model,
             kind,

@@ -104,7 +104,7 @@ impl CheckpointArgs {
         let loaded = weights::open(path, self.weights)?;
         let model = &loaded.model;
         let solver = self.solving.solver(model);
-        solver.plan(model.objective, model.learn_sigma)?;
+        solver.plan(model.objective, model.learns_variance())?;
         let classes =
             self.classes.iter().map(|text| sample::class(text, model)).collect::<anyhow::Result<Vec<_>>>()?;
         let settings = Settings {

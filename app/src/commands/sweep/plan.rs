@@ -140,8 +140,8 @@ impl PlanArgs {
             console::out(&format!(
                 "{:>8} {:>8} {:>7} {:>6} {:>9} {:>12.2} {:>12.2} {:>10.3}",
                 row.trials.len(),
-                model.hidden_size,
-                model.depth,
+                model.network.width(),
+                model.network.depth(),
                 row.trials[0].config.train.batch_size,
                 steps.join("/"),
                 row.cost.parameters as f64 / 1e6,

@@ -109,7 +109,9 @@ pub(in crate::commands) fn work(
     let summary = work.run(&mut |news| match news {
         News::Compiling(trial) => progress.say(&format!(
             "compiling: width {}, depth {}, batch {}",
-            trial.model.hidden_size, trial.model.depth, trial.config.train.batch_size
+            trial.model.network.width(),
+            trial.model.network.depth(),
+            trial.config.train.batch_size
         )),
         News::Planned(plan) => progress.say(&plan.to_string()),
         News::Unrecorded(reason) => {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use models::DitConfig;
+use models::Model;
 use runtime::Runtime;
 use runtime::file::write_atomically;
 use serde_json::json;
@@ -104,8 +104,8 @@ impl Scene<'_> {
         let mut config = config.clone();
         // Enough rows for the mean over the tail.
         config.log.every_steps = config.log.every_steps.min((config.train.steps / 100).max(1));
-        let model: DitConfig = config.model_config(self.dataset.as_ref())?;
-        console::note(&format!("training `{}`: width {}", directory.display(), model.hidden_size));
+        let model: Model = config.model_config(self.dataset.as_ref())?;
+        console::note(&format!("training `{}`: width {}", directory.display(), model.network.width()));
         let mut shown = Console::new(self.runtime, directory, &config);
         let ended = trainer::run(self.runtime, &config, directory, self.dataset, self.stop, &mut shown);
         shown.finish();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use anyhow::ensure;
-use models::DitConfig;
+use models::{Latent, Model};
 use train_engine::random::{Purpose, Stream};
 
 use super::{Picture, Pictures, Source, Values};
@@ -24,7 +24,8 @@ pub enum Classes {
 #[derive(Debug)]
 pub struct Sampled {
     sampler: Sampler,
-    model: DitConfig,
+    latent: Latent,
+    class_count: usize,
     classes: Classes,
     seed: u64,
     count: u64,
@@ -38,18 +39,19 @@ impl Sampled {
     /// A model of latents.
     pub fn new(
         sampler: Sampler,
-        model: &DitConfig,
+        model: &Model,
         classes: Classes,
         seed: u64,
         count: u64,
         batch: usize,
     ) -> anyhow::Result<Self> {
-        let channels = model.in_channels;
+        let channels = model.latent().channels;
         ensure!(
             channels == 1 || channels == 3,
             "the model makes {channels} channels: these are latents, and FID needs decoded images; give files of them"
         );
-        Ok(Self { sampler, model: model.clone(), classes, seed, count, batch })
+        let class_count = model.conditioning().class_count();
+        Ok(Self { sampler, latent: model.latent(), class_count, classes, seed, count, batch })
     }
 
     fn label(&self, index: u64) -> i64 {
@@ -57,7 +59,7 @@ impl Sampled {
             Classes::Random => {
                 let mut stream = Stream::new(self.seed, Purpose::SampleLabel, 0, index);
                 // The high half of a product: no class is favoured by more than 2⁻³² of its share.
-                ((u64::from(stream.u32()) * self.model.num_classes as u64) >> 32) as i64
+                ((u64::from(stream.u32()) * self.class_count as u64) >> 32) as i64
             }
             Classes::Cycle(classes) => classes[(index % classes.len() as u64) as usize],
         }
@@ -67,15 +69,16 @@ impl Sampled {
         let labels: Vec<i64> = range.clone().map(|i| self.label(i)).collect();
         let source = NoiseSource::Seeded { seed: self.seed, first: range.start };
         let values = self.sampler.run(&labels, source, None, &mut |_| {})?;
-        let (channels, side) = (self.model.in_channels, self.model.input_size);
-        let len = channels * side * side;
+        let latent = self.latent;
+        let len = latent.values();
         let mut pictures = Vec::with_capacity(labels.len());
         for (index, image) in range.zip(values.chunks_exact(len)) {
             let name = format!("sample {index} of seed {}", self.seed);
             ensure!(image.iter().all(|v| v.is_finite()), "`{name}` is not finite");
-            let bytes = pixels::channels_last(image, [1, channels, side, side])?;
+            let bytes = pixels::channels_last(image, latent.batch(1))?;
             let values = Values::U8(bytes);
-            pictures.push(Picture { name, height: side, width: side, channels, values });
+            let Latent { channels, height, width } = latent;
+            pictures.push(Picture { name, height, width, channels, values });
         }
         Ok(pictures)
     }

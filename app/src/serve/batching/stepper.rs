@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use models::{COEFFICIENTS, DitConfig, Guidance, ProgramKind, SolverPlan, SolverStep, program};
+use models::{COEFFICIENTS, Guidance, Model, ProgramKind, ProgramSpec, SolverPlan, SolverStep};
 use runtime::cuda::kernels::NormalStream;
 use runtime::{Binding, Runtime, SessionOptions};
 use train_engine::random::{Purpose, Stream};
@@ -94,7 +94,7 @@ pub struct Recipe {
     /// ONNX Runtime.
     pub runtime: Arc<Runtime>,
     /// The model.
-    pub model: DitConfig,
+    pub model: Model,
     /// Its programs.
     pub programs: ProgramSource,
     /// Channels that guidance changes.
@@ -110,15 +110,15 @@ impl RowProgram {
     /// ONNX Runtime refuses the program, or there is no memory.
     pub fn new(recipe: &Recipe, rows: usize) -> anyhow::Result<Self> {
         let model = &recipe.model;
-        let null_class = model.null_class().map(|n| n as i64);
+        let null_class = model.conditioning().null_class().map(|n| n as i64);
         // Requests, decoding and PNG want the cores between the ops: threads that spin there slow the server down.
         let options = SessionOptions { spinning: false, ..recipe.execution.session_options() };
         let guided = if null_class.is_some() { recipe.guided } else { Guidance::Off };
-        let graph = || program(model, ProgramKind::StepRows, rows, guided);
+        let graph = || model.program(&ProgramSpec::new(ProgramKind::StepRows, rows).guided(guided));
         let wanted = (ProgramKind::StepRows, rows);
         let Recipe { runtime, programs, execution, .. } = recipe;
         let binding = programs.binding(runtime, wanted, graph, execution, &options)?;
-        let values = model.in_channels * model.input_size * model.input_size;
+        let values = model.latent().values();
         let paired = binding.session().inputs().iter().any(|input| input.name == "pair");
         Ok(Self { binding, rows, values, null_class, paired })
     }

@@ -47,13 +47,13 @@ fn describe(app: &App, index: usize) -> Value {
     let sampler = default_sampler(model.objective);
     let usable: Vec<&str> =
         SolverKind::ALL.iter().filter(|k| k.objective() == model.objective).map(|k| k.name()).collect();
-    let guided = model.null_class().is_some();
+    let guided = model.conditioning().has_null();
     let steps =
         |kind: &str| kind.parse::<SolverKind>().map_or(0, |kind| default_steps(kind).min(app.limits.steps));
     json!({
         "id": name, "object": "model", "created": 0, "owned_by": "mudit", "task": "class-to-image",
-        "size": source.size(), "classes": model.num_classes, "class_names": model.class_names,
-        "unconditional": guided, "latent_shape": source.shape(), "decoder": decoder(model.in_channels),
+        "size": source.size(), "classes": model.conditioning().class_count(), "class_names": model.class_names,
+        "unconditional": guided, "latent_shape": source.shape(), "decoder": decoder(model.latent().channels),
         "objective": model.objective.name(), "precision": app.execution.precision,
         "samplers": usable, "default_sampler": sampler.name(),
         "default_steps": usable.iter().map(|k| ((*k).to_owned(), json!(steps(k)))).collect::<serde_json::Map<_, _>>(),

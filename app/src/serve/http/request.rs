@@ -162,13 +162,15 @@ fn labels(fields: &mut Fields, source: &Source) -> ApiResult<Vec<i64>> {
 /// A class by number, name, or null for none.
 fn label(value: &Value, source: &Source) -> ApiResult<i64> {
     let found = match value {
-        Value::Null => source.model.null_class().map(|n| n as i64),
-        Value::Number(n) => n.as_u64().filter(|n| *n < source.model.num_classes as u64).map(|n| n as i64),
+        Value::Null => source.model.conditioning().null_class().map(|n| n as i64),
+        Value::Number(n) => {
+            n.as_u64().filter(|n| *n < source.model.conditioning().class_count() as u64).map(|n| n as i64)
+        }
         Value::String(text) => source.class(text),
         _ => None,
     };
     found.ok_or_else(|| {
-        let null = if source.model.null_class().is_some() { ", or null for none" } else { "" };
+        let null = if source.model.conditioning().null_class().is_some() { ", or null for none" } else { "" };
         let (got, classes) = (shown(value), source.classes());
         ApiError::field("class_label", format!("{got} is no class of this model; expected {classes}{null}"))
     })
@@ -236,7 +238,7 @@ fn solver_field(error: &models::ModelError) -> ApiError {
 fn guidance(fields: &mut Fields, source: &Source, labels: &[i64]) -> ApiResult<f32> {
     let names = ["guidance_scale", "cfg", "cfg_scale"];
     let given = fields.number(&names, 0.0..=MOST_GUIDANCE)?;
-    let null = source.model.null_class().map(|n| n as i64);
+    let null = source.model.conditioning().null_class().map(|n| n as i64);
     let possible = source.guided != Guidance::Off && null.is_some();
     let classless = labels.iter().any(|l| Some(*l) == null);
     match given {

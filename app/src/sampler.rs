@@ -1,6 +1,7 @@
 //! A `step` program, a solver and seeds → images. Shared by every command that samples.
 //!
-//! Noise is keyed by (seed, image, step), so the image of a seed does not depend on the batch it is made in.
+//! An image is a function of its own seed: image i of a call with seed s has the seed s + i, and is the one that this seed
+//! makes alone, here, in a preview or on the server.
 
 use std::sync::Arc;
 
@@ -30,14 +31,6 @@ pub fn default_sampler(objective: Objective) -> SolverKind {
 /// The steps of a solver where none are asked for.
 pub fn default_steps(sampler: SolverKind) -> usize {
     if sampler == SolverKind::Ddpm { 250 } else { 50 }
-}
-
-/// The channels that guidance changes where none are asked for: 3 for DDPM models as in the reference, else all.
-pub fn default_guided(objective: Objective) -> Guidance {
-    match objective {
-        Objective::Ddpm => Guidance::First(3),
-        Objective::Flow => Guidance::All,
-    }
 }
 
 /// Reads channels of guidance: a number, `all` or `off`.
@@ -100,7 +93,7 @@ impl Settings {
 /// Where the starting points and the solver's noise come from.
 #[derive(Clone, Copy, Debug)]
 pub enum NoiseSource<'a> {
-    /// Drawn for (seed, image, step); the first image of the call has this number.
+    /// Drawn: image i of the call has the seed `seed + first + i`.
     Seeded {
         /// The user's seed.
         seed: u64,
@@ -117,13 +110,18 @@ pub enum NoiseSource<'a> {
 }
 
 /// Where an image starts.
-fn starting_point(seed: u64, image: u64) -> Stream {
-    Stream::new(seed, Purpose::SampleInit, 0, image)
+fn starting_point(seed: u64) -> Stream {
+    Stream::new(seed, Purpose::SampleInit, 0, 0)
 }
 
 /// What a stochastic solver adds to an image at a step.
-fn step_noise(seed: u64, step: usize, image: u64) -> Stream {
-    Stream::new(seed, Purpose::SampleNoise, step as u64, image)
+fn step_noise(seed: u64, step: usize) -> Stream {
+    Stream::new(seed, Purpose::SampleNoise, step as u64, 0)
+}
+
+/// The seed of an image by its number.
+fn seed_of(seed: u64, image: u64) -> u64 {
+    seed.wrapping_add(image)
 }
 
 /// A compiled sampling step bound to a model's parameters.
@@ -311,7 +309,7 @@ impl Sampler {
             let out = &mut x[slot * self.image..(slot + 1) * self.image];
             match source {
                 NoiseSource::Seeded { seed, first } => {
-                    starting_point(seed, first + row as u64).fill_normal(out);
+                    starting_point(seed_of(seed, first + row as u64)).fill_normal(out);
                 }
                 NoiseSource::Given { x_t, .. } => {
                     out.copy_from_slice(&x_t[row * self.image..(row + 1) * self.image]);
@@ -331,8 +329,8 @@ impl Sampler {
     ) -> Option<Vec<NormalStream>> {
         let NoiseSource::Seeded { seed, first } = source else { return None };
         let stream = |row: usize| match input {
-            "x" => starting_point(seed, first + row as u64),
-            _ => step_noise(seed, k, first + row as u64),
+            "x" => starting_point(seed_of(seed, first + row as u64)),
+            _ => step_noise(seed_of(seed, first + row as u64), k),
         };
         let mut streams = Vec::with_capacity(self.rows);
         for row in rows.clone() {
@@ -378,7 +376,7 @@ impl Sampler {
                 let out = &mut noise[slot * each * image..][..image];
                 match source {
                     NoiseSource::Seeded { seed, first } => {
-                        step_noise(seed, k, first + row as u64).fill_normal(out);
+                        step_noise(seed_of(seed, first + row as u64), k).fill_normal(out);
                     }
                     NoiseSource::Given { noise: Some(given), .. } => {
                         let at = (k * n + row) * image;

@@ -82,6 +82,16 @@ pub enum Guidance {
     All,
 }
 
+impl Guidance {
+    /// The channels that are guided where nothing else is asked for: 3 for DDPM models as in the DiT reference, else all.
+    pub const fn usual(objective: Objective) -> Self {
+        match objective {
+            Objective::Ddpm => Self::First(3),
+            Objective::Flow => Self::All,
+        }
+    }
+}
+
 /// What a training step computes again for its backward pass instead of keeping it. The results are the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -179,8 +189,11 @@ impl Model {
                 b.output("out", out);
             }
             ProgramKind::DenoiseCfg => {
-                let guidance =
-                    if spec.guidance == Guidance::Off { Guidance::First(3) } else { spec.guidance };
+                let guidance = if spec.guidance == Guidance::Off {
+                    Guidance::usual(self.objective)
+                } else {
+                    spec.guidance
+                };
                 let out = Sampling::inputs(&b, self, n).guided(guidance)?;
                 b.output("out", out);
             }

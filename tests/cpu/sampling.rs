@@ -144,7 +144,7 @@ fn images(path: &Path) -> Vec<(i64, Vec<f32>)> {
 }
 
 #[test]
-fn an_image_depends_on_its_seed_and_number_alone() {
+fn an_image_is_that_of_its_own_seed_alone() {
     for name in FIXTURES {
         let folder = model(name);
         // DDPM draws noise in every step; the others of a batch must not show.
@@ -167,6 +167,13 @@ fn an_image_depends_on_its_seed_and_number_alone() {
 
             assert!(all == run("--seed 7 --count 7 --batch 1"), "{name} {options}: one by one");
             assert!(all == run("--seed 7 --count 7 --threads 1"), "{name} {options}: on one thread");
+            let alone = sample(
+                folder.path(),
+                &format!("{options} --classes 2 --seed 9 --count 1 --out alone.safetensors"),
+            );
+            assert_eq!(alone["seeds"], serde_json::json!([9]));
+            let alone = images(&folder.path().join("alone.safetensors"));
+            assert!(all[2] == alone[0], "{name} {options}: image 2 of seed 7 is the image of seed 9");
             let other = run("--seed 8 --count 7");
             assert!(all.iter().zip(&other).all(|(a, b)| a.1 != b.1), "another seed, other images");
         }

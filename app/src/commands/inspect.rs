@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Args;
 use graph_builder::{DType, Graph, Precision, TensorSpec};
-use models::{Guidance, Model, ProgramKind, ProgramSpec, Recompute};
+use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use runtime::{Engine, engine};
 use serde_json::json;
 
@@ -25,9 +25,9 @@ pub struct InspectArgs {
     /// Samples of the program.
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Channels that guidance changes: a number, `all` or `off`.
-    #[arg(long, default_value = "3", value_parser = channels, alias = "guided-channels")]
-    cfg_channels: Guidance,
+    /// Channels that guidance changes: a number, `all` or `off`. Default 3 for DDPM models as in the reference, else all.
+    #[arg(long, value_parser = channels, alias = "guided-channels")]
+    cfg_channels: Option<Guidance>,
     /// What the program computes in: f32, bf16 or f16.
     #[arg(long, requires = "program", default_value = "f32")]
     precision: Precision,
@@ -78,9 +78,11 @@ impl InspectArgs {
     }
 
     fn signature(&self, model: &Model, kind: ProgramKind) -> anyhow::Result<()> {
-        let (none, precision) = (Recompute::None, self.precision);
+        let precision = self.precision;
         let graph = model.compiled(
-            &ProgramSpec::new(kind, self.batch).guided(self.cfg_channels).in_precision(precision),
+            &ProgramSpec::new(kind, self.batch)
+                .guided(self.cfg_channels.unwrap_or(Guidance::usual(model.objective)))
+                .in_precision(precision),
         )?;
         if self.graph {
             return console::out(graph.text().trim_end());

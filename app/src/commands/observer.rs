@@ -62,7 +62,7 @@ impl Console {
         Settings {
             solver: solver(&self.sample, model.objective),
             guidance: guidance(self.sample.guidance, model),
-            guided: Guidance::All,
+            guided: Guidance::usual(model.objective),
             batch: SAMPLE_BATCH.min(self.sample.per_class * model.conditioning().class_count()),
             execution: self.execution.clone(),
         }

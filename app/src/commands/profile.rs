@@ -35,9 +35,9 @@ pub struct ProfileArgs {
     /// Samples of one run.
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Channels that guidance changes: a number, `all` or `off`.
-    #[arg(long, default_value = "3", value_parser = channels, alias = "guided-channels")]
-    cfg_channels: Guidance,
+    /// Channels that guidance changes: a number, `all` or `off`. Default 3 for DDPM models as in the reference, else all.
+    #[arg(long, value_parser = channels, alias = "guided-channels")]
+    cfg_channels: Option<Guidance>,
     /// Timed runs, with and without the profiler.
     #[arg(long, default_value_t = 10)]
     repeat: usize,
@@ -57,7 +57,7 @@ impl ProfileArgs {
         let model = Model::resolve(&self.model)?;
         let runtime = self.machine.runtime()?;
         let (threads, batch, repeat) = (self.machine.threads, self.batch, self.repeat.max(1));
-        let (kind, guidance) = (self.program, self.cfg_channels);
+        let (kind, guidance) = (self.program, self.cfg_channels.unwrap_or(Guidance::usual(model.objective)));
         let measured = Subject { model: &model, kind, batch, guidance, threads, repeat }.measure(&runtime)?;
         console::note("measuring this machine's best");
         let roof = roof::measure(&runtime, threads, ROOF_BUDGET)?;

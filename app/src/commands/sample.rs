@@ -46,7 +46,7 @@ pub struct SampleArgs {
     /// Number of images; default 8 of each class, of at most 16 classes.
     #[arg(short = 'n', long)]
     count: Option<usize>,
-    /// Seed of the noise; image i of a seed is always the same.
+    /// Seed of the noise: image i has the seed `seed + i`, and is the image that its seed makes alone, here or on the server.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Number of the first image, for making a large set in parts.
@@ -171,6 +171,7 @@ impl SampleArgs {
             return console::json(&json!({
                 "images": n, "seconds": seconds, "images_per_s": n as f64 / seconds, "files": written,
                 "sampler": solver.kind.name(), "steps": sampler.steps(), "cfg": self.solving.cfg, "seed": self.seed,
+                "seeds": (0..n as u64).map(|i| self.seed.wrapping_add(self.first + i)).collect::<Vec<_>>(),
                 "weights": file,
             }));
         }

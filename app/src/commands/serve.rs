@@ -17,7 +17,7 @@ use super::weights::{self, Which};
 use super::{Machine, Target};
 use crate::built::BuiltEngine;
 use crate::execution::Execution;
-use crate::sampler::{channels, default_guided};
+use crate::sampler::channels;
 use crate::serve::engine::EngineOptions;
 use crate::serve::http::Limits;
 use crate::serve::http::auth::Keys;
@@ -297,7 +297,7 @@ impl ServeArgs {
             }),
             Place::Checkpoint(path) => {
                 let loaded = weights::open(&path, self.weights.unwrap_or(Which::Ema))?;
-                let guided = self.cfg_channels.unwrap_or(default_guided(loaded.model.objective));
+                let guided = self.cfg_channels.unwrap_or(Guidance::usual(loaded.model.objective));
                 let sha256 = sha256_file(&loaded.file)?;
                 let weights::Loaded { model, parameters, file } = loaded;
                 Ok(Source { name, model, origin: Origin::Parameters(parameters), guided, file, sha256 })

@@ -5,7 +5,7 @@ use models::{Guidance, Model, Solver, SolverKind, Spacing};
 
 use crate::Usage;
 use crate::built::BuiltEngine;
-use crate::sampler::{channels, default_guided, default_sampler, default_steps};
+use crate::sampler::{channels, default_sampler, default_steps};
 
 /// Which solver, how many steps, how much guidance.
 #[derive(Clone, Debug, Args)]
@@ -48,7 +48,7 @@ impl Solving {
                 Usage("the model has no null class, so it cannot be guided: use --cfg 1".into()).into()
             );
         }
-        Ok(self.cfg_channels.unwrap_or(default_guided(model.objective)))
+        Ok(self.cfg_channels.unwrap_or(Guidance::usual(model.objective)))
     }
 
     /// The channels that guidance changes in an engine.

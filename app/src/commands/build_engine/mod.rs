@@ -61,9 +61,10 @@ pub struct BuildEngineArgs {
     /// Several batch sizes, one file each.
     #[arg(long, value_delimiter = ',')]
     buckets: Vec<usize>,
-    /// Channels that guidance changes: a number, `all`, or `off` for a `step` without guidance.
-    #[arg(long, default_value = "3", value_parser = channels, alias = "guided-channels")]
-    cfg_channels: Guidance,
+    /// Channels that guidance changes: a number, `all`, or `off` for a `step` without guidance. Default 3 for DDPM models as in
+    /// the reference, else all.
+    #[arg(long, value_parser = channels, alias = "guided-channels")]
+    cfg_channels: Option<Guidance>,
     /// Element type of the computation: f32, bf16 or f16; other than f32 for GPUs only.
     #[arg(long, default_value = "f32")]
     precision: Precision,
@@ -283,6 +284,10 @@ impl BuildEngineArgs {
         models.iter().try_for_each(|m| console::out(&m.display().to_string()))
     }
 
+    fn guidance(&self, model: &Model) -> Guidance {
+        self.cfg_channels.unwrap_or(Guidance::usual(model.objective))
+    }
+
     fn placement(&self) -> Placement {
         if self.link_weights { Placement::HardLink } else { Placement::Copy }
     }
@@ -295,7 +300,7 @@ impl BuildEngineArgs {
             options: json!({
                 "provider": self.provider.to_string(),
                 "precision": self.precision.to_string(),
-                "guided_channels": channels_text(self.cfg_channels),
+                "guided_channels": channels_text(self.guidance(model)),
             }),
             versions: BTreeMap::from([
                 ("mudit".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),

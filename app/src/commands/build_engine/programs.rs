@@ -37,7 +37,7 @@ impl BuildEngineArgs {
     }
 
     fn graph(&self, model: &Model, kind: ProgramKind, batch: usize) -> anyhow::Result<Graph> {
-        let graph = model.compiled(&ProgramSpec::new(kind, batch).guided(self.cfg_channels))?;
+        let graph = model.compiled(&ProgramSpec::new(kind, batch).guided(self.guidance(model)))?;
         Ok(graph.in_precision(self.precision)?)
     }
 

@@ -70,7 +70,7 @@ impl BuildEngineArgs {
                     model,
                     kind: name.parse()?,
                     batch: p.batch,
-                    guidance: self.cfg_channels,
+                    guidance: self.guidance(model),
                     precision: self.precision,
                     weights: self.weights.as_deref(),
                 };

@@ -67,7 +67,9 @@ impl Sampled {
 
     fn make(&mut self, range: Range<u64>) -> anyhow::Result<Vec<Picture>> {
         let labels: Vec<i64> = range.clone().map(|i| self.label(i)).collect();
-        let source = NoiseSource::Seeded { seed: self.seed, first: range.start };
+        // Far apart, so that the sets of two seeds have no image in common.
+        let seed = self.seed.wrapping_mul(1 << 32);
+        let source = NoiseSource::Seeded { seed, first: range.start };
         let values = self.sampler.run(&labels, source, None, &mut |_| {})?;
         let latent = self.latent;
         let len = latent.values();

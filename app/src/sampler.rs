@@ -8,7 +8,8 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use graph_builder::Graph;
 use models::{
-    COEFFICIENTS, Guidance, Model, ModelError, Objective, ProgramKind, Solver, SolverKind, SolverPlan,
+    COEFFICIENTS, Guidance, Model, ModelError, Objective, ProgramKind, ProgramSpec, Solver, SolverKind,
+    SolverPlan,
 };
 use runtime::cuda::kernels::NormalStream;
 use runtime::{Binding, Runtime};
@@ -86,7 +87,7 @@ impl Settings {
     /// # Errors
     /// Guidance that the model cannot give.
     pub fn program(&self, model: &Model) -> Result<Graph, ModelError> {
-        program(model, ProgramKind::Step, self.batch, self.channels())
+        model.program(&ProgramSpec::new(ProgramKind::Step, self.batch).guided(self.channels()))
     }
 }
 

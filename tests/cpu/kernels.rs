@@ -47,7 +47,7 @@ fn no_transposes_are_left_and_every_linear_layer_is_a_native_product() {
             assert_eq!(count("LinearGradWeight"), layers);
             // The image and the sinusoids need no gradient.
             assert_eq!(count("LinearGradInput"), layers - 2);
-            assert_eq!(count("AttentionGrad"), cfg.depth);
+            assert_eq!(count("AttentionGrad"), cfg.network.depth());
             // The label table's gradient alone: a product with a one-hot matrix.
             assert_eq!(count("MatMul"), 1);
         } else {

@@ -3,10 +3,9 @@
 use std::time::{Duration, Instant};
 
 use graph_builder::{Graph, Init, Op, Weights as Parameters};
-use models::dit::Dit;
 use models::{Guidance, Model, Network, ProgramKind, ProgramSpec};
 
-use crate::tiny::dit;
+use crate::tiny::{changed, dit};
 
 /// Preset, all parameters, 10⁶ trainable ones, 10⁹ multiply-adds of a forward pass.
 ///
@@ -176,10 +175,7 @@ fn the_largest_training_step_is_emitted_quickly_and_without_weights() {
 fn every_program_can_be_recorded_as_a_cuda_graph() {
     let tiny = crate::tiny::config("ddpm");
     // Guidance on three of four and eight channels, on all of them, and on none.
-    let wide = |learn_sigma| {
-        let network = Network::Dit(Dit { in_channels: 4, learn_sigma, ..dit(&tiny).clone() });
-        Model { network, ..tiny.clone() }
-    };
+    let wide = |learn_sigma| changed(&tiny, |dit| (dit.in_channels, dit.learn_sigma) = (4, learn_sigma));
     let models = [("wide", wide(false)), ("learned", wide(true))];
     for (name, model) in models {
         for kind in ProgramKind::ALL {
@@ -197,7 +193,7 @@ fn every_program_can_be_recorded_as_a_cuda_graph() {
 
 #[test]
 fn channels_that_are_not_guided_are_the_conditional_answer() {
-    let model = Model { in_channels: 4, ..crate::tiny::config("ddpm") };
+    let model = changed(&crate::tiny::config("ddpm"), |dit| dit.in_channels = 4);
     let graph =
         |kind| model.program(&ProgramSpec::new(kind, crate::tiny::BATCH).guided(Guidance::First(3))).unwrap();
     let (plain, guided) = (graph(ProgramKind::Denoise), graph(ProgramKind::DenoiseCfg));

@@ -238,7 +238,7 @@ fn a_step_that_runs_share_gives_the_bits_of_their_own() {
             };
             assert!(train(shared) == own, "seed {seed}, rate {rate}");
         }
-        let other = Model { depth: 2, ..runs[0].0.clone() };
+        let other = crate::tiny::changed(&runs[0].0, |dit| dit.depth = 2);
         assert!(shared.unwrap().restart(&config(1, 1e-2), &other).is_err(), "another shape");
     });
 }

@@ -22,7 +22,7 @@ const FILE: &str = "parameters";
 fn cases() -> Vec<(String, Model, ProgramKind, Guidance)> {
     let mut cases = Vec::new();
     for (name, channels) in [("ddpm", 4), ("flow", 4), ("flow-mup", 1)] {
-        let model = Model { in_channels: channels, ..tiny::config(name) };
+        let model = tiny::changed(&tiny::config(name), |dit| dit.in_channels = channels);
         for kind in SAMPLING {
             for guidance in [Guidance::First(3), Guidance::All, Guidance::Off] {
                 cases.push((name.to_owned(), model.clone(), kind, guidance));
@@ -30,7 +30,7 @@ fn cases() -> Vec<(String, Model, ProgramKind, Guidance)> {
         }
     }
     // Without the null class there is nothing to guide with.
-    let plain = Model { class_dropout_prob: 0.0, ..tiny::config("ddpm") };
+    let plain = tiny::changed(&tiny::config("ddpm"), |dit| dit.class_dropout_prob = 0.0);
     for kind in [ProgramKind::Denoise, ProgramKind::Step, ProgramKind::StepRows] {
         cases.push(("plain".to_owned(), plain.clone(), kind, Guidance::Off));
     }

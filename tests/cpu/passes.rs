@@ -311,7 +311,7 @@ fn no_program_of_a_transformer_moves_axes_or_keeps_an_activation_beside_its_laye
 #[test]
 fn a_training_step_computes_what_its_losses_and_gradients_need_and_that_once() {
     let graph = tiny::graph("flow", ProgramKind::TrainStep).optimised().unwrap();
-    let blocks = tiny::config("flow").depth;
+    let blocks = tiny::config("flow").network.depth();
     // A layer a linear map, and no gradient for the image or for the sinusoids of the time.
     let linear = 3 + 5 * blocks + 2;
     let kinds = ["Linear", "LinearGradWeight", "LinearGradInput"].map(|op| count(&graph, op));

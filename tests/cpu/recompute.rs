@@ -1,8 +1,7 @@
 //! Recomputation: the same bits from less memory.
 
 use graph_builder::{Graph, Weights as Parameters};
-use models::dit::Dit;
-use models::{Model, Network, ProgramKind, ProgramSpec, Recompute};
+use models::{Model, ProgramKind, ProgramSpec, Recompute};
 use mudit_tests::execution::run;
 use runtime::Weights;
 
@@ -14,9 +13,7 @@ const DEPTH: usize = 3;
 
 /// The optimised training step of a variant, plain and with its blocks recomputed.
 fn graphs(variant: &str) -> [Graph; 2] {
-    let tiny = tiny::config(variant);
-    let network = Network::Dit(Dit { depth: DEPTH, ..tiny::dit(&tiny).clone() });
-    let model = Model { network, ..tiny };
+    let model = tiny::changed(&tiny::config(variant), |dit| dit.depth = DEPTH);
     let spec = ProgramSpec::new(ProgramKind::TrainStep, tiny::BATCH);
     [Recompute::None, Recompute::Blocks]
         .map(|recompute| model.compiled(&spec.recomputing(recompute)).unwrap())

@@ -44,6 +44,13 @@ pub(crate) fn dit(model: &Model) -> &Dit {
     }
 }
 
+/// The model with its transformer changed.
+pub(crate) fn changed(model: &Model, change: impl FnOnce(&mut Dit)) -> Model {
+    let mut changed = dit(model).clone();
+    change(&mut changed);
+    Model { network: Network::Dit(changed), ..model.clone() }
+}
+
 /// A program as it is built, before any pass.
 pub(crate) fn graph(variant: &str, kind: ProgramKind) -> Graph {
     config(variant)

@@ -178,7 +178,7 @@ fn given(tensors: &IndexMap<String, HostTensor>, k: u64, model: &Model) -> anyho
         ensure!(*got == expected, "tensor `step{k}.{what}`: expected shape {expected}, got {got}");
     }
     let y = y.to_i64().with_context(|| format!("tensor `step{k}.y` must hold integers"))?;
-    let rows = model.conditioning().classes().map_or(0, Classes::rows) as i64;
+    let rows = model.conditioning().classes().map_or(0, models::Classes::rows) as i64;
     ensure!(
         y.iter().all(|y| (0..rows).contains(y)),
         "tensor `step{k}.y` holds a label outside 0..{rows} (the last is the null class)"

@@ -258,7 +258,7 @@ impl SampleArgs {
         }
         if let (Some(path), Some(values)) = (&self.save_trajectory, trajectory) {
             let mut tensors = IndexMap::new();
-            let tensor = HostTensor::f32([steps, n, c, side, side], values)?;
+            let tensor = HostTensor::f32([steps, n, latent.channels, latent.height, latent.width], values)?;
             tensors.insert("trajectory".to_owned(), tensor);
             write_safetensors_file(path, &tensors, &meta)?;
         }

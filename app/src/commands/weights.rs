@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::ValueEnum;
-use models::{Model, ProgramKind, ProgramSpec};
+use models::Model;
 use runtime::file::sha256_file;
 use runtime::safetensors_file::SafetensorsReader;
 use runtime::{Arena, SharedArena};

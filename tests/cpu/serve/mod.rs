@@ -13,7 +13,7 @@ use std::ops::Deref;
 use std::path::Path;
 use std::time::Duration;
 
-use models::{Guidance, Model, ProgramKind, ProgramSpec};
+use models::{Guidance, Model};
 use mudit::execution::Execution;
 use mudit::serve::engine::EngineOptions;
 use mudit::serve::http::Limits;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use graph_builder::Precision;
-use models::{Model, Objective};
+use models::dit::Dit;
+use models::{Model, Network, Objective};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::draws::Draws;
 use mudit_tests::execution::array;
@@ -36,7 +37,10 @@ fn config(provider: Provider, precision: Precision, accumulate: usize) -> TrainC
 
 fn model() -> Model {
     let text = fixture().join("config.json").display().to_string();
-    Model { objective: Objective::Flow, learn_sigma: false, ..Model::resolve(&text).unwrap() }
+    let model = Model::resolve(&text).unwrap();
+    let Network::Dit(dit) = &model.network;
+    let network = Network::Dit(Dit { learn_sigma: false, ..dit.clone() });
+    Model { objective: Objective::Flow, network, ..model }
 }
 
 fn batch(model: &Model, step: u64) -> Batch {

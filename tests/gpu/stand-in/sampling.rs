@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use models::{Guidance, Model, Objective, ProgramKind, ProgramSpec, Solver, SolverKind};
+use models::dit::Dit;
+use models::{Guidance, Model, Network, Objective, ProgramKind, ProgramSpec, Solver, SolverKind};
 use mudit::built::ProgramSource;
 use mudit::execution::{Execution, Placed};
 use mudit::sampler::{NoiseSource, Sampler, Settings};
@@ -18,7 +19,9 @@ const SEED: u64 = 0x0123_4567_89ab_cdef;
 /// Small, for its kernels run on the host.
 fn model() -> Model {
     let model = Model::resolve("DiT-S/4@8x8x4:10").unwrap();
-    Model { hidden_size: 32, num_heads: 2, depth: 1, ..model }
+    let Network::Dit(dit) = &model.network;
+    let network = Network::Dit(Dit { hidden_size: 32, num_heads: 2, depth: 1, ..dit.clone() });
+    Model { network, ..model }
 }
 
 /// The model's parameters, all zero, on the device.
@@ -57,7 +60,10 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[ignore = "run by the parent's tests in a process that knows the stand-ins"]
 fn a_samplers_noise_is_drawn_on_the_device() {
     let execution = execution();
-    let flow = Model { objective: Objective::Flow, learn_sigma: false, ..model() };
+    let ddpm = model();
+    let Network::Dit(dit) = &ddpm.network;
+    let network = Network::Dit(Dit { learn_sigma: false, ..dit.clone() });
+    let flow = Model { objective: Objective::Flow, network, ..ddpm };
     for (model, kind, steps) in [(flow, SolverKind::Euler, 1), (model(), SolverKind::Ddpm, 3)] {
         let parameters = placed(&model, &execution);
         let values = model.latent().values();
@@ -102,7 +108,7 @@ fn a_servers_noise_is_drawn_on_the_device() {
     let values = model.latent().values();
     let mut rows = RowProgram::new(&recipe, 7).unwrap();
     let slot = |kind, seed, guidance, done| {
-        let plan = Solver::new(kind, 5).plan(model.objective, model.learn_sigma).unwrap();
+        let plan = Solver::new(kind, 5).plan(model.objective, model.learns_variance()).unwrap();
         Slot { seed, guidance, done, plan: Arc::new(plan), x: vec![0.5; values], ..Slot::still(1) }
     };
     let mut slots = [

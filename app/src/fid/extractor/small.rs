@@ -48,7 +48,7 @@ impl SmallNetwork {
         if weights.is_none() && !path.exists() {
             train(runtime, &path, seed, offline, options.execution.threads, progress)?;
         }
-        let layout = parameter_layout(&FASHION.features(1)?)?;
+        let layout = parameter_layout(FASHION.features(1)?.parameters())?;
         let arena = Arena::read_safetensors(&layout, &path, false)?;
         let accuracy = runtime::safetensors_file::SafetensorsReader::open(&path)?.metadata().remove(ACCURACY);
         if let Some(accuracy) = &accuracy {

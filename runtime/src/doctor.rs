@@ -40,6 +40,7 @@ pub struct Check {
 /// Looks for everything that programs can use. Fetches nothing and never panics.
 pub fn report() -> Vec<Check> {
     let mut checks = runtime();
+    checks.push(telemetry());
     checks.push(cache());
     checks.push(cpu());
     checks.push(cpu_features());
@@ -102,6 +103,19 @@ fn runtime() -> Vec<Check> {
             vec![check(NAME, Status::Missing, "not fetched yet", Some(&remedy), true)]
         }
         Err(e) => vec![check(NAME, Status::Error, e.to_string(), Some(crate::library::SET_PATH), true)],
+    }
+}
+
+/// Whether ONNX Runtime sends anything. What it could send is what its builds for Linux have held since 1.31.
+fn telemetry() -> Check {
+    let detail = format!(
+        "off ({}=1 is set before ONNX Runtime is loaded); without it, its builds since 1.31 would keep a device identifier \
+         below ~/.cache/Microsoft and send it with versions, hardware and the models' ops to Microsoft",
+        library::NO_TELEMETRY
+    );
+    match std::env::var_os(library::NO_TELEMETRY) {
+        Some(value) if value == "1" => check("telemetry", Status::Ok, detail, None, false),
+        _ => check("telemetry", Status::Error, "not forbidden", Some("report this: mudit forbids it"), false),
     }
 }
 

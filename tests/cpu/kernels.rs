@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use graph_builder::Weights as Parameters;
+use graph_builder::{NativeName, Weights as Parameters};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use mudit_tests::execution::{alone, options};
 use onnx_protobuf::ModelProto;
@@ -23,7 +23,8 @@ fn executed(cfg: &DitConfig, kind: ProgramKind) -> BTreeMap<String, usize> {
     let model = ModelProto::parse_from_bytes(&std::fs::read(path).unwrap()).unwrap();
     let mut counts = BTreeMap::new();
     for node in &model.graph.node {
-        *counts.entry(node.op_type.clone()).or_default() += 1;
+        let op = NativeName::parse(&node.op_type).map_or(&*node.op_type, |name| name.op);
+        *counts.entry(op.to_owned()).or_default() += 1;
     }
     counts
 }

@@ -27,6 +27,7 @@ mod open_batch;
 mod parity;
 mod passes;
 mod precision;
+mod privacy;
 mod process;
 mod profile;
 mod random_graph;

@@ -109,7 +109,7 @@ mod tests {
             unrepeatable: Vec::new(),
         };
         let place = folder.path().join("repository");
-        let made = write_repository(&place, &[(2, &program)], Some(&weights)).unwrap();
+        let made = write_repository(&place, &[(2, &program)], Some((&weights, Placement::Copy))).unwrap();
         assert_eq!(made, [place.join("denoise-b2")]);
         assert_eq!(fs::read(place.join("denoise-b2/1/model.onnx")).unwrap(), b"model");
         assert_eq!(fs::read(place.join("denoise-b2/1/w.safetensors")).unwrap(), b"weights");
@@ -123,7 +123,7 @@ mod tests {
         ] {
             assert!(config.lines().any(|l| l == line), "{line}: {config}");
         }
-        let refused = write_repository(&place, &[(2, &program)], Some(&weights)).unwrap_err().to_string();
+        let refused = write_repository(&place, &[(2, &program)], Some((&weights, Placement::Copy))).unwrap_err().to_string();
         assert!(refused.contains("exists"), "{refused}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside it");
     }

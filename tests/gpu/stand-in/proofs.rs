@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use graph_builder::{DType, NativeKernel, OpenProgram, Precision, Shape};
+use graph_builder::{DType, NativeKernel, NativeName, OpenProgram, Precision, Shape};
 use models::{DitConfig, Guidance, ProgramKind, program};
 use runtime::cuda::libraries::NVRTC;
 use runtime::cuda::{DeviceArena, Gpu};

@@ -10,7 +10,6 @@ import pathlib
 import sys
 
 import numpy as np
-import simplejpeg
 from PIL import Image, features
 
 
@@ -31,6 +30,7 @@ def pillow(pixels, mode="RGB", **options):
 
 
 def kinds():
+    import simplejpeg
     odd = picture(37, 29)
     for name, code in (("444", 0), ("422", 1), ("420", 2)):
         yield name, pillow(odd, subsampling=code, quality=85)

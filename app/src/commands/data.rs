@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use train_engine::TrainError;
@@ -12,10 +11,8 @@ use train_engine::data::{self, Dataset, fashion_mnist};
 use train_engine::random::{Purpose, Stream};
 
 use crate::console;
+use crate::faults::one_error;
 use crate::render::grid::{Caption, Column, grid, save_png};
-
-/// Files that one error names.
-const NAMED: usize = 100;
 
 /// Arguments of `mudit data`.
 #[derive(Debug, Args)]
@@ -121,7 +118,7 @@ fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bo
             Ok(label) => label,
             // One file; the others are looked at all the same.
             Err(fault @ (TrainError::BadImage { .. } | TrainError::Io { .. })) => {
-                faults.push(fault);
+                faults.push(fault.into());
                 continue;
             }
             Err(error) => return Err(error.into()),
@@ -136,7 +133,7 @@ fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bo
         squares += sample.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
     }
     set.remarks().iter().for_each(|line| console::note(line));
-    refuse(faults, set.len())?;
+    one_error(faults, set.len() as u64)?;
     let values = (set.len() * set.image_len()) as f64;
     let mean = sum / values;
     let std = (squares / values - mean * mean).max(0.0).sqrt();
@@ -158,19 +155,4 @@ fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bo
         console::out(&format!("  {count:>8}  {name}"))?;
     }
     picture.map_or(Ok(()), |path| console::out(&path.display().to_string()))
-}
-
-/// One error of all that cannot be read.
-fn refuse(mut faults: Vec<TrainError>, images: usize) -> anyhow::Result<()> {
-    if faults.len() < 2 {
-        return faults.pop().map_or(Ok(()), |fault| Err(fault.into()));
-    }
-    let mut text = format!("{} of {images} images cannot be used:", faults.len());
-    for fault in faults.iter().take(NAMED) {
-        text.push_str(&format!("\n  {fault}"));
-    }
-    if faults.len() > NAMED {
-        text.push_str(&format!("\n  and {} more", faults.len() - NAMED));
-    }
-    bail!(text)
 }

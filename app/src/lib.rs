@@ -23,6 +23,7 @@ pub mod commands;
 pub mod console;
 pub mod execution;
 pub mod external;
+mod faults;
 pub mod fid;
 mod gpu_memory;
 pub mod profile;

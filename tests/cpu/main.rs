@@ -26,6 +26,7 @@ mod op_table;
 mod open_batch;
 mod parity;
 mod passes;
+mod pictures;
 mod precision;
 mod privacy;
 mod process;

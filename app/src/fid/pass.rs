@@ -6,7 +6,8 @@ use sha2::{Digest, Sha256};
 
 use super::extractor::{Extractor, Features, ImageBatch, Pixels};
 use super::part::{Block, Part, Seen};
-use super::source::{Picture, Source, Values};
+use super::source::{Picture, Pictures, Source, Values};
+use crate::faults::one_error;
 
 /// Images that the network is given at once, at most.
 const GROUP: usize = 64;
@@ -64,8 +65,9 @@ pub fn run(
         let end = (first + block_len).min(missing.end);
         let mut work = Work { seen: part.seen.clone(), hash: Sha256::new(), ..Work::default() };
         for index in first..end {
+            let picture = pictures.next().with_context(|| format!("internal: image {index} is missing"))?;
             let picture =
-                pictures.next().with_context(|| format!("internal: image {index} is missing"))??;
+                picture.or_else(|fault| with_others(fault, &mut pictures, missing.end - start, stop))?;
             if let Some(full) = work.push(picture, network.channels(), mixed_sizes)? {
                 work.extract(&full, network)?;
                 progress(index - start);
@@ -86,6 +88,18 @@ pub fn run(
         }
     }
     Ok(Outcome::Finished)
+}
+
+/// A fault and those of the images behind it, which are decoded for that alone.
+fn with_others(
+    fault: anyhow::Error,
+    pictures: &mut Pictures<'_>,
+    images: u64,
+    stop: &dyn Fn() -> bool,
+) -> anyhow::Result<Picture> {
+    let others = pictures.take_while(|_| !stop()).filter_map(Result::err);
+    one_error(std::iter::once(fault).chain(others).collect(), images)?;
+    bail!("internal: no fault is left")
 }
 
 /// The values of a group, which are of one type.
@@ -187,7 +201,6 @@ pub(crate) mod tests {
     use ndarray::Array2;
 
     use super::super::plan::tests::plan;
-    use super::super::source::Pictures;
     use super::*;
 
     /// Images of 2 × 2 whose pixels follow from their number.

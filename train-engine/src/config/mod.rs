@@ -14,7 +14,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 pub use sections::{
-    CheckpointSection, DataKind, DataSection, LogSection, ModelSection, MupSection, ObjectiveSection,
+    CheckpointSection, DataKind, DataSection, LogSection, ModelSection, MupSection, ObjectiveSection, Orient,
     SampleSection, Schedule, TimeSampling, TrainSection,
 };
 

@@ -163,6 +163,25 @@ pub enum DataKind {
     Latents,
 }
 
+/// What is done about the orientation that cameras note in EXIF data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Orient {
+    /// Images are read as they are stored, as the reference's loader does.
+    #[default]
+    Off,
+    /// Images are turned as viewers show them.
+    Apply,
+}
+
+impl Orient {
+    /// Unset keys are not written, so that configurations keep their bytes.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature serde calls")]
+    fn is_off(&self) -> bool {
+        *self == Self::Off
+    }
+}
+
 /// `[data]`: the images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -178,6 +197,9 @@ pub struct DataSection {
     /// Side of the image in pixels: `folder` crops to it, the other kinds must already have it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
+    /// `folder` only: `off` or `apply`, for images whose EXIF data say how to turn them.
+    #[serde(skip_serializing_if = "Orient::is_off")]
+    pub orient: Orient,
     /// Whether each image is mirrored with probability one half.
     pub flip: bool,
     /// Batches read ahead of the training step.
@@ -193,6 +215,7 @@ impl Default for DataSection {
             path: None,
             labels: None,
             image_size: None,
+            orient: Orient::default(),
             flip: true,
             prefetch: 2,
             workers: 1,

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use models::SolverKind;
 
-use super::{DataKind, TrainConfig};
+use super::{DataKind, Orient, TrainConfig};
 use crate::error::{Result, TrainError};
 use crate::random::Stream;
 
@@ -83,6 +83,9 @@ impl TrainConfig {
                 "unset",
                 "the side in pixels that `folder` images are cropped to",
             ));
+        }
+        if data.orient != Orient::Off && data.kind != DataKind::Folder {
+            return Err(bad("data.orient", "apply", "left out unless `data.kind` is `folder`"));
         }
         if let Some(size) = data.image_size {
             check("data.image_size", size, (1..=16_384).contains(&size), "from 1 to 16384 pixels")?;

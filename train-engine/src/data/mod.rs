@@ -4,6 +4,7 @@
 //! draw a latent gets come from the caller, so any order of reads gives the same batches.
 
 mod center_crop;
+mod classes;
 mod deb;
 pub mod fashion_mnist;
 mod folder;
@@ -42,6 +43,11 @@ pub trait Dataset: Send + Sync {
     fn num_classes(&self) -> usize;
     /// Names of the classes, as many as there are.
     fn class_names(&self) -> &[String];
+
+    /// What reading the images so far has shown that a user should know.
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Whether mirrored images can be read.
     fn can_flip(&self) -> bool {
@@ -95,7 +101,7 @@ pub fn open(data: &DataSection, offline: bool, progress: &dyn Fn(&str)) -> Resul
                 value: "unset".into(),
                 allowed: "the side in pixels that images are cropped to".into(),
             })?;
-            Arc::new(ImageFolder::open(path.ok_or_else(unset)?, size, progress)?)
+            Arc::new(ImageFolder::open(path.ok_or_else(unset)?, size, data.orient, progress)?)
         }
         DataKind::Latents => Arc::new(Latents::open(path.ok_or_else(unset)?)?),
     };

@@ -10,8 +10,8 @@
 //! | [`noise`] | noise |
 //! | [`sampled`] | a model's samples, made when they are asked for |
 //!
-//! Every source knows its length before the first image is read, keeps one image (or one batch of samples) in memory, and
-//! names the file and the image in each error.
+//! Every source knows its length before the first image is read, keeps one image (of files of their own one a thread, of
+//! samples one batch) in memory, and names the file and the image in each error.
 
 pub mod archive;
 pub mod array;
@@ -28,6 +28,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
+use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
+use train_engine::picture::LeftOut;
 
 pub use picture::{Picture, Values};
 
@@ -83,7 +85,7 @@ fn open_one(input: &str, options: &OpenOptions, progress: &dyn Fn(&str)) -> anyh
     }
     let path = PathBuf::from(input);
     if path.is_dir() {
-        return Ok(Box::new(folder::Folder::open(&path)?));
+        return Ok(Box::new(folder::Folder::open(&path, progress)?));
     }
     if !path.is_file() {
         return Err(Usage(format!("`{input}` is no file and no directory")).into());
@@ -91,8 +93,8 @@ fn open_one(input: &str, options: &OpenOptions, progress: &dyn Fn(&str)) -> anyh
     let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
     Ok(match ending.as_str() {
         "npz" => Box::new(array::Array::open(&path)?),
-        "zip" => Box::new(archive::Zip::open(&path)?),
-        "tar" => Box::new(archive::Tar::open(&path)?),
+        "zip" => Box::new(archive::Zip::open(&path, progress)?),
+        "tar" => Box::new(archive::Tar::open(&path, progress)?),
         "parquet" => Box::new(table::Table::open(&path, options.column.as_deref())?),
         _ => {
             return Err(Usage(format!(
@@ -170,18 +172,27 @@ fn one_by_one<'a>(range: Range<u64>, read: impl FnMut(u64) -> anyhow::Result<Pic
     Box::new(range.map(read))
 }
 
-/// Whether a file's name ends as pictures do; those that cannot be decoded here are an error.
-fn is_picture(name: &str) -> anyhow::Result<bool> {
-    let hidden = name.rsplit('/').next().is_some_and(|n| n.starts_with('.')) || name.starts_with("__MACOSX/");
-    let ending = name.rsplit_once('.').map_or("", |(_, e)| e).to_ascii_lowercase();
-    match ending.as_str() {
-        _ if hidden => Ok(false),
-        "png" | "jpg" | "jpeg" => Ok(true),
-        "webp" | "bmp" | "gif" | "tif" | "tiff" | "ppm" | "pgm" | "jxl" | "avif" => {
-            bail!("`{name}`: only PNG and JPEG pictures can be read; convert it")
-        }
-        _ => Ok(false),
+/// Pictures of files of their own, decoded by all threads, one each at a time.
+fn side_by_side<'a>(
+    range: Range<u64>,
+    read: impl Fn(u64) -> anyhow::Result<Picture> + Sync + 'a,
+) -> Pictures<'a> {
+    let (end, threads) = (range.end, rayon::current_num_threads().max(1));
+    Box::new(range.step_by(threads).flat_map(move |first| {
+        let group = first..(first + threads as u64).min(end);
+        group.into_par_iter().map(&read).collect::<Vec<_>>()
+    }))
+}
+
+/// Tells what a set leaves out; pictures of formats that cannot be read are an error, for the number would be of other images.
+fn tell_left_out(left_out: &LeftOut, path: &Path, progress: &dyn Fn(&str)) -> anyhow::Result<()> {
+    if let Some(told) = left_out.foreign.told("picture", "pictures") {
+        bail!("{}: only PNG and JPEG pictures can be read; convert {told}", path.display());
     }
+    if let Some(line) = left_out.line(path) {
+        progress(&line);
+    }
+    Ok(())
 }
 
 /// `path: entry`, as errors and messages name a picture inside a file.
@@ -226,20 +237,6 @@ mod tests {
         let mut first = First::of(Box::new(chain), 4).unwrap();
         assert_eq!((first.count(), first.pictures(0..4).count()), (4, 4));
         assert!(First::of(Box::new(first), 5).is_err());
-    }
-
-    #[test]
-    fn pictures_are_known_by_their_ending() {
-        for (name, expected) in [
-            ("a/b.PNG", true),
-            ("x.jpeg", true),
-            ("a/.b.png", false),
-            ("__MACOSX/a.png", false),
-            ("labels.txt", false),
-        ] {
-            assert_eq!(is_picture(name).unwrap(), expected, "{name}");
-        }
-        assert!(is_picture("a.webp").unwrap_err().to_string().contains("convert"));
     }
 
     #[test]

@@ -9,8 +9,8 @@ use parquet::basic::Type;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use train_engine::picture::MAX_ENCODED;
 
-use super::picture::MAX_ENCODED;
 use super::{Picture, Pictures, Source, inside, open_file};
 
 /// Names of image columns, the likelier first.

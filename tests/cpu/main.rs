@@ -4,11 +4,15 @@
 mod app;
 mod engine_runs;
 mod engines;
+mod fid_arrays;
+mod fid_collapse;
 mod fid_command;
 mod fid_extractors;
 mod fid_inputs;
 mod fid_metrics;
 mod fid_networks;
+mod fid_resuming;
+mod fid_scene;
 mod fid_speed;
 mod file_errors;
 mod gradients;

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::extractor::{Extractor, Features, ImageBatch, Pixels};
 use super::part::{Block, Part, Seen};
+use super::resuming::{add_pixels, stamps};
 use super::source::{Picture, Pictures, Source, Values};
 use crate::faults::one_error;
 
@@ -46,7 +47,7 @@ pub enum Outcome {
 }
 
 /// Does what is missing in `part`. `stop` is asked between groups of images; `progress` is told how many images of the part
-/// are done.
+/// are done. What is done is saved, however the pass ends.
 ///
 /// # Errors
 /// Images that cannot be read or do not belong together, features that are not finite; each names the image.
@@ -57,9 +58,27 @@ pub fn run(
     stop: &dyn Fn() -> bool,
     progress: &mut dyn FnMut(u64),
 ) -> anyhow::Result<Outcome> {
+    let before = part.seen.images;
+    let outcome = blocks(part, source, network, stop, progress);
+    if outcome.is_err() && part.seen.images > before {
+        // The first error is the one to tell.
+        let _ = part.save();
+    }
+    outcome
+}
+
+fn blocks(
+    part: &mut Part,
+    source: &mut dyn Source,
+    network: &mut dyn Network,
+    stop: &dyn Fn() -> bool,
+    progress: &mut dyn FnMut(u64),
+) -> anyhow::Result<Outcome> {
     let (missing, block_len) = (part.missing(), part.plan().block);
     let mixed_sizes = part.plan().mixed_sizes;
     let start = part.range().start;
+    ensure!(part.asked().is_none(), "internal: a part whose images were not compared");
+    let mut stamps = stamps(source, missing.clone(), block_len)?.into_iter();
     let mut pictures = source.pictures(missing.clone());
     for first in missing.clone().step_by(block_len as usize) {
         let end = (first + block_len).min(missing.end);
@@ -80,6 +99,7 @@ pub fn run(
         let rest = std::mem::take(&mut work.group);
         work.extract(&rest, network)?;
         work.seen.blocks.push(hexadecimal(&work.hash.finalize()));
+        work.seen.stamps.extend(stamps.next());
         part.add(&work.block, work.seen)?;
         progress(end - start);
         if end < missing.end && stop() {
@@ -125,7 +145,7 @@ impl Work {
         mixed_sizes: bool,
     ) -> anyhow::Result<Option<Vec<Picture>>> {
         picture.check()?;
-        self.hash(&picture);
+        add_pixels(&mut self.hash, &picture);
         let size = [picture.height, picture.width];
         let first = *self.seen.size.get_or_insert(size);
         if size != first {
@@ -153,16 +173,6 @@ impl Work {
         let full = ends.then(|| std::mem::take(&mut self.group));
         self.group.push(picture);
         Ok(full)
-    }
-
-    fn hash(&mut self, picture: &Picture) {
-        for number in [picture.height, picture.width, picture.channels] {
-            self.hash.update((number as u64).to_le_bytes());
-        }
-        match &picture.values {
-            Values::U8(values) => self.hash.update(values),
-            Values::F32(values) => values.iter().for_each(|v| self.hash.update(v.to_le_bytes())),
-        }
     }
 
     fn extract(&mut self, group: &[Picture], network: &mut dyn Network) -> anyhow::Result<()> {
@@ -201,6 +211,7 @@ pub(crate) mod tests {
     use ndarray::Array2;
 
     use super::super::plan::tests::plan;
+    use super::super::resuming::settle;
     use super::*;
 
     /// Images of 2 × 2 whose pixels follow from their number.
@@ -271,6 +282,7 @@ pub(crate) mod tests {
         let mut outcomes = Vec::new();
         for patience in [2, 5, 6, 100] {
             let mut part = Part::open(&dir.path().join("b"), &plan, 0..700).unwrap();
+            settle(&mut part, &mut source, &|_| {}).unwrap();
             let asked = std::cell::Cell::new(0);
             let stop = || {
                 asked.set(asked.get() + 1);

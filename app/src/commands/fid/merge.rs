@@ -48,10 +48,10 @@ impl MergeArgs {
         let features = Features::of(parts)?;
         match features.plan().side {
             Side::Reference => {
-                let warning = check_count(Side::Reference, features.plan().count, self.few)?;
+                let warnings = check_count(Side::Reference, features.plan().count, self.few)?;
                 let statistics = features.statistics(env!("CARGO_PKG_VERSION"))?;
                 let out = self.out.unwrap_or_else(|| "reference.npz".into());
-                reference::write(&features, &statistics, &out, warning, self.json)?;
+                reference::write(&features, &statistics, &out, warnings.into_iter().collect(), self.json)?;
             }
             Side::Samples => {
                 let path = self
@@ -60,7 +60,8 @@ impl MergeArgs {
                 let other = Other::read(&path)?;
                 other.fits(&features.plan().network)?;
                 let choice = Some(self.network.choice()?);
-                let how = How { choice, few: self.few, execution: Execution::default() };
+                let how =
+                    How { choice, few: self.few, execution: Execution::default(), warnings: Vec::new() };
                 let report = calc::judge(&features, &other, self.scoring, how)?;
                 let out = self.out.unwrap_or_else(|| "fid.json".into());
                 calc::finish(&report, &out, self.json)?;

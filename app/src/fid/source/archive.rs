@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use train_engine::picture::{self, LeftOut, MAX_ENCODED};
 use zip::ZipArchive;
 
+use super::trace::{Trace, probes};
 use super::{Picture, Pictures, Source, inside, open_file};
 
 /// A zip file; its directory is read, its pictures one at a time.
@@ -56,6 +57,21 @@ impl Source for Zip {
             let entry = archive.by_index(*entry).with_context(|| format!("cannot read `{name}`"))?;
             Picture::decode(&name, &whole(entry, &name)?)
         })
+    }
+
+    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        let failed = || format!("cannot read {}", self.path.display());
+        trace.times(&std::fs::metadata(&self.path).with_context(failed)?);
+        for index in range {
+            let entry = self.archive.by_index_data(self.entries[index as usize].1).with_context(failed)?;
+            trace.content(&entry.crc32().to_le_bytes());
+            trace.content(&entry.size().to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn group(&self, number: u64) -> String {
+        folder_of(&self.entries[number as usize].0)
     }
 }
 
@@ -113,6 +129,29 @@ impl Source for Tar {
             Picture::decode(&name, &whole(file.by_ref().take(*size), &name)?)
         })
     }
+
+    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        let failed = || format!("cannot read {}", self.path.display());
+        trace.times(&self.file.metadata().with_context(failed)?);
+        let probes: Vec<u64> = probes(range.clone()).collect();
+        for index in range {
+            let (name, start, size) = &self.entries[index as usize];
+            trace.content(&size.to_le_bytes());
+            if probes.binary_search(&index).is_ok() {
+                self.file.seek(SeekFrom::Start(*start)).with_context(failed)?;
+                trace.content(&whole(self.file.by_ref().take(*size), name)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, number: u64) -> String {
+        folder_of(&self.entries[number as usize].0)
+    }
+}
+
+fn folder_of(name: &str) -> String {
+    name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned()
 }
 
 /// All bytes of an entry, however many its header promises.

@@ -1,11 +1,13 @@
 //! A directory of PNG and JPEG files, with its sub-directories, in the order of their paths.
 
+use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use train_engine::picture::{self, Listing};
 
+use super::trace::{Trace, probes};
 use super::{Picture, Pictures, Source};
 
 /// Picture files below a directory.
@@ -34,6 +36,24 @@ impl Source for Folder {
 
     fn pictures(&mut self, range: Range<u64>) -> Pictures<'_> {
         super::side_by_side(range, |index| Picture::read(&self.files[index as usize]))
+    }
+
+    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        let probes: Vec<u64> = probes(range.clone()).collect();
+        for index in range {
+            let path = &self.files[index as usize];
+            let failed = || format!("cannot read `{}`", path.display());
+            trace.picture(&fs::metadata(path).with_context(failed)?);
+            if probes.binary_search(&index).is_ok() {
+                trace.content(&fs::read(path).with_context(failed)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, number: u64) -> String {
+        let folder = self.files[number as usize].parent();
+        folder.map_or_else(String::new, |f| f.to_string_lossy().into_owned())
     }
 }
 

@@ -34,7 +34,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(20);
 struct Label {
     plan: Plan,
     range: Range<u64>,
-    /// Identity of the whole set, as it was when the part was last begun or gone on with.
+    /// Identity of the whole set, as it was when the part was last begun or gone on with, if it is one of several.
     #[serde(default)]
     identity: Option<String>,
 }
@@ -49,6 +49,13 @@ pub struct Asked {
     pub fits: bool,
     /// What is different beside the images themselves, if it is worth keeping.
     pub other: Option<String>,
+}
+
+impl Asked {
+    /// Numbers of the images in the whole set.
+    pub fn range(&self) -> Range<u64> {
+        self.label.range.clone()
+    }
 }
 
 /// What was seen of the images.
@@ -165,11 +172,11 @@ impl Part {
     ///
     /// # Errors
     /// A full disk.
-    pub(super) fn settle(&mut self, identity: String) -> anyhow::Result<()> {
+    pub(super) fn settle(&mut self, identity: Option<String>) -> anyhow::Result<()> {
         if let Some(asked) = self.asked.take() {
             self.label = asked.label;
         }
-        self.label.identity = Some(identity);
+        self.label.identity = identity;
         self.write_label()
     }
 
@@ -177,7 +184,7 @@ impl Part {
     ///
     /// # Errors
     /// Files that cannot be written.
-    pub(super) fn restart(&mut self, identity: String) -> anyhow::Result<()> {
+    pub(super) fn restart(&mut self, identity: Option<String>) -> anyhow::Result<()> {
         // Without the state nothing is done, wherever this stops.
         let state = self.directory.join(STATE);
         fs::remove_file(&state).with_context(|| format!("cannot remove {}", state.display()))?;

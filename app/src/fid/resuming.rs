@@ -19,9 +19,15 @@ use super::source::{Picture, Source, Values};
 /// # Errors
 /// Features of images of other names, which are not thrown away; images that cannot be read.
 pub fn settle(part: &mut Part, source: &mut dyn Source, note: &dyn Fn(&str)) -> anyhow::Result<()> {
-    let mut whole = Trace::default();
-    source.trace(0..source.count(), &mut whole)?;
-    let identity = whole.identity();
+    let asked = part.asked().map_or_else(|| part.range(), super::part::Asked::range);
+    // A part that is all there is cannot be put together with others.
+    let identity = if asked == (0..source.count()) {
+        None
+    } else {
+        let mut whole = Trace::with_contents();
+        source.trace(0..source.count(), &mut whole)?;
+        Some(whole.identity())
+    };
     let place = part.directory().display().to_string();
     let changed = match part.asked() {
         Some(asked) if !asked.fits => Some("their number".to_owned()),

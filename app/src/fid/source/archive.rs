@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use train_engine::picture::{self, LeftOut, MAX_ENCODED};
 use zip::ZipArchive;
 
-use super::trace::{Trace, probes};
+use super::trace::Trace;
 use super::{Picture, Pictures, Source, inside, open_file};
 
 /// A zip file; its directory is read, its pictures one at a time.
@@ -70,7 +70,7 @@ impl Source for Zip {
         Ok(())
     }
 
-    fn group(&self, number: u64) -> String {
+    fn group(&self, number: u64) -> Option<String> {
         folder_of(&self.entries[number as usize].0)
     }
 }
@@ -133,25 +133,23 @@ impl Source for Tar {
     fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
         let failed = || format!("cannot read {}", self.path.display());
         trace.times(&self.file.metadata().with_context(failed)?);
-        let probes: Vec<u64> = probes(range.clone()).collect();
         for index in range {
-            let (name, start, size) = &self.entries[index as usize];
+            let (_, start, size) = &self.entries[index as usize];
             trace.content(&size.to_le_bytes());
-            if probes.binary_search(&index).is_ok() {
-                self.file.seek(SeekFrom::Start(*start)).with_context(failed)?;
-                trace.content(&whole(self.file.by_ref().take(*size), name)?);
+            if trace.wants_contents() {
+                trace.tail(&mut self.file, start + size, *size).with_context(failed)?;
             }
         }
         Ok(())
     }
 
-    fn group(&self, number: u64) -> String {
+    fn group(&self, number: u64) -> Option<String> {
         folder_of(&self.entries[number as usize].0)
     }
 }
 
-fn folder_of(name: &str) -> String {
-    name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned()
+fn folder_of(name: &str) -> Option<String> {
+    Some(name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned())
 }
 
 /// All bytes of an entry, however many its header promises.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use train_engine::picture::{self, Listing};
 
-use super::trace::{Trace, probes};
+use super::trace::Trace;
 use super::{Picture, Pictures, Source};
 
 /// Picture files below a directory.
@@ -39,21 +39,21 @@ impl Source for Folder {
     }
 
     fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
-        let probes: Vec<u64> = probes(range.clone()).collect();
         for index in range {
             let path = &self.files[index as usize];
             let failed = || format!("cannot read `{}`", path.display());
-            trace.picture(&fs::metadata(path).with_context(failed)?);
-            if probes.binary_search(&index).is_ok() {
-                trace.content(&fs::read(path).with_context(failed)?);
+            let metadata = fs::metadata(path).with_context(failed)?;
+            trace.picture(&metadata);
+            if trace.wants_contents() {
+                let mut file = fs::File::open(path).with_context(failed)?;
+                trace.tail(&mut file, metadata.len(), metadata.len()).with_context(failed)?;
             }
         }
         Ok(())
     }
 
-    fn group(&self, number: u64) -> String {
-        let folder = self.files[number as usize].parent();
-        folder.map_or_else(String::new, |f| f.to_string_lossy().into_owned())
+    fn group(&self, number: u64) -> Option<String> {
+        Some(self.files[number as usize].parent()?.to_string_lossy().into_owned())
     }
 }
 

@@ -60,7 +60,7 @@ pub trait Source {
         }))
     }
 
-    /// Notes what the images of `range` are known by; at a block's first image some of its contents.
+    /// Notes what the images of `range` are known by.
     ///
     /// # Errors
     /// Files that cannot be read.
@@ -69,9 +69,9 @@ pub trait Source {
         Ok(())
     }
 
-    /// The folder or the file that an image is in, by which sets of classes are sorted; may be empty.
-    fn group(&self, _number: u64) -> String {
-        String::new()
+    /// The folder or the file that an image is in, by which sets of classes are sorted; none where images have none.
+    fn group(&self, _number: u64) -> Option<String> {
+        None
     }
 
     /// What a user should know of the images beside the numbers.
@@ -220,14 +220,14 @@ impl Source for Chain {
         Ok(())
     }
 
-    fn group(&self, mut number: u64) -> String {
+    fn group(&self, mut number: u64) -> Option<String> {
         for (index, part) in self.parts.iter().enumerate() {
             if number < part.count() {
-                return format!("{index}/{}", part.group(number));
+                return Some(format!("{index}/{}", part.group(number).unwrap_or_default()));
             }
             number -= part.count();
         }
-        String::new()
+        None
     }
 
     fn remarks(&self) -> Vec<String> {
@@ -305,7 +305,10 @@ mod tests {
         let picked: Vec<Values> =
             chain.picked(Box::new([1, 2, 3, 8].into_iter())).map(|p| p.unwrap().values).collect();
         assert_eq!(picked, [1, 2, 3, 8].map(|i| Values::U8(vec![i])));
-        assert_eq!((chain.group(2), chain.group(3), chain.group(8)), ("0/".into(), "1/".into(), "2/".into()));
+        assert_eq!(
+            (chain.group(2), chain.group(3), chain.group(8)),
+            (Some("0/".into()), Some("1/".into()), Some("2/".into()))
+        );
     }
 
     #[test]

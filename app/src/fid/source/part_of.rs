@@ -63,7 +63,7 @@ impl Source for PartOf {
         self.source.trace(self.number(range.start)..end, trace)
     }
 
-    fn group(&self, number: u64) -> String {
+    fn group(&self, number: u64) -> Option<String> {
         self.source.group(self.number(number))
     }
 
@@ -84,11 +84,11 @@ impl Source for PartOf {
 
 /// How many groups the first `count` images are of, and all; none if it is the same.
 pub fn groups_of_first(source: &dyn Source, count: u64) -> Option<(usize, usize)> {
-    let all: BTreeSet<String> = (0..source.count()).map(|i| source.group(i)).collect();
-    if all.len() < 2 || count >= source.count() {
+    if count >= source.count() || source.group(0).is_none() {
         return None;
     }
-    let some: BTreeSet<String> = (0..count).map(|i| source.group(i)).collect();
+    let all: BTreeSet<Option<String>> = (0..source.count()).map(|i| source.group(i)).collect();
+    let some: BTreeSet<Option<String>> = (0..count).map(|i| source.group(i)).collect();
     (some.len() < all.len()).then_some((some.len(), all.len()))
 }
 
@@ -110,8 +110,8 @@ mod tests {
                 Ok(Picture { name: String::new(), height: 1, width: 1, channels: 1, values })
             })
         }
-        fn group(&self, number: u64) -> String {
-            (number / 4).to_string()
+        fn group(&self, number: u64) -> Option<String> {
+            Some((number / 4).to_string())
         }
     }
 

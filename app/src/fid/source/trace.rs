@@ -1,6 +1,7 @@
 //! What images are known by without decoding them: enough to see that a set has changed.
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
+use std::io::{Read, Seek, SeekFrom};
 
 use runtime::file::hexadecimal;
 use sha2::{Digest, Sha256};
@@ -15,9 +16,37 @@ pub struct Trace {
     stamp: Sha256,
     identity: Sha256,
     unknown: bool,
+    contents: bool,
 }
 
+/// Bytes of each image that identities have, if there is no checksum of it.
+pub(super) const TAIL: usize = 64;
+
 impl Trace {
+    /// For an identity, too, which needs a look into each file.
+    pub fn with_contents() -> Self {
+        Self { contents: true, ..Self::default() }
+    }
+
+    /// Whether some of the contents are wanted, as sizes alone may agree by chance.
+    pub fn wants_contents(&self) -> bool {
+        self.contents
+    }
+
+    /// The last bytes of an image that ends at `end` in a file: a checksum of all of it in a PNG, and the last of the
+    /// pixels elsewhere.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub(super) fn tail(&mut self, file: &mut File, end: u64, length: u64) -> std::io::Result<()> {
+        let mut bytes = [0; TAIL];
+        let tail = &mut bytes[..length.min(TAIL as u64) as usize];
+        file.seek(SeekFrom::Start(end - tail.len() as u64))?;
+        file.read_exact(tail)?;
+        self.content(tail);
+        Ok(())
+    }
+
     /// Something that stays with a copy.
     pub fn content(&mut self, bytes: &[u8]) {
         for hash in [&mut self.stamp, &mut self.identity] {
@@ -65,10 +94,4 @@ impl Trace {
     pub fn identity(self) -> String {
         hexadecimal(&self.identity.finalize())
     }
-}
-
-/// Numbers of those images of a range that identities have some contents of: the first one of each block.
-pub(super) fn probes(range: std::ops::Range<u64>) -> impl Iterator<Item = u64> {
-    let block = crate::fid::plan::BLOCK;
-    (range.start.next_multiple_of(block)..range.end).step_by(block as usize)
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use image::ImageReader;
+use models::class_names::{composed, misleading_number};
 
 use super::center_crop::center_crop;
 use super::{Dataset, check_read, pixel, sorted_entries};
@@ -24,10 +25,10 @@ impl ImageFolder {
     /// Lists the classes (sub-directories, sorted by name) and their images (files directly in them, sorted by name).
     ///
     /// Images become `size` by `size` by the crop of the DiT paper. Hidden entries are skipped; `progress` says how many
-    /// other files were left out because they are neither PNG nor JPEG.
+    /// other files were left out because they are neither PNG nor JPEG, and whether classes are called by other classes' numbers.
     ///
     /// # Errors
-    /// [`TrainError::Io`]; [`TrainError::BadDataset`] when there is no class, or a class has no image.
+    /// [`TrainError::Io`]; [`TrainError::BadDataset`] when there is no class, a class has no image, or two have one name.
     pub fn open(path: &Path, size: usize, progress: &dyn Fn(&str)) -> Result<Self> {
         let mut set = Self { files: Vec::new(), class_names: Vec::new(), size };
         let mut left_out = 0;
@@ -47,7 +48,15 @@ impl ImageFolder {
                     "this class holds no PNG or JPEG file: add images or remove the directory".into();
                 return Err(TrainError::BadDataset { path: directory, reason });
             }
-            set.class_names.push(directory.file_name().unwrap_or_default().to_string_lossy().into_owned());
+            let name = composed(&directory.file_name().unwrap_or_default().to_string_lossy());
+            if set.class_names.contains(&name) {
+                let reason = format!(
+                    "two sub-directories are called `{name}`, one of them in decomposed Unicode as a Mac writes it: \
+                     put their images into one"
+                );
+                return Err(TrainError::BadDataset { path: path.to_path_buf(), reason });
+            }
+            set.class_names.push(name);
         }
         if set.files.is_empty() || size == 0 {
             let reason = "it holds no sub-directory: put the images of each class into one of its own".into();
@@ -57,6 +66,14 @@ impl ImageFolder {
             progress(&format!(
                 "left out {left_out} entries of `{}` that are neither PNG nor JPEG",
                 path.display()
+            ));
+        }
+        if let Some(class) = misleading_number(&set.class_names) {
+            progress(&format!(
+                "the classes of `{}` are sorted as text, so that number {class} is the class called `{}`; \
+                 `#{class}` means the number",
+                path.display(),
+                set.class_names[class]
             ));
         }
         Ok(set)
@@ -176,6 +193,28 @@ mod tests {
         for (row, other) in image.chunks_exact(4).zip(mirrored.chunks_exact(4)) {
             assert!(row.iter().eq(other.iter().rev()));
         }
+    }
+
+    #[test]
+    fn names_are_composed_and_unique() {
+        let with = |names: &[&str]| {
+            let dir = tempfile::tempdir().unwrap();
+            for name in names {
+                fs::create_dir(dir.path().join(name)).unwrap();
+                RgbImage::new(4, 4).save(dir.path().join(name).join("x.png")).unwrap();
+            }
+            let told = RefCell::new(Vec::new());
+            let set = ImageFolder::open(dir.path(), 4, &|line| told.borrow_mut().push(line.to_owned()));
+            (set.map(|set| set.class_names().to_vec()).map_err(|error| error.to_string()), told.into_inner())
+        };
+        assert_eq!(with(&["e\u{301}te\u{301}", "hiver"]).0.unwrap(), ["\u{e9}t\u{e9}", "hiver"]);
+        for pair in [["e\u{301}", "\u{e9}"], ["\u{1100}\u{1161}", "\u{ac00}"], ["\u{212b}", "\u{c5}"]] {
+            let error = with(&pair).0.unwrap_err();
+            assert!(error.contains("two sub-directories are called") && error.contains(pair[1]), "{error}");
+        }
+        assert!(with(&["0", "1", "2"]).1.is_empty());
+        let told = with(&["1", "10", "2"]).1.concat();
+        assert!(told.contains("number 0 is the class called `1`"), "{told}");
     }
 
     #[test]

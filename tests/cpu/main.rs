@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a proof fails by panicking")]
 
 mod app;
+mod class_names;
 mod engine_runs;
 mod engines;
 mod fid_arrays;

@@ -59,6 +59,13 @@ pub(crate) fn mudit(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Mudit 
 }
 
 impl Mudit {
+    /// One more argument, as it is.
+    pub(crate) fn with(mut self, argument: &str) -> Self {
+        self.command.arg(argument);
+        self.line = format!("{} {argument}", self.line);
+        self
+    }
+
     pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
         self

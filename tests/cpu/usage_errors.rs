@@ -163,7 +163,7 @@ fn what_a_program_cannot_be_built_for_is_refused() {
 fn what_cannot_be_sampled_is_refused() {
     let scene = Scene::new();
     for (line, parts) in [
-        ("--classes 10", &["class 10 is not in 0..10"][..]),
+        ("--classes 10", &["class 10 is not in 0 to 9"][..]),
         ("--classes 3,dog", &["no class is called `dog`"]),
         ("--count 0", &["--count must be 1 or more"]),
         ("--batch 0", &["--batch must be 1 or more"]),

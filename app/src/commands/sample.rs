@@ -40,8 +40,9 @@ pub struct SampleArgs {
     weights: Option<Which>,
     #[command(flatten)]
     solving: Solving,
-    /// Classes by number or name, repeated in turn; default all.
-    #[arg(long, value_delimiter = ',')]
+    /// Classes by name or number, separated by commas, repeated in turn; `#2` is number 2 whatever the names are.
+    /// Default all.
+    #[arg(long)]
     classes: Vec<String>,
     /// Number of images; default 8 of each class, of at most 16 classes.
     #[arg(short = 'n', long)]
@@ -205,7 +206,7 @@ impl SampleArgs {
         let classes: Vec<i64> = if self.classes.is_empty() {
             (0..model.num_classes.min(DEFAULT_CLASSES)).map(|c| c as i64).collect()
         } else {
-            self.classes.iter().map(|text| class(text, model)).collect::<anyhow::Result<_>>()?
+            model.classes(&self.classes)?.into_iter().map(|class| class as i64).collect()
         };
         let count = self.count.unwrap_or(DEFAULT_ROWS * classes.len());
         if count == 0 {
@@ -278,22 +279,6 @@ fn ending(path: &Path) -> Option<Ending> {
         "safetensors" => Some(Ending::Safetensors),
         _ => None,
     }
-}
-
-/// A class by number or name.
-pub(super) fn class(text: &str, model: &DitConfig) -> anyhow::Result<i64> {
-    if let Ok(number) = text.parse::<usize>() {
-        if number < model.num_classes {
-            return Ok(number as i64);
-        }
-        return Err(Usage(format!("class {number} is not in 0..{}", model.num_classes)).into());
-    }
-    let names = model.class_names.as_deref().unwrap_or_default();
-    let found = names.iter().position(|name| name.eq_ignore_ascii_case(text));
-    found.map(|i| i as i64).ok_or_else(|| {
-        let known = if names.is_empty() { "the model names none".into() } else { names.join(", ") };
-        Usage(format!("no class is called `{text}`: {known}")).into()
-    })
 }
 
 fn read_noise(path: &Path, image: [usize; 3], steps: usize) -> anyhow::Result<(Vec<i64>, GivenNoise)> {

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{DitConfig, MupConfig};
-use crate::{error::ModelError, nearest::hint};
+use crate::{class_names::composed, error::ModelError, nearest::hint};
 
 const PLACE: &str = "model config";
 const REQUIRED: [&str; 7] =
@@ -63,7 +63,9 @@ impl TryFrom<Map<String, Value>> for DitConfig {
             objective,
             init: fields.text("init")?.map(str::parse).transpose()?.unwrap_or_default(),
             mup: fields.mup()?,
-            class_names: fields.texts("class_names")?,
+            class_names: fields
+                .texts("class_names")?
+                .map(|names| names.iter().map(|n| composed(n)).collect()),
         };
         config.validate()?;
         Ok(config)

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use models::class_names::composed;
+
 use super::sorted_entries;
 use crate::error::{Result, TrainError};
 use crate::picture::listing::{Tally, count_hidden};
@@ -29,7 +31,7 @@ const PARTS: [&str; 13] = [
 /// A sub-directory and its images.
 #[derive(Debug)]
 pub(super) struct Class {
-    /// The directory's name.
+    /// The directory's name, composed.
     pub(super) name: String,
     /// Its images and those of directories in it, sorted.
     pub(super) files: Vec<PathBuf>,
@@ -71,7 +73,8 @@ pub(super) fn classes(path: &Path, progress: &dyn Fn(&str)) -> Result<Vec<Class>
         } else if picture::is_private(name) {
             count_hidden(&entry, 0, &mut left_out.hidden);
         } else {
-            let name = name.to_string_lossy().into_owned();
+            let name = composed(&name.to_string_lossy());
+            refuse_doubled(path, &classes, &name)?;
             let picture::Listing { files, left_out: own } = picture::list(&entry)?;
             classes.push(Class { name, files, directory: entry, left_out: own });
         }
@@ -99,6 +102,18 @@ pub(super) fn classes(path: &Path, progress: &dyn Fn(&str)) -> Result<Vec<Class>
     }
     tell_nested(&classes, progress);
     Ok(classes)
+}
+
+/// Refuses a second directory of a class's name.
+fn refuse_doubled(path: &Path, classes: &[Class], name: &str) -> Result<()> {
+    if classes.iter().all(|class| class.name != name) {
+        return Ok(());
+    }
+    let reason = format!(
+        "two sub-directories are called `{name}`, one of them in decomposed Unicode as a Mac writes it: put their images \
+         into one"
+    );
+    Err(TrainError::BadDataset { path: path.to_path_buf(), reason })
 }
 
 /// Refuses a directory one level above the classes.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use image::metadata::Orientation;
+use models::class_names::misleading_number;
 
 use super::center_crop::center_crop;
 use super::classes::classes;
@@ -32,11 +33,12 @@ impl ImageFolder {
     /// theirs, sorted by path).
     ///
     /// Images become `size` by `size` by the crop of the DiT paper. `progress` says what is left out: hidden files and
-    /// directories, files that are neither PNG nor JPEG, images beside the classes.
+    /// directories, files that are neither PNG nor JPEG, images beside the classes; and whether classes are called by other
+    /// classes' numbers.
     ///
     /// # Errors
-    /// [`TrainError::Io`]; [`TrainError::BadDataset`] when there is no class, a class has no image, or parts such as `train`
-    /// and `val` stand in the classes' place.
+    /// [`TrainError::Io`]; [`TrainError::BadDataset`] when there is no class, a class has no image, two have one name, or
+    /// parts such as `train` and `val` stand in the classes' place.
     pub fn open(path: &Path, size: usize, orient: Orient, progress: &dyn Fn(&str)) -> Result<Self> {
         if size == 0 {
             let (value, allowed) = ("0".into(), "1 or more".into());
@@ -48,6 +50,14 @@ impl ImageFolder {
             let number = set.class_names.len();
             set.files.extend(class.files.into_iter().map(|file| (file, number)));
             set.class_names.push(class.name);
+        }
+        if let Some(class) = misleading_number(&set.class_names) {
+            progress(&format!(
+                "the classes of `{}` are sorted as text, so that number {class} is the class called `{}`; \
+                 `#{class}` means the number",
+                path.display(),
+                set.class_names[class]
+            ));
         }
         Ok(set)
     }
@@ -173,6 +183,28 @@ mod tests {
         for (row, other) in image.chunks_exact(4).zip(mirrored.chunks_exact(4)) {
             assert!(row.iter().eq(other.iter().rev()));
         }
+    }
+
+    #[test]
+    fn names_are_composed_and_unique() {
+        let with = |names: &[&str]| {
+            let dir = tempfile::tempdir().unwrap();
+            for name in names {
+                fs::create_dir(dir.path().join(name)).unwrap();
+                RgbImage::new(4, 4).save(dir.path().join(name).join("x.png")).unwrap();
+            }
+            let told = RefCell::new(Vec::new());
+            let set = ImageFolder::open(dir.path(), 4, &|line| told.borrow_mut().push(line.to_owned()));
+            (set.map(|set| set.class_names().to_vec()).map_err(|error| error.to_string()), told.into_inner())
+        };
+        assert_eq!(with(&["e\u{301}te\u{301}", "hiver"]).0.unwrap(), ["\u{e9}t\u{e9}", "hiver"]);
+        for pair in [["e\u{301}", "\u{e9}"], ["\u{1100}\u{1161}", "\u{ac00}"], ["\u{212b}", "\u{c5}"]] {
+            let error = with(&pair).0.unwrap_err();
+            assert!(error.contains("two sub-directories are called") && error.contains(pair[1]), "{error}");
+        }
+        assert!(with(&["0", "1", "2"]).1.is_empty());
+        let told = with(&["1", "10", "2"]).1.concat();
+        assert!(told.contains("number 0 is the class called `1`"), "{told}");
     }
 
     #[test]

@@ -9,7 +9,6 @@ use runtime::Runtime;
 use runtime::file::sha256_file;
 use train_engine::signals::StopSignal;
 
-use super::super::sample;
 use super::super::solving::Solving;
 use super::super::weights::{self, Loaded, Which};
 use super::network;
@@ -101,8 +100,9 @@ pub(super) struct CheckpointArgs {
     weights: Which,
     #[command(flatten)]
     solving: Solving,
-    /// Classes in turn, by number or name; default drawn at random, all alike.
-    #[arg(long, value_delimiter = ',')]
+    /// Classes in turn, by name or number, separated by commas; `#2` is number 2 whatever the names are. Default drawn
+    /// at random, all alike.
+    #[arg(long)]
     classes: Vec<String>,
     /// Seed of noise and classes; image i of a seed is always the same.
     #[arg(long, default_value_t = 0)]
@@ -119,8 +119,7 @@ impl CheckpointArgs {
         let model = &loaded.model;
         let solver = self.solving.solver(model);
         solver.plan(model.objective, model.learn_sigma)?;
-        let classes =
-            self.classes.iter().map(|text| sample::class(text, model)).collect::<anyhow::Result<Vec<_>>>()?;
+        let classes: Vec<i64> = model.classes(&self.classes)?.into_iter().map(|class| class as i64).collect();
         let settings = Settings {
             solver,
             guidance: self.solving.cfg,

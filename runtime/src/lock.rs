@@ -226,7 +226,10 @@ mod tests {
         let holder = write_down(&note, &lacking()).unwrap().unwrap_err();
         let words = holder.to_string();
         assert!(words.contains(&format!("process {} on ", process::id())), "{words}");
-        assert!(words.contains("remove that file if the process is gone") && words.contains("lock.owner"), "{words}");
+        assert!(
+            words.contains("remove that file if the process is gone") && words.contains("lock.owner"),
+            "{words}"
+        );
         // Who has locks there is kept out, too.
         assert!(matches!(Lock::take(&path).unwrap(), Tried::Held(h) if h == holder));
         drop(written);
@@ -248,7 +251,8 @@ mod tests {
             (Some(here), false),
             (None, false),
         ] {
-            fs::write(&note, owner.as_ref().map_or(String::new(), |o| serde_json::to_string(o).unwrap())).unwrap();
+            fs::write(&note, owner.as_ref().map_or(String::new(), |o| serde_json::to_string(o).unwrap()))
+                .unwrap();
             let taken = write_down(&note, &lacking()).unwrap();
             assert_eq!(taken.is_ok(), gone, "{owner:?}");
             drop(taken);

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a proof fails by panicking")]
 
 mod app;
+mod conveniences;
 mod engine_runs;
 mod engines;
 mod fid_command;
@@ -37,6 +38,7 @@ mod sampling;
 mod scene;
 mod serve;
 mod speed;
+mod stops;
 mod sweep;
 mod tiny;
 mod tiny_run;

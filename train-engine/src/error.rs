@@ -206,6 +206,15 @@ pub enum TrainError {
         at: usize,
     },
 
+    /// Sample pictures that could not be drawn.
+    #[error("cannot draw `{}`: {reason}", path.display())]
+    Picture {
+        /// The picture.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+
     /// A gradient overflows f16 without any scaling of the loss.
     #[error(
         "step {step}: a gradient is not finite in f16 though the loss is not scaled any more ({skipped} steps were left \

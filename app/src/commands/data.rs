@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use runtime::file::check_writable;
 use serde_json::json;
 use train_engine::config::{DataKind, DataSection};
 use train_engine::data::{self, Dataset, fashion_mnist};
@@ -75,6 +76,7 @@ impl DataArgs {
                 let section =
                     DataSection { kind, path, labels, image_size, flip: false, ..DataSection::default() };
                 let set = data::open(&section, offline, &console::note)?;
+                grid.iter().try_for_each(check_writable)?;
                 check(&set, grid, rows, json)
             }
         }

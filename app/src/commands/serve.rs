@@ -124,7 +124,8 @@ impl ServeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let places = self.places()?;
         let options = self.options(&places)?;
-        let stop = StopSignal::install()?;
+        let told = || console::interrupt("serve: finishing accepted requests; a second signal ends at once");
+        let stop = StopSignal::install(told)?;
         let sources = self.sources(places)?;
         let names: Vec<String> = sources.iter().map(|s| s.name.clone()).collect();
         let runtime = self.machine.runtime_for(&options.engine.execution.provider)?;
@@ -167,7 +168,6 @@ impl ServeArgs {
         while !stop.is_set() {
             std::thread::sleep(TICK);
         }
-        console::note("serve: finishing accepted requests; a second signal ends at once");
         let drained = server.drain();
         anyhow::ensure!(drained.complete, "accepted requests were not finished within --drain-timeout");
         console::note("serve: done");

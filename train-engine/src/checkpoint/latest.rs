@@ -20,7 +20,9 @@ pub(super) fn point(directory: &Path, name: &str, trouble: &mut Trouble<'_>) {
         remove_hidden(&link, trouble);
     }
     let linked = make_room(&latest, trouble).and_then(|()| {
-        symlink(name, &link).and_then(|()| fs::rename(&link, &latest)).map_err(TrainError::io("write", &latest))
+        symlink(name, &link)
+            .and_then(|()| fs::rename(&link, &latest))
+            .map_err(TrainError::io("write", &latest))
     });
     match linked {
         Ok(()) => try_sync(directory, trouble),

@@ -119,7 +119,9 @@ impl Work<'_> {
                         continue;
                     }
                 };
-                if let Some(stand_in) = claim.stand_in().filter(|_| !std::mem::replace(&mut told_unlocked, true)) {
+                if let Some(stand_in) =
+                    claim.stand_in().filter(|_| !std::mem::replace(&mut told_unlocked, true))
+                {
                     news(News::Unlocked(&stand_in));
                 }
                 journals.refresh()?;

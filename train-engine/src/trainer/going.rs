@@ -96,7 +96,9 @@ impl<'a> Going<'a> {
         let metrics = troubles.pass(observer, NO_METRICS, opened).map(|(metrics, aside)| {
             if let Some(aside) = aside {
                 let aside = aside.display();
-                observer.warn(&format!("the metrics so far cannot be read and are now `{aside}`; new ones begin"));
+                observer.warn(&format!(
+                    "the metrics so far cannot be read and are now `{aside}`; new ones begin"
+                ));
             }
             metrics
         });
@@ -127,7 +129,12 @@ impl<'a> Going<'a> {
     ///
     /// # Errors
     /// What makes the next step wrong, or keeps a checkpoint from being written.
-    pub(super) fn steps(&mut self, model: &DitConfig, mut batches: Loader, stop: &StopSignal) -> Result<Outcome> {
+    pub(super) fn steps(
+        &mut self,
+        model: &DitConfig,
+        mut batches: Loader,
+        stop: &StopSignal,
+    ) -> Result<Outcome> {
         let (train, sample, every) = (&self.config.train, &self.config.sample, &self.config.checkpoint);
         let mut last = Instant::now();
         let mut next = if stop.is_set() { None } else { batches.next() };
@@ -236,9 +243,9 @@ impl<'a> Going<'a> {
         }
         let keep = self.config.checkpoint.keep;
         let mut trouble = self.troubles.of(self.observer);
-        let path = self.lock.save(self.done, keep, &mut trouble, |directory| {
-            self.trainer.write(directory, &state)
-        })?;
+        let path = self
+            .lock
+            .save(self.done, keep, &mut trouble, |directory| self.trainer.write(directory, &state))?;
         drop(trouble);
         self.observer.saved(&path);
         (self.saved, self.last_save) = (self.done, Instant::now());
@@ -252,8 +259,12 @@ impl<'a> Going<'a> {
         }
         // A save that failed is tried once more; it is not the error to tell.
         match self.save() {
-            Ok(()) => self.observer.warn(&format!("an error ends the run; its {} steps are saved", self.done)),
-            Err(error) => self.observer.warn(&format!("the steps since the last checkpoint are lost: {error}")),
+            Ok(()) => {
+                self.observer.warn(&format!("an error ends the run; its {} steps are saved", self.done))
+            }
+            Err(error) => {
+                self.observer.warn(&format!("the steps since the last checkpoint are lost: {error}"))
+            }
         }
     }
 }

@@ -17,7 +17,8 @@ use clap::{Args, ValueEnum};
 use graph_builder::{OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::cuda::kernels::Architecture;
-use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference};
+use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, MANIFEST};
+use runtime::file::check_writable;
 use runtime::{Engine, EngineManifest, Provider};
 use serde_json::json;
 use train_engine::mup::MupTable;
@@ -117,6 +118,7 @@ impl BuildEngineArgs {
         if let (Some(engine), Some([])) = (&known, differences.as_deref()) {
             return self.tell_nothing_to_do(engine, start.elapsed().as_secs_f64());
         }
+        check_writable(self.out.join(MANIFEST))?;
         let mut stages = self.stages(&planned, carried, &target);
         let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
         let built = self.emit(&planned, parameters.as_ref(), &mut stages)?;
@@ -258,6 +260,7 @@ impl BuildEngineArgs {
         carried: Option<&Source<'_>>,
         target: &Target,
     ) -> anyhow::Result<()> {
+        check_writable(self.out.join("models"))?;
         let mut stages = self.stages(planned, carried, target);
         let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
         let built = self.emit(planned, parameters.as_ref(), &mut stages)?;

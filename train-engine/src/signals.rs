@@ -61,7 +61,8 @@ impl StopSignal {
         let mut signals = Signals::new(&stops).map_err(refused)?;
         let handle = signals.handle();
         let listen = move || {
-            if signals.forever().next().is_some() {
+            // One that came just before the end is answered, too.
+            if signals.forever().next().is_some() || signals.pending().next().is_some() {
                 told();
             }
         };

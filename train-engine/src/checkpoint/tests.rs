@@ -54,6 +54,7 @@ fn names(run: &Path) -> Vec<String> {
     names
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "shape of a trouble")]
 fn no_trouble(what: &'static str, error: TrainError) {
     panic!("{what}: {error}");
 }

@@ -258,14 +258,11 @@ impl<'a> Going<'a> {
             return;
         }
         // A save that failed is tried once more; it is not the error to tell.
-        match self.save() {
-            Ok(()) => {
-                self.observer.warn(&format!("an error ends the run; its {} steps are saved", self.done))
-            }
-            Err(error) => {
-                self.observer.warn(&format!("the steps since the last checkpoint are lost: {error}"))
-            }
-        }
+        let told = match self.save() {
+            Ok(()) => format!("an error ends the run; its {} steps are saved", self.done),
+            Err(error) => format!("the steps since the last checkpoint are lost: {error}"),
+        };
+        self.observer.warn(&told);
     }
 }
 

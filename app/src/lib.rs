@@ -16,7 +16,7 @@
 //! | [`console`] | standard output and error, the only place that prints |
 //!
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
-//! 2 bad usage.
+//! 2 bad usage, 3 stopped by a signal: what is whole is kept.
 
 pub mod built;
 pub mod commands;
@@ -39,12 +39,17 @@ use std::process::ExitCode;
 use clap::Parser;
 use models::ModelError;
 use train_engine::TrainError;
+use train_engine::signals::survive_file_size_limit;
 
 use crate::commands::Command;
 
+/// The end of the help.
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 bad usage, 3 stopped by a signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 …): \
+    what is whole is kept, and what is printed says how to go on.";
+
 /// A static-graph compiler, trainer and sampler for diffusion transformers.
 #[derive(Debug, Parser)]
-#[command(name = "mudit", version, propagate_version = true)]
+#[command(name = "mudit", version, propagate_version = true, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -55,8 +60,15 @@ struct Cli {
 #[error("{0}")]
 pub struct Usage(pub String);
 
+/// A signal ended the command before its end; says what is kept and how to go on: exit code 3.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Stopped(pub String);
+
 /// Exit code of wrong usage.
 const BAD_USAGE: u8 = 2;
+/// Exit code of a command that a signal stopped.
+pub const STOPPED: u8 = 3;
 
 /// Runs the process's own arguments.
 pub fn run_from_env() -> ExitCode {
@@ -75,8 +87,13 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    match cli.command.run() {
+    let ended = survive_file_size_limit().map_err(Into::into).and_then(|()| cli.command.run());
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Stopped>() => {
+            console::note(&error.to_string());
+            ExitCode::from(STOPPED)
+        }
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             console::error(&error);

@@ -16,6 +16,7 @@
 //! | [`memory`] | peak and present memory of the process |
 //! | [`tensor`], [`safetensors_file`] | tensors in host memory and their files |
 //! | [`mod@file`] | files written beside and renamed |
+//! | [`lock`] | the sole right to a place, also where a file system has no locks |
 //! | [`cuda`] | NVIDIA's libraries, a GPU's context and stream, memory and arenas on it, kernels compiled at need |
 //! | [`device`], [`provider`] | where programs run; what is missing for it is said, never worked around |
 //! | [`doctor`] | what this machine has: a list of checks with remedies |
@@ -36,6 +37,7 @@ pub mod foreign;
 mod huge_pages;
 pub mod kernels;
 pub mod library;
+pub mod lock;
 pub mod memory;
 pub mod placement;
 pub mod provider;

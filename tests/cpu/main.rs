@@ -3,6 +3,7 @@
 
 mod app;
 mod class_names;
+mod conveniences;
 mod engine_runs;
 mod engines;
 mod fid_arrays;
@@ -44,6 +45,7 @@ mod sampling;
 mod scene;
 mod serve;
 mod speed;
+mod stops;
 mod sweep;
 mod tiny;
 mod tiny_run;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use models::ModelError;
 use runtime::RuntimeError;
+use runtime::lock::Holder;
 
 /// Short for a result with [`TrainError`].
 pub type Result<T, E = TrainError> = std::result::Result<T, E>;
@@ -149,10 +150,12 @@ pub enum TrainError {
     },
 
     /// A run directory that another process is writing to.
-    #[error("another process is training in `{}`: wait for it, or choose another directory", path.display())]
+    #[error("{holder} is training in `{}`: wait for it, or choose another directory", path.display())]
     Locked {
         /// The run directory.
         path: PathBuf,
+        /// The process.
+        holder: Holder,
     },
 
     /// A line of `metrics.jsonl` that is not one of ours.
@@ -176,17 +179,40 @@ pub enum TrainError {
 
     /// The loss or a gradient is not finite; nothing was updated.
     #[error(
-        "step {step}: the loss is {loss} or a gradient is not finite; nothing was updated, and the batch, the \
-         parameters and the gradients' sizes are in `{}`; try a lower `train.learning_rate` or a `train.clip`",
-        evidence.display()
+        "step {step}: the loss is {loss} or a gradient is not finite, though the images were; nothing was updated{}; try \
+         a lower `train.learning_rate` or a `train.clip`",
+        kept(evidence.as_deref())
     )]
     NotFinite {
         /// The step, counted from 1.
         step: u64,
         /// The loss.
         loss: f64,
-        /// Where the evidence lies.
-        evidence: PathBuf,
+        /// Where the evidence lies, if it could be written.
+        evidence: Option<PathBuf>,
+    },
+
+    /// A sample with a value that no training can use.
+    #[error(
+        "the data set holds {value} in {place} (value {at} of it): take it out or make it anew; neither the gradients nor \
+         the rate are to blame"
+    )]
+    BadSample {
+        /// The file and the row, or the sample's number.
+        place: String,
+        /// NaN or an infinity.
+        value: f32,
+        /// Which of the sample's values, counted from 0.
+        at: usize,
+    },
+
+    /// Sample pictures that could not be drawn.
+    #[error("cannot draw `{}`: {reason}", path.display())]
+    Picture {
+        /// The picture.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
     },
 
     /// A gradient overflows f16 without any scaling of the loss.
@@ -287,9 +313,18 @@ fn remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             "; choose a directory you may write to, or change its permissions"
         }
+        io::ErrorKind::FileTooLarge => {
+            "; raise the limit of this process's files (`ulimit -f`) and run the same command again"
+        }
         io::ErrorKind::NotFound => "; check the path",
         _ => "",
     }
+}
+
+fn kept(evidence: Option<&Path>) -> String {
+    evidence.map_or_else(String::new, |path| {
+        format!(", and the batch, the parameters and the gradients' sizes are in `{}`", path.display())
+    })
 }
 
 fn nearest_hint(nearest: Option<&str>, valid: &[&str]) -> String {

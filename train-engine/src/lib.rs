@@ -19,7 +19,7 @@
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
 //! | [`checkpoint`] | directories that appear whole or not at all, and the run's lock |
 //! | [`metrics`], [`tensorboard`] | what is logged |
-//! | [`signals`] | Ctrl-C and SIGTERM as a flag |
+//! | [`signals`] | Ctrl-C, SIGTERM and their like as a flag |
 //! | [`error`] | what can go wrong |
 
 pub mod checkpoint;

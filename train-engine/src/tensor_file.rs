@@ -36,6 +36,11 @@ impl TensorFile {
         Ok(Self { path: path.to_path_buf(), file, header })
     }
 
+    /// Where the file is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The free text under `key` in the file's metadata.
     pub(crate) fn note(&self, key: &str) -> Option<String> {
         self.header.metadata().remove(key)

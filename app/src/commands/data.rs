@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use runtime::file::check_writable;
 use serde_json::json;
 use train_engine::TrainError;
 use train_engine::config::{DataKind, DataSection, Orient};
@@ -91,6 +92,7 @@ impl DataArgs {
                     ..DataSection::default()
                 };
                 let set = data::open(&section, offline, &console::note)?;
+                grid.iter().try_for_each(check_writable)?;
                 check(&set, grid, rows, json)
             }
         }

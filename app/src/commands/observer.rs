@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use graph_builder::Graph;
-use models::{DitConfig, Guidance, Objective, Solver, SolverKind};
+use models::{DitConfig, Guidance};
 use runtime::{Runtime, SharedArena};
 use train_engine::TrainError;
 use train_engine::config::SampleSection;
@@ -60,7 +60,7 @@ impl Console {
     /// How pictures are drawn.
     fn settings(&self, model: &DitConfig) -> Settings {
         Settings {
-            solver: solver(&self.sample, model.objective),
+            solver: self.sample.solver(model.objective),
             guidance: guidance(self.sample.guidance, model),
             guided: Guidance::All,
             batch: SAMPLE_BATCH.min(self.sample.per_class * model.num_classes),
@@ -74,15 +74,6 @@ impl Console {
             None => console::note(line),
         }
     }
-}
-
-/// The solver that a run's pictures are made with.
-pub(super) fn solver(section: &SampleSection, objective: Objective) -> Solver {
-    let kind = section.sampler.unwrap_or(match objective {
-        Objective::Ddpm => SolverKind::Ddim,
-        Objective::Flow => SolverKind::Euler,
-    });
-    Solver::new(kind, section.steps)
 }
 
 /// Guidance that the model can give.
@@ -164,7 +155,7 @@ impl Observer for Console {
             };
             draw_grid(sampler, model, self.sample.per_class, self.seed, format!("step {step}"), &path)
         })();
-        drawn.map_err(|e| TrainError::Internal(format!("drawing `{}`: {e:#}", path.display())))
+        drawn.map_err(|e| TrainError::Picture { path, reason: format!("{e:#}") })
     }
 
     fn warn(&mut self, message: &str) {

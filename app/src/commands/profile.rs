@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use models::{DitConfig, Guidance, ProgramKind};
-use runtime::file::write_atomically;
+use runtime::file::{check_writable, write_atomically};
 use serde_json::{Value, json};
 
 use super::Machine;
@@ -55,6 +55,7 @@ pub struct ProfileArgs {
 impl ProfileArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let model = DitConfig::resolve(&self.model)?;
+        self.svg.iter().chain(self.json.iter().flatten()).try_for_each(check_writable)?;
         let runtime = self.machine.runtime()?;
         let (threads, batch, repeat) = (self.machine.threads, self.batch, self.repeat.max(1));
         let (kind, guidance) = (self.program, self.cfg_channels);

@@ -8,6 +8,7 @@ use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
 use models::DitConfig;
+use runtime::file::check_writable;
 use runtime::{HostTensor, Recording, SessionOptions, read_safetensors_file};
 use serde_json::json;
 use train_engine::config::{Schedule, TrainConfig, TrainSection};
@@ -86,6 +87,7 @@ impl ReplayArgs {
         let model = DitConfig::resolve(&self.model)?;
         let start = weights::read(&model, &self.weights)?;
         let batches = self.batches(&model)?;
+        [&self.out].into_iter().chain(&self.ema_out).chain(&self.grads_out).try_for_each(check_writable)?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let options =
             SessionOptions { native_kernels: !self.no_native_kernels, ..execution.session_options() };

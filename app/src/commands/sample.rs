@@ -1,29 +1,27 @@
 //! `mudit sample`: images from a checkpoint or an engine, as pictures and arrays; or a trajectory for comparison.
 
-use std::collections::BTreeMap;
+mod files;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use graph_builder::Shape;
-use indexmap::IndexMap;
-use models::{DitConfig, Solver};
-use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
+use models::DitConfig;
+use runtime::{HostTensor, read_safetensors_file};
 use serde_json::json;
 
+use self::files::{Files, Made};
 use super::solving::Solving;
 use super::weights::{self, Which};
-use super::{Machine, Target};
-use crate::Usage;
+use super::{Machine, Target, listen};
 use crate::built::BuiltEngine;
 use crate::console;
 use crate::execution::{Execution, Placed};
-use crate::render::arrays::SampleArchive;
-use crate::render::grid::{Caption, Column, grid, save_png};
-use crate::render::pixels;
 use crate::render::progress::{Job, Progress};
 use crate::sampler::{NoiseSource, Sampler, Settings};
+use crate::{Stopped, Usage};
 
 /// Arguments of `mudit sample`.
 #[derive(Debug, Args)]
@@ -106,9 +104,7 @@ impl SampleArgs {
         if self.out.is_empty() && self.save_trajectory.is_none() {
             self.out.push("samples.png".into());
         }
-        if let Some(path) = self.out.iter().find(|p| ending(p).is_none()) {
-            return Err(Usage(format!("`{}` must end in .png, .npz or .safetensors", path.display())).into());
-        }
+        let files = Files::new(&self.out, self.save_trajectory.as_deref())?;
         if self.batch == 0 {
             return Err(Usage("--batch must be 1 or more".into()).into());
         }
@@ -130,6 +126,7 @@ impl SampleArgs {
             MadeBy::Checkpoint(_, execution) => (execution.clone(), self.solving.guided(model)?),
             MadeBy::Engine(engine, execution) => (execution.clone(), self.solving.guided_by(engine)?),
         };
+        files.check_writable()?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let settings = Settings {
             solver: solver.clone(),
@@ -161,12 +158,35 @@ impl SampleArgs {
             flops_per_step: 0.0,
         });
         let start = Instant::now();
-        let images =
-            sampler.run(&labels, source, trajectory.as_mut(), &mut |done| progress.update(done, None))?;
+        let stop = listen("solver step")?;
+        let mut images = Vec::new();
+        let ended = sampler.run_into(&mut images, &labels, source, trajectory.as_mut(), &mut |done| {
+            progress.update(done, None);
+            !stop.is_set()
+        });
+        drop(stop);
         let seconds = start.elapsed().as_secs_f64();
         progress.finish();
-        ensure!(images.iter().all(|v| v.is_finite()), "an image is not finite; nothing was written");
-        self.write(model, &labels, &images, trajectory, sampler.steps(), &solver)?;
+        let size = image.iter().product::<usize>();
+        let kept = images.chunks(size).take_while(|image| image.iter().all(|v| v.is_finite())).count();
+        let short = self.short_of(n, kept, kept * size < images.len(), ended);
+        if kept > 0 {
+            let steps = sampler.steps();
+            let trajectory = trajectory.map(|values| first_rows(values, steps, n, kept, size));
+            let (labels, images) = (&labels[..kept], &images[..kept * size]);
+            files.write(Made {
+                model,
+                labels,
+                images,
+                trajectory,
+                steps,
+                settings: &settings,
+                seed: self.seed,
+            })?;
+        }
+        if let Some(short) = short {
+            return Err(short);
+        }
         let written: Vec<&PathBuf> = self.out.iter().chain(&self.save_trajectory).collect();
         if self.json {
             return console::json(&json!({
@@ -182,6 +202,34 @@ impl SampleArgs {
             sampler.steps()
         ))?;
         written.into_iter().try_for_each(|path| console::out(&path.display().to_string()))
+    }
+
+    /// Why not all `n` images were made, and what becomes of the first `kept`.
+    fn short_of(
+        &self,
+        n: usize,
+        kept: usize,
+        spoiled: bool,
+        ended: anyhow::Result<()>,
+    ) -> Option<anyhow::Error> {
+        let fate = match (kept, &self.noise) {
+            (0, _) => "nothing was written".to_owned(),
+            (_, Some(_)) => format!("the first {kept} of {n} images were written"),
+            (_, None) => format!(
+                "the first {kept} of {n} images were written; --first {} --count {} makes the rest",
+                self.first + kept as u64,
+                n - kept
+            ),
+        };
+        match ended {
+            Err(error) => {
+                console::note(&fate);
+                Some(error)
+            }
+            Ok(()) if spoiled => Some(anyhow!("image {kept} is not finite; {fate}")),
+            Ok(()) if kept < n => Some(Stopped(format!("stopped: {fate}")).into()),
+            Ok(()) => None,
+        }
     }
 
     /// The engine where one is given, else the checkpoint; refuses what cannot be computed before it reads weights.
@@ -212,73 +260,21 @@ impl SampleArgs {
         if count == 0 {
             return Err(Usage("--count must be 1 or more".into()).into());
         }
-        let first = self.first as usize;
-        Ok((first..first + count).map(|i| classes[i % classes.len()]).collect())
-    }
-
-    fn write(
-        &self,
-        model: &DitConfig,
-        labels: &[i64],
-        images: &[f32],
-        trajectory: Option<Vec<f32>>,
-        steps: usize,
-        solver: &Solver,
-    ) -> anyhow::Result<()> {
-        let (n, c, side) = (labels.len(), model.in_channels, model.input_size);
-        let shape = [n, c, side, side];
-        let meta = BTreeMap::from([
-            ("sampler".to_owned(), solver.kind.to_string()),
-            ("cfg".to_owned(), self.solving.cfg.to_string()),
-            ("seed".to_owned(), self.seed.to_string()),
-        ]);
-        for path in &self.out {
-            match ending(path) {
-                Some(Ending::Png) => {
-                    let names: Vec<String> = model.class_names.clone().unwrap_or_default();
-                    let columns = Column::by_class(labels, &names, n);
-                    let title = format!("{} {steps} steps, guidance {}", solver.kind, self.solving.cfg);
-                    let caption = Caption { title: Some(title), note: None };
-                    save_png(&grid(images, shape, &columns, &caption)?, path)?;
-                }
-                Some(Ending::Npz) => {
-                    let mut archive = SampleArchive::create(path, n, [side, side, c])?;
-                    archive.push(&pixels::channels_last(images, shape)?)?;
-                    archive.finish(labels)?;
-                }
-                Some(Ending::Safetensors) => {
-                    let mut tensors = IndexMap::new();
-                    tensors.insert("samples".to_owned(), HostTensor::f32(shape, images.to_vec())?);
-                    tensors.insert("y".to_owned(), HostTensor::i64([n], labels.to_vec())?);
-                    write_safetensors_file(path, &tensors, &meta)?;
-                }
-                None => bail!("internal: an unchecked ending of `{}`", path.display()),
-            }
+        let (first, mut labels) = (self.first as usize, Vec::new());
+        if first.checked_add(count).is_none() || labels.try_reserve_exact(count).is_err() {
+            return Err(Usage(format!("--count {count} images from {first} on are too many")).into());
         }
-        if let (Some(path), Some(values)) = (&self.save_trajectory, trajectory) {
-            let mut tensors = IndexMap::new();
-            let tensor = HostTensor::f32([steps, n, c, side, side], values)?;
-            tensors.insert("trajectory".to_owned(), tensor);
-            write_safetensors_file(path, &tensors, &meta)?;
-        }
-        Ok(())
+        labels.extend((first..first + count).map(|i| classes[i % classes.len()]));
+        Ok(labels)
     }
 }
 
-#[derive(Clone, Copy)]
-enum Ending {
-    Png,
-    Npz,
-    Safetensors,
-}
-
-fn ending(path: &Path) -> Option<Ending> {
-    match path.extension()?.to_str()? {
-        "png" => Some(Ending::Png),
-        "npz" => Some(Ending::Npz),
-        "safetensors" => Some(Ending::Safetensors),
-        _ => None,
+/// Of (steps, N, …) the first `kept` of each step.
+fn first_rows(values: Vec<f32>, steps: usize, n: usize, kept: usize, size: usize) -> Vec<f32> {
+    if kept == n {
+        return values;
     }
+    (0..steps).flat_map(|k| values[k * n * size..][..kept * size].iter().copied()).collect()
 }
 
 fn read_noise(path: &Path, image: [usize; 3], steps: usize) -> anyhow::Result<(Vec<i64>, GivenNoise)> {

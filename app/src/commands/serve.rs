@@ -137,7 +137,8 @@ impl ServeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let places = self.places()?;
         let options = self.options(&places)?;
-        let stop = StopSignal::install()?;
+        let told = || console::interrupt("serve: finishing accepted requests; a second signal ends at once");
+        let stop = StopSignal::install(told)?;
         let sources = self.sources(places)?;
         let names: Vec<String> = sources.iter().map(|s| s.name.clone()).collect();
         for source in &sources {
@@ -190,7 +191,6 @@ impl ServeArgs {
         while !stop.is_set() {
             std::thread::sleep(TICK);
         }
-        console::note("serve: finishing accepted requests; a second signal ends at once");
         let drained = server.drain();
         anyhow::ensure!(drained.complete, "accepted requests were not finished within --drain-timeout");
         console::note("serve: done");

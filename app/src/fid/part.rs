@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use runtime::file::{sha256_bytes, write_atomically};
+use runtime::lock::{Lock, Tried};
 use serde::{Deserialize, Serialize};
 
 use super::metrics::Rows;
@@ -101,6 +102,7 @@ pub struct Part {
     pub spatial: Option<Moments>,
     pool_file: File,
     logits_file: File,
+    lock: Lock,
     saved: Instant,
 }
 
@@ -236,15 +238,10 @@ impl Part {
             options.open(&path).with_context(|| format!("cannot open {}", path.display()))
         };
         let (pool_file, logits_file) = (open(POOL)?, open(LOGITS)?);
-        match pool_file.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                bail!("`{}` is in use by another process", directory.display())
-            }
-            Err(fs::TryLockError::Error(e)) => {
-                return Err(e).with_context(|| format!("cannot lock `{}`", directory.display()));
-            }
-        }
+        let lock = match Lock::take(&directory.join(POOL))? {
+            Tried::Ours(lock) => lock,
+            Tried::Held(holder) => bail!("`{}` is in use by {holder}", directory.display()),
+        };
         label.check_width(directory)?;
         let network = &label.plan.network;
         let mut part = Self {
@@ -254,6 +251,7 @@ impl Part {
             spatial: network.spatial.map(Moments::new),
             pool_file,
             logits_file,
+            lock,
             saved: Instant::now(),
             asked: None,
             label,
@@ -425,6 +423,7 @@ impl Part {
     /// # Errors
     /// A file that cannot be removed.
     pub fn remove(self) -> anyhow::Result<()> {
+        drop(self.lock);
         for name in [STATE, POOL, LOGITS, PLAN] {
             let path = self.directory.join(name);
             match fs::remove_file(&path) {

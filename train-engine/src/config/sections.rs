@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use graph_builder::Precision;
-use models::{InitScheme, Objective, Recompute, SolverKind};
+use models::{InitScheme, Objective, Recompute, Solver, SolverKind};
 use runtime::Provider;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -371,11 +371,12 @@ impl Default for SampleSection {
 }
 
 impl SampleSection {
-    /// The solver that samples models of an objective.
-    pub fn solver(&self, objective: Objective) -> SolverKind {
-        self.sampler.unwrap_or(match objective {
+    /// The solver that pictures of models of an objective are made with.
+    pub fn solver(&self, objective: Objective) -> Solver {
+        let kind = self.sampler.unwrap_or(match objective {
             Objective::Ddpm => SolverKind::Ddim,
             Objective::Flow => SolverKind::Euler,
-        })
+        });
+        Solver::new(kind, self.steps)
     }
 }

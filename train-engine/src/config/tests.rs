@@ -31,7 +31,7 @@ fn a_file_overrides_defaults_and_set_overrides_the_file() {
     )
     .unwrap();
     assert_eq!((config.train.steps, config.train.batch_size), (7, 32));
-    assert_eq!(config.sample.solver(config.objective.kind), models::SolverKind::Euler);
+    assert_eq!(config.sample.solver(config.objective.kind).kind, models::SolverKind::Euler);
     assert_eq!(config.train.beta2, 0.999);
     assert_eq!(config.objective.time, TimeSampling::Uniform);
     assert_eq!(config.data.path.as_deref(), Some(Path::new("/some where/x")));

@@ -10,6 +10,8 @@ use crate::random::Stream;
 
 /// The largest seed TOML can hold.
 const MAX_SEED: u64 = i64::MAX as u64;
+/// More rows than anybody looks at, and few enough for memory.
+const MAX_PER_CLASS: usize = 1000;
 
 impl TrainConfig {
     /// Checks every value's range and the values that belong together.
@@ -120,7 +122,8 @@ impl TrainConfig {
 
     fn validate_sample(&self) -> Result<()> {
         let sample = &self.sample;
-        check("sample.per_class", sample.per_class, sample.per_class >= 1, "at least 1 picture")?;
+        let fits = (1..=MAX_PER_CLASS).contains(&sample.per_class);
+        check("sample.per_class", sample.per_class, fits, &format!("from 1 to {MAX_PER_CLASS} pictures"))?;
         check("sample.steps", sample.steps, sample.steps >= 1, "at least 1")?;
         finite("sample.guidance", sample.guidance)?;
         match sample.sampler {
@@ -130,9 +133,18 @@ impl TrainConfig {
                 let names: Vec<String> = fitting.map(|solver| format!("`{solver}`")).collect();
                 let allowed =
                     format!("one of {}, as `objective.kind` is `{}`", names.join(", "), self.objective.kind);
-                Err(bad("sample.sampler", sampler, &allowed))
+                return Err(bad("sample.sampler", sampler, &allowed));
             }
-            _ => Ok(()),
+            _ => {}
+        }
+        // The first picture may come after days of training.
+        let (objective, solver) = (self.objective.kind, sample.solver(self.objective.kind));
+        match solver.plan(objective, false) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let allowed = format!("a number of steps that the solver `{}` takes: {error}", solver.kind);
+                Err(bad("sample.steps", sample.steps, &allowed))
+            }
         }
     }
 }

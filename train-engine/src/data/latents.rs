@@ -104,6 +104,10 @@ impl Dataset for Latents {
         self.flipped.is_some()
     }
 
+    fn place(&self, index: usize) -> String {
+        format!("row {index} of `{}`", self.file.path().display())
+    }
+
     fn read(&self, index: usize, flip: bool, draw: &mut Stream, out: &mut [f32]) -> Result<i64> {
         check_read(self, index, out)?;
         let posterior = match &self.flipped {

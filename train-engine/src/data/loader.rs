@@ -117,7 +117,14 @@ fn read_batch(
     let mut x0 = vec![0.0; size * indices.len()];
     let read = |(row, image): (usize, &mut [f32])| {
         let flip = flip && plan.is_flipped(step, row);
-        dataset.read(indices[row], flip, &mut plan.draw(step, row), image)
+        let label = dataset.read(indices[row], flip, &mut plan.draw(step, row), image)?;
+        // Looked at here, before a loss or a gradient can be blamed for it.
+        match image.iter().position(|value| !value.is_finite()) {
+            None => Ok(label),
+            Some(at) => {
+                Err(TrainError::BadSample { place: dataset.place(indices[row]), value: image[at], at })
+            }
+        }
     };
     let y: Result<Vec<i64>> = match pool {
         None => x0.chunks_exact_mut(size).enumerate().map(read).collect(),

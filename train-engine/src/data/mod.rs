@@ -59,6 +59,11 @@ pub trait Dataset: Send + Sync {
         self.channels() * self.height() * self.width()
     }
 
+    /// Where sample `index` lies, in words for an error.
+    fn place(&self, index: usize) -> String {
+        format!("image {index}")
+    }
+
     /// Reads image `index` into `out` and gives its label.
     ///
     /// `flip` mirrors it left to right; `draw` serves data sets that are distributions (latents with a `std`).

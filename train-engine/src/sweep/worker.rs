@@ -1,12 +1,14 @@
 //! Running the trials of a sweep that have no result yet.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use runtime::lock::Holder;
 use runtime::{Recording, Runtime};
 
-use super::journal::{Claim, Event, Journals, Status, TrialResult, Writer};
+use super::journal::{Claim, Claimed, Event, Journals, Status, TrialResult, Writer};
 use super::plan::{Plan, StepCost, Trial, step_cost};
 use crate::data::{BatchPlan, Dataset, Loader};
 use crate::error::{Result, TrainError};
@@ -30,6 +32,10 @@ pub enum News<'a> {
     Planned(&'a MemoryPlan),
     /// The step's runs are not recorded as CUDA graphs, though that was asked for: why.
     Unrecorded(&'a str),
+    /// The file system has no locks; what keeps other workers from a trial instead.
+    Unlocked(&'a str),
+    /// A trial is left alone for what the file of another worker says, which may be gone.
+    Held(&'a Trial, &'a Holder),
     /// A trial begins.
     Started(&'a Trial),
     /// A step of it is done; its loss.
@@ -96,16 +102,28 @@ impl Work<'_> {
         let mut journals = Journals::open(self.folder)?;
         let mut writer = Writer::create(self.folder)?;
         let mut compiled: Option<Compiled> = None;
+        let (mut told_unlocked, mut told_held) = (false, BTreeSet::new());
         loop {
             let (mut ran, mut elsewhere) = (false, 0);
             for trial in self.plan.trials.iter().filter(|t| t.index % self.of.max(1) == self.index) {
                 if journals.has(&trial.id) {
                     continue;
                 }
-                let Some(claim) = Claim::take(self.folder, &trial.id)? else {
-                    elsewhere += 1;
-                    continue;
+                let claim = match Claim::take(self.folder, &trial.id, self.of > 1)? {
+                    Claimed::Ours(claim) => claim,
+                    Claimed::Elsewhere(holder) => {
+                        elsewhere += 1;
+                        if holder.is_written() && told_held.insert(&trial.id) {
+                            news(News::Held(trial, &holder));
+                        }
+                        continue;
+                    }
                 };
+                if let Some(stand_in) =
+                    claim.stand_in().filter(|_| !std::mem::replace(&mut told_unlocked, true))
+                {
+                    news(News::Unlocked(&stand_in));
+                }
                 journals.refresh()?;
                 if journals.has(&trial.id) {
                     continue; // whoever had the claim before has finished it

@@ -5,6 +5,7 @@
 
 mod draws;
 mod given;
+mod going;
 mod memory;
 mod state;
 mod whole_run;

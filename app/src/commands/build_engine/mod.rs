@@ -17,8 +17,8 @@ use clap::{Args, ValueEnum};
 use graph_builder::{OnnxProgram, Precision, Weights};
 use models::{DitConfig, Guidance, HYPERPARAMETERS, ProgramKind, program};
 use runtime::cuda::kernels::Architecture;
-use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, WeightsFile};
-use runtime::file::Placement;
+use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, MANIFEST, WeightsFile};
+use runtime::file::{Placement, check_writable};
 use runtime::{Engine, EngineManifest, Provider};
 use serde_json::json;
 use train_engine::mup::MupTable;
@@ -126,6 +126,7 @@ impl BuildEngineArgs {
         if let (Some(engine), Some([])) = (&known, differences.as_deref()) {
             return self.tell_nothing_to_do(engine, start.elapsed().as_secs_f64());
         }
+        check_writable(self.out.join(MANIFEST))?;
         let mut stages = self.stages(&planned, carried, &target);
         let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
         let built = self.emit(&planned, parameters.as_ref(), &mut stages)?;
@@ -270,6 +271,7 @@ impl BuildEngineArgs {
         carried: Option<&Source<'_>>,
         target: &Target,
     ) -> anyhow::Result<()> {
+        check_writable(self.out.join("models"))?;
         let mut stages = self.stages(planned, carried, target);
         let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
         let built = self.emit(planned, parameters.as_ref(), &mut stages)?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
-use runtime::file::{sha256_file, write_atomically};
+use runtime::file::{check_writable, sha256_file, write_atomically};
 use serde_json::{Value, json};
 
 use super::super::{Machine, Target};
@@ -74,6 +74,7 @@ impl CalcArgs {
         }
         let choice = self.network.choice()?;
         let execution = self.target.execution(self.machine)?;
+        check_writable(&self.out)?;
         let images = self.images(&execution)?;
         let reference = self.reference.as_deref().map(Other::read).transpose()?;
         let runtime = self.machine.runtime_for(&execution.provider)?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use runtime::file::check_writable;
 
 use super::calc::{self, How, Other, Scoring};
 use super::network::NetworkArgs;
@@ -46,11 +47,14 @@ impl MergeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let parts = self.parts.iter().map(|p| Part::finished(p)).collect::<anyhow::Result<Vec<_>>>()?;
         let features = Features::of(parts)?;
-        match features.plan().side {
+        let side = features.plan().side;
+        let name = if side == Side::Reference { "reference.npz" } else { "fid.json" };
+        let out = self.out.unwrap_or_else(|| name.into());
+        check_writable(&out)?;
+        match side {
             Side::Reference => {
                 let warnings = check_count(Side::Reference, features.plan().count, self.few)?;
                 let statistics = features.statistics(env!("CARGO_PKG_VERSION"))?;
-                let out = self.out.unwrap_or_else(|| "reference.npz".into());
                 reference::write(&features, &statistics, &out, warnings.into_iter().collect(), self.json)?;
             }
             Side::Samples => {
@@ -63,7 +67,6 @@ impl MergeArgs {
                 let how =
                     How { choice, few: self.few, execution: Execution::default(), warnings: Vec::new() };
                 let report = calc::judge(&features, &other, self.scoring, how)?;
-                let out = self.out.unwrap_or_else(|| "fid.json".into());
                 calc::finish(&report, &out, self.json)?;
             }
         }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::ensure;
 use clap::Args;
 use runtime::Provider;
-use runtime::file::sha256_file;
+use runtime::file::{check_writable, sha256_file};
 use serde_json::json;
 
 use super::super::Machine;
@@ -49,6 +49,7 @@ impl RefArgs {
         let choice = self.network.choice()?;
         let execution = Execution { provider: self.provider.clone(), ..Execution::cpu(self.machine.threads) };
         execution.check()?;
+        check_writable(&self.out)?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let images = self.set.images();
         let mut source = set::open(&images, &runtime, self.machine.offline)?;

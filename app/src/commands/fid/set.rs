@@ -7,12 +7,11 @@ use clap::Args;
 use models::{Solver, SolverKind, Spacing};
 use runtime::Runtime;
 use runtime::file::sha256_file;
-use train_engine::signals::StopSignal;
 
 use super::super::solving::Solving;
 use super::super::weights::{self, Loaded, Which};
+use super::super::{listen, sample};
 use super::network;
-use crate::Usage;
 use crate::console;
 use crate::execution::{Execution, Placed};
 use crate::fid::evaluation::Features;
@@ -28,6 +27,7 @@ use crate::fid::source::scale::Scale;
 use crate::fid::source::{self, OpenOptions, Source};
 use crate::render::progress::{Job, Progress};
 use crate::sampler::{Sampler, Settings, channels, channels_text};
+use crate::{Stopped, Usage};
 
 /// Options of every command that reads images.
 #[derive(Clone, Debug, Args)]
@@ -258,7 +258,7 @@ pub(super) fn run(
     if done > 0 {
         console::note(&format!("going on after {done} of {total} images, found in {}", work.display()));
     }
-    let stop = StopSignal::install()?;
+    let stop = listen("group of images")?;
     let mut progress = Progress::new(Job {
         name: "features".into(),
         first_step: done,
@@ -287,10 +287,10 @@ pub(super) fn run(
         ));
     }
     if outcome? == Outcome::Stopped {
-        anyhow::bail!(
-            "stopped and saved after {} of {total} images; the same command goes on from there",
-            part.seen.images
-        );
+        let done = part.seen.images;
+        let text =
+            format!("stopped and saved after {done} of {total} images; the same command goes on from there");
+        return Err(Stopped(text).into());
     }
     Ok(part)
 }

@@ -16,7 +16,7 @@ use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE, Trainer};
 use super::fid;
 use super::fid::quick::{self, Distances};
 use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance, solver};
-use super::train::draw_loss;
+use super::train::{draw_loss, further};
 use super::weights::{self, Which};
 use super::{Machine, of_training};
 use crate::Usage;
@@ -144,7 +144,7 @@ impl QuickstartArgs {
         }
         console::out("next:")?;
         console::out(&format!("  mudit sample --checkpoint {run} --classes 5,8,9 --cfg 3 --out more.png"))?;
-        console::out(&format!("  mudit train --out {run} --set train.steps={}", 2 * config.train.steps))?;
+        console::out(&format!("  {}", further(&config, &self.out)))?;
         console::out("  mudit quickstart --minutes 15 --out runs/longer")?;
         console::out("(`cargo run --release --` in place of `mudit` runs it from this folder)")
     }

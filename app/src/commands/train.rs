@@ -32,6 +32,9 @@ pub struct TrainArgs {
     /// The run's directory.
     #[arg(long)]
     out: PathBuf,
+    /// Go on with a run though its data set has changed: other classes of the same number, images or labels.
+    #[arg(long)]
+    accept_data_change: bool,
     /// Print the resolved configuration and stop.
     #[arg(long)]
     dry_run: bool,
@@ -56,6 +59,7 @@ impl TrainArgs {
         let runtime = self.machine.runtime_for(&config.train.provider)?;
         let stop = StopSignal::install()?;
         let mut shown = Console::new(&runtime, &self.out, &config);
+        shown.accept_data = self.accept_data_change;
         let result = trainer::run(&runtime, &config, &self.out, &dataset, &stop, &mut shown);
         let pace = shown.finish();
         let outcome = result?;
@@ -86,11 +90,15 @@ impl TrainArgs {
                 ))?;
                 console::out(&format!("pictures: mudit sample --checkpoint {run} --out samples.png"))
             }
-            Outcome::AlreadyFinished => console::out(&format!(
-                "{run} has its {} steps; to go on: mudit train --out {run} --set train.steps={}",
-                config.train.steps,
-                2 * config.train.steps
-            )),
+            Outcome::AlreadyFinished => {
+                let why = if config.train.decay_end().is_none() {
+                    "to go on:"
+                } else {
+                    "its learning rate has decayed, so a new run begins with its weights:"
+                };
+                let command = further(&config, &self.out);
+                console::out(&format!("{run} has its {} steps; {why} {command}", config.train.steps))
+            }
             Outcome::Interrupted(step) => console::out(&format!(
                 "stopped and saved after step {step}; the same command goes on from there: {run}"
             )),
@@ -111,6 +119,16 @@ impl TrainArgs {
         }
         Ok(TrainConfig::load(&path, &self.overrides)?)
     }
+}
+
+/// The command that trains a finished run further: where the rate decays, a longer run would be another one from its
+/// first step.
+pub(super) fn further(config: &TrainConfig, run_dir: &std::path::Path) -> String {
+    let (run, steps) = (run_dir.display(), config.train.steps);
+    if config.train.decay_end().is_none() {
+        return format!("mudit train --out {run} --set train.steps={}", 2 * steps);
+    }
+    format!("mudit train --config {run}/{RUN_CONFIG_FILE} --set train.from={run} --out {run}-2")
 }
 
 /// Draws `loss.svg` from the run's metrics.

@@ -165,6 +165,9 @@ mod tests {
         fn class_names(&self) -> &[String] {
             &[]
         }
+        fn label(&self, index: usize) -> i64 {
+            index as i64 % 3
+        }
         fn read(&self, index: usize, flip: bool, draw: &mut Stream, out: &mut [f32]) -> Result<i64> {
             self.reads.fetch_add(1, Ordering::SeqCst);
             if self.broken == Some(index) {

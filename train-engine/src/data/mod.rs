@@ -8,6 +8,7 @@ mod deb;
 pub mod fashion_mnist;
 mod folder;
 mod gaussian;
+mod identity;
 mod idx;
 mod latents;
 mod loader;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 pub use folder::ImageFolder;
 pub use gaussian::GaussianImages;
+pub use identity::{DataIdentity, Stored};
 pub use idx::IdxImages;
 pub use latents::Latents;
 pub use loader::{Batch, Loader};
@@ -42,6 +44,17 @@ pub trait Dataset: Send + Sync {
     fn num_classes(&self) -> usize;
     /// Names of the classes, as many as there are.
     fn class_names(&self) -> &[String];
+
+    /// The class of image `index`.
+    fn label(&self, index: usize) -> i64;
+
+    /// Adds what tells the set's files and images from others to its [`DataIdentity`]; nothing where all of it is made up.
+    ///
+    /// # Errors
+    /// What reading the files gives.
+    fn stored(&self, _into: &mut Stored) -> Result<()> {
+        Ok(())
+    }
 
     /// Whether mirrored images can be read.
     fn can_flip(&self) -> bool {

@@ -59,9 +59,10 @@ impl RunArgs {
             }));
         }
         console::out(&format!(
-            "{} trials ended here ({} diverged), {} compilations, {} in all, {:.1} % of it outside steps and compiling",
+            "{} trials ended here ({} diverged, {} failed), {} compilations, {} in all, {:.1} % of it outside steps and compiling",
             summary.ended,
             summary.diverged,
+            summary.failed,
             summary.compilations,
             duration(summary.seconds),
             100.0 * summary.overhead()
@@ -129,6 +130,9 @@ pub(in crate::commands) fn work(
             });
             let outcome = match (result.status, result.loss) {
                 (Status::Finished, Some(loss)) => format!("loss {loss:.4}"),
+                (Status::Failed, _) => {
+                    format!("failed: {}", result.reason.as_deref().unwrap_or("no reason kept"))
+                }
                 _ => format!("diverged at step {}", result.steps),
             };
             let set = set.collect::<Vec<_>>().join(" ");

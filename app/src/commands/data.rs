@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
+use train_engine::TrainError;
 use train_engine::config::{DataKind, DataSection};
 use train_engine::data::{self, Dataset, fashion_mnist};
 use train_engine::random::{Purpose, Stream};
@@ -75,7 +76,7 @@ impl DataArgs {
                 let section =
                     DataSection { kind, path, labels, image_size, flip: false, ..DataSection::default() };
                 let set = data::open(&section, offline, &console::note)?;
-                check(&set, grid, rows, json)
+                check(&set, kind, grid, rows, json)
             }
         }
     }
@@ -90,15 +91,49 @@ fn fetch(path: Option<&std::path::Path>, offline: bool, json: bool) -> anyhow::R
     all.into_iter().try_for_each(|f| console::out(&f.display().to_string()))
 }
 
-fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bool) -> anyhow::Result<()> {
+/// Bad samples that are named.
+const NAMED: usize = 50;
+
+/// Tells every sample that cannot be used, the first ones by name.
+fn refuse_bad(bad: &[TrainError], samples: usize) -> anyhow::Result<()> {
+    match bad {
+        [] => return Ok(()),
+        [one] => anyhow::bail!("{one}"),
+        _ => {}
+    }
+    bad.iter().take(NAMED).for_each(|error| console::note(&format!("  {error}")));
+    if bad.len() > NAMED {
+        console::note(&format!("  and {} more", bad.len() - NAMED));
+    }
+    anyhow::bail!("{} of {samples} samples cannot be used: each is named above", bad.len())
+}
+
+fn check(
+    set: &Arc<dyn Dataset>,
+    kind: DataKind,
+    picture: Option<PathBuf>,
+    rows: usize,
+    json: bool,
+) -> anyhow::Result<()> {
     let (c, h, w) = (set.channels(), set.height(), set.width());
     let mut counts = vec![0_usize; set.num_classes()];
     let (mut sum, mut squares) = (0.0, 0.0);
     let (mut shown, mut labels) = (Vec::new(), Vec::new());
+    let mut bad = Vec::new();
     let mut sample = vec![0.0; set.image_len()];
     for i in 0..set.len() {
-        let mut draw = Stream::new(0, Purpose::VaeDraw, 0, i as u64);
-        let label = set.read(i, false, &mut draw, &mut sample)?;
+        let draw = || Stream::new(0, Purpose::VaeDraw, 0, i as u64);
+        // Mirrored latents are numbers of their own; a mirrored image is the same file again.
+        if kind == DataKind::Latents && set.can_flip() {
+            bad.extend(set.read(i, true, &mut draw(), &mut sample).err());
+        }
+        let label = match set.read(i, false, &mut draw(), &mut sample) {
+            Ok(label) => label,
+            Err(error) => {
+                bad.push(error);
+                continue;
+            }
+        };
         let count = &mut counts[label as usize];
         *count += 1;
         if picture.is_some() && *count <= rows {
@@ -108,6 +143,7 @@ fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bo
         sum += sample.iter().map(|v| f64::from(*v)).sum::<f64>();
         squares += sample.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
     }
+    refuse_bad(&bad, set.len())?;
     let values = (set.len() * set.image_len()) as f64;
     let mean = sum / values;
     let std = (squares / values - mean * mean).max(0.0).sqrt();

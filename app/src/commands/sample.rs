@@ -211,8 +211,12 @@ impl SampleArgs {
         if count == 0 {
             return Err(Usage("--count must be 1 or more".into()).into());
         }
+        room(count, model)?;
         let first = self.first as usize;
-        Ok((first..first + count).map(|i| classes[i % classes.len()]).collect())
+        let end = first.checked_add(count);
+        let end =
+            end.ok_or_else(|| Usage(format!("--first {first} and {count} images are beyond all numbers")))?;
+        Ok((first..end).map(|i| classes[i % classes.len()]).collect())
     }
 
     fn write(
@@ -294,6 +298,19 @@ pub(super) fn class(text: &str, model: &DitConfig) -> anyhow::Result<i64> {
         let known = if names.is_empty() { "the model names none".into() } else { names.join(", ") };
         Usage(format!("no class is called `{text}`: {known}")).into()
     })
+}
+
+/// Refuses a number of images that the machine has no memory for, before it is asked for piece by piece.
+fn room(count: usize, model: &DitConfig) -> anyhow::Result<()> {
+    let values = model.in_channels * model.input_size * model.input_size;
+    let mut images: Vec<f32> = Vec::new();
+    let fits = count.checked_mul(values).is_some_and(|all| images.try_reserve_exact(all).is_ok());
+    ensure!(
+        fits,
+        "there is no memory for {count} images of {values} values each: make them in parts, with a smaller --count and \
+         --first"
+    );
+    Ok(())
 }
 
 fn read_noise(path: &Path, image: [usize; 3], steps: usize) -> anyhow::Result<(Vec<i64>, GivenNoise)> {

@@ -129,7 +129,8 @@ impl TrainConfig {
 
     fn validate_sample(&self) -> Result<()> {
         let sample = &self.sample;
-        check("sample.per_class", sample.per_class, sample.per_class >= 1, "at least 1 picture")?;
+        let within = (1..=1000).contains(&sample.per_class);
+        check("sample.per_class", sample.per_class, within, "from 1 to 1000 pictures")?;
         check("sample.steps", sample.steps, sample.steps >= 1, "at least 1")?;
         finite("sample.guidance", sample.guidance)?;
         match sample.sampler {

@@ -122,7 +122,8 @@ pub(super) fn find_pair(path: &Path, labels: Option<&Path>) -> Result<(PathBuf, 
     if let Some(labels) = labels {
         return Ok((path.to_path_buf(), labels.to_path_buf()));
     }
-    if path.is_dir() {
+    let found = path.metadata().map_err(TrainError::io("read", path))?;
+    if found.is_dir() {
         return Ok((find(path, "train-images-idx3-ubyte")?, find(path, "train-labels-idx1-ubyte")?));
     }
     Err(TrainError::BadValue {

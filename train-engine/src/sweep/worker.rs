@@ -350,6 +350,24 @@ mod tests {
     }
 
     #[test]
+    fn what_ends_a_trial_and_what_the_sweep() {
+        let runtime = |error: RuntimeError| TrainError::Runtime(error);
+        let memory = RuntimeError::OutOfMemory { bytes: 1, what: "x".into() };
+        let load = RuntimeError::Load { program: "p".into(), reason: "r".into() };
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        for (error, of_the_trial) in [
+            (runtime(memory), true),
+            (runtime(load), true),
+            (TrainError::DatasetTooSmall { images: 1, batch_size: 2 }, true),
+            (TrainError::Io { action: "write", path: "x".into(), source: full }, false),
+            (TrainError::BadImage { path: "x".into(), reason: "cut".into() }, false),
+            (TrainError::Internal("x".into()), false),
+        ] {
+            assert_eq!(is_of_the_trial(&error), of_the_trial, "{error}");
+        }
+    }
+
+    #[test]
     fn overhead_is_what_is_not_steps_nor_compiling() {
         let summary =
             Summary { seconds: 12.0, compile_seconds: 2.0, step_seconds: 9.9, ..Summary::default() };

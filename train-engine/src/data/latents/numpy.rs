@@ -65,6 +65,14 @@ impl Arrays for Members<'_> {
             let (needed, size) = (data + header.before, member.size());
             return Err(bad(format!("{size} bytes, and shape {:?} needs {needed}", header.shape)));
         }
+        // No packed byte becomes more than 1032 of them.
+        if data > member.compressed_size().saturating_mul(1032).saturating_add(1024) {
+            return Err(bad(format!(
+                "{} packed bytes, and shape {:?} needs {data}",
+                member.compressed_size(),
+                header.shape
+            )));
+        }
         let stored = member.compression() == zip::CompressionMethod::Stored;
         if let Some(start) = member.data_start().filter(|_| stored) {
             drop(member);

@@ -49,6 +49,10 @@ fn remedy(tried: Tried, path: &Path, kind: io::ErrorKind, cache: Option<&Path>) 
         (Kind::StorageFull | Kind::QuotaExceeded, _) => {
             "; free some space and run the same command again".to_owned()
         }
+        (Kind::FileTooLarge, _) => {
+            "; raise the limit of this process's files (`ulimit -f`) and run the same command again"
+                .to_owned()
+        }
         (_, Writing) if in_cache => {
             "; it is in mudit's cache: set MUDIT_CACHE to a directory you may write to".to_owned()
         }

@@ -210,6 +210,20 @@ pub enum TrainError {
         evidence: PathBuf,
     },
 
+    /// A sample with a value that no training can use.
+    #[error(
+        "the data set holds {value} in {place} (value {at} of it): take it out or make it anew; neither the gradients nor \
+         the rate are to blame"
+    )]
+    BadSample {
+        /// The file and the row, or the sample's number.
+        place: String,
+        /// NaN or an infinity.
+        value: f32,
+        /// Which of the sample's values, counted from 0.
+        at: usize,
+    },
+
     /// A gradient overflows f16 without any scaling of the loss.
     #[error(
         "step {step}: a gradient is not finite in f16 though the loss is not scaled any more ({skipped} steps were left \

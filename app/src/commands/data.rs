@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use train_engine::TrainError;
@@ -12,6 +13,9 @@ use train_engine::random::{Purpose, Stream};
 
 use crate::console;
 use crate::render::grid::{Caption, Column, grid, save_png};
+
+/// Samples that one error names.
+const NAMED: usize = 100;
 
 /// Arguments of `mudit data`.
 #[derive(Debug, Args)]
@@ -91,23 +95,6 @@ fn fetch(path: Option<&std::path::Path>, offline: bool, json: bool) -> anyhow::R
     all.into_iter().try_for_each(|f| console::out(&f.display().to_string()))
 }
 
-/// Bad samples that are named.
-const NAMED: usize = 50;
-
-/// Tells every sample that cannot be used, the first ones by name.
-fn refuse_bad(bad: &[TrainError], samples: usize) -> anyhow::Result<()> {
-    match bad {
-        [] => return Ok(()),
-        [one] => anyhow::bail!("{one}"),
-        _ => {}
-    }
-    bad.iter().take(NAMED).for_each(|error| console::note(&format!("  {error}")));
-    if bad.len() > NAMED {
-        console::note(&format!("  and {} more", bad.len() - NAMED));
-    }
-    anyhow::bail!("{} of {samples} samples cannot be used: each is named above", bad.len())
-}
-
 fn check(
     set: &Arc<dyn Dataset>,
     kind: DataKind,
@@ -119,20 +106,26 @@ fn check(
     let mut counts = vec![0_usize; set.num_classes()];
     let (mut sum, mut squares) = (0.0, 0.0);
     let (mut shown, mut labels) = (Vec::new(), Vec::new());
-    let mut bad = Vec::new();
-    let mut sample = vec![0.0; set.image_len()];
+    let (mut sample, mut faults) = (vec![0.0; set.image_len()], Vec::new());
     for i in 0..set.len() {
         let draw = || Stream::new(0, Purpose::VaeDraw, 0, i as u64);
         // Mirrored latents are numbers of their own; a mirrored image is the same file again.
         if kind == DataKind::Latents && set.can_flip() {
-            bad.extend(set.read(i, true, &mut draw(), &mut sample).err());
+            faults.extend(data::read_finite(set.as_ref(), i, true, &mut draw(), &mut sample).err());
         }
-        let label = match set.read(i, false, &mut draw(), &mut sample) {
+        let label = match data::read_finite(set.as_ref(), i, false, &mut draw(), &mut sample) {
             Ok(label) => label,
-            Err(error) => {
-                bad.push(error);
+            // One sample; the others are looked at all the same.
+            Err(
+                fault @ (TrainError::BadImage { .. }
+                | TrainError::BadFile { .. }
+                | TrainError::BadSample { .. }
+                | TrainError::Io { .. }),
+            ) => {
+                faults.push(fault);
                 continue;
             }
+            Err(error) => return Err(error.into()),
         };
         let count = &mut counts[label as usize];
         *count += 1;
@@ -143,7 +136,7 @@ fn check(
         sum += sample.iter().map(|v| f64::from(*v)).sum::<f64>();
         squares += sample.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
     }
-    refuse_bad(&bad, set.len())?;
+    refuse(faults, set.len())?;
     let values = (set.len() * set.image_len()) as f64;
     let mean = sum / values;
     let std = (squares / values - mean * mean).max(0.0).sqrt();
@@ -165,4 +158,15 @@ fn check(
         console::out(&format!("  {count:>8}  {name}"))?;
     }
     picture.map_or(Ok(()), |path| console::out(&path.display().to_string()))
+}
+
+/// One error of all that cannot be read.
+fn refuse(mut faults: Vec<TrainError>, samples: usize) -> anyhow::Result<()> {
+    if faults.len() < 2 {
+        return faults.pop().map_or(Ok(()), |fault| Err(fault.into()));
+    }
+    let named: Vec<String> = faults.iter().take(NAMED).map(ToString::to_string).collect();
+    let more = faults.len().saturating_sub(NAMED);
+    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+    bail!("{} of {samples} samples cannot be used:\n  {}{more}", faults.len(), named.join("\n  "))
 }

@@ -45,6 +45,11 @@ pub trait Dataset: Send + Sync {
     /// Names of the classes, as many as there are.
     fn class_names(&self) -> &[String];
 
+    /// Where sample `index` lies, in words for an error.
+    fn place(&self, index: usize) -> String {
+        format!("image {index}")
+    }
+
     /// The class of image `index`.
     fn label(&self, index: usize) -> i64;
 
@@ -145,6 +150,24 @@ fn check_read(set: &dyn Dataset, index: usize, out: &[f32]) -> Result<()> {
         return Ok(());
     }
     Err(TrainError::BadRead { len, size, index, got: out.len() })
+}
+
+/// Reads a sample and looks at its values, before a loss or a gradient can be blamed for one that is not finite.
+///
+/// # Errors
+/// [`TrainError::BadSample`]; as [`Dataset::read`].
+pub fn read_finite(
+    set: &dyn Dataset,
+    index: usize,
+    flip: bool,
+    draw: &mut Stream,
+    out: &mut [f32],
+) -> Result<i64> {
+    let label = set.read(index, flip, draw, out)?;
+    match out.iter().position(|value| !value.is_finite()) {
+        None => Ok(label),
+        Some(at) => Err(TrainError::BadSample { place: set.place(index), value: out[at], at }),
+    }
 }
 
 /// The value of a byte pixel: 0 … 255 to -1 … 1.

@@ -97,31 +97,6 @@ impl Latents {
         Ok(Self { path: path.to_path_buf(), parts, class_names })
     }
 
-    /// What is not finite in a row, for the error.
-    fn not_finite(&self, index: usize, flip: bool) -> TrainError {
-        let posterior = self.posterior(flip).unwrap_or(&self.parts.plain);
-        let mut row = vec![0.0; self.image_len()];
-        for rows in [Some(&posterior.mean), posterior.std.as_ref()].into_iter().flatten() {
-            let found = rows.read(index, &mut row).ok().and_then(|()| row.iter().find(|v| !v.is_finite()));
-            if let Some(value) = found {
-                let (file, what) = (rows.file(index).to_path_buf(), rows.name(index));
-                return TrainError::bad_file(
-                    &file,
-                    format!("sample {index} ({what})"),
-                    "finite numbers",
-                    value,
-                );
-            }
-        }
-        let (what, scale) = (format!("sample {index}"), self.parts.scale);
-        TrainError::bad_file(
-            &self.path,
-            what,
-            "finite numbers",
-            format!("one that is not, times the scale {scale}"),
-        )
-    }
-
     fn posterior(&self, flip: bool) -> Result<&Posterior> {
         match &self.parts.flipped {
             Some(flipped) if flip => Ok(flipped),
@@ -181,6 +156,10 @@ impl Dataset for Latents {
         self.parts.flipped.is_some()
     }
 
+    fn place(&self, index: usize) -> String {
+        self.parts.plain.mean.place(index)
+    }
+
     fn label(&self, index: usize) -> i64 {
         self.parts.labels[index]
     }
@@ -212,10 +191,6 @@ impl Dataset for Latents {
         for value in out.iter_mut() {
             *value *= self.parts.scale;
         }
-        // Found out later, it would look like a learning rate that is too high.
-        if out.iter().any(|value| !value.is_finite()) {
-            return Err(self.not_finite(index, flip));
-        }
         Ok(self.label(index))
     }
 }
@@ -229,6 +204,7 @@ mod tests {
     use safetensors::tensor::TensorView;
 
     use super::*;
+    use crate::data::read_finite;
     use crate::random::Purpose;
 
     type Tensor = (&'static str, Dtype, Vec<usize>, Vec<u8>);
@@ -318,16 +294,22 @@ mod tests {
         };
         let error = |set: &Latents| {
             let mut out = vec![0.0; 4];
-            let read = |index| set.read(index, false, &mut Stream::new(0, Purpose::VaeDraw, 0, 0), &mut out);
+            let read = |index| {
+                let draw = &mut Stream::new(0, Purpose::VaeDraw, 0, 0);
+                read_finite(set, index, false, draw, &mut out)
+            };
             let errors: Vec<String> =
                 (0..3).map(read).filter_map(Result::err).map(|e| e.to_string()).collect();
             assert_eq!(errors.len(), 1, "{errors:?}");
             errors.concat()
         };
         let text = error(&set("latents", 5, f32::NAN));
-        assert!(text.contains("sample 1 (row 1 of `latents`): expected finite numbers, got NaN"), "{text}");
+        assert!(
+            text.starts_with("the data set holds NaN in row 1 of `/") && text.contains("(value 1 of it)"),
+            "{text}"
+        );
         let text = error(&set("std", 11, f32::NEG_INFINITY));
-        assert!(text.contains("sample 2 (row 2 of `std`): expected finite numbers, got -inf"), "{text}");
+        assert!(text.contains("in row 2 of `/") && text.contains("(value 3 of it)"), "{text}");
     }
 
     #[test]

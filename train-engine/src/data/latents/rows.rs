@@ -16,7 +16,6 @@ use crate::tensor_file::{TensorEntry, TensorFile, decode_floats};
 /// Rows `(C, H, W)` that are read one at a time.
 #[derive(Debug)]
 pub(super) struct Rows {
-    name: String,
     shape: [usize; 3],
     place: Place,
 }
@@ -63,9 +62,9 @@ pub(super) fn open_npy(path: &Path) -> Result<(File, Header)> {
 
 impl Rows {
     /// The rows of a tensor `(M, C, H, W)`.
-    pub(super) fn tensor(name: &str, file: &Arc<TensorFile>, entry: TensorEntry) -> Self {
+    pub(super) fn tensor(file: &Arc<TensorFile>, entry: TensorEntry) -> Self {
         let shape = [entry.shape[1], entry.shape[2], entry.shape[3]];
-        Self { name: name.to_owned(), shape, place: Place::Tensor { file: Arc::clone(file), entry } }
+        Self { shape, place: Place::Tensor { file: Arc::clone(file), entry } }
     }
 
     /// The rows of an array `(M, C, H, W)` whose data begin at `start` of an open file.
@@ -83,7 +82,7 @@ impl Rows {
         match header.shape[..] {
             [count, c, h, w] if count * c * h * w > 0 => {
                 let place = Place::Array { path: path.to_path_buf(), file, dtype, start };
-                Ok((Self { name: name.to_owned(), shape: [c, h, w], place }, count))
+                Ok((Self { shape: [c, h, w], place }, count))
             }
             _ => {
                 let (what, got) = (format!("shape of `{name}`"), format!("{:?}", header.shape));
@@ -103,7 +102,7 @@ impl Rows {
         let (_, header) = open_npy(first)?;
         let dtype = float_type(first, &header)?;
         let shape = image_shape(first, &header)?;
-        Ok(Self { name: "latents".to_owned(), shape, place: Place::Files { paths, dtype } })
+        Ok(Self { shape, place: Place::Files { paths, dtype } })
     }
 
     /// Channels, rows and columns.
@@ -111,20 +110,20 @@ impl Rows {
         self.shape
     }
 
+    /// Where a row lies, in words.
+    pub(super) fn place(&self, index: usize) -> String {
+        match &self.place {
+            Place::Files { paths, .. } => format!("`{}`", paths[index].display()),
+            _ => format!("row {index} of `{}`", self.file(index).display()),
+        }
+    }
+
     /// The file that a row is in.
-    pub(super) fn file(&self, index: usize) -> &Path {
+    fn file(&self, index: usize) -> &Path {
         match &self.place {
             Place::Tensor { file, .. } => file.path(),
             Place::Array { path, .. } => path,
             Place::Files { paths, .. } => &paths[index],
-        }
-    }
-
-    /// A row, in words.
-    pub(super) fn name(&self, index: usize) -> String {
-        match &self.place {
-            Place::Files { .. } => "the whole file".to_owned(),
-            _ => format!("row {index} of `{}`", self.name),
         }
     }
 

@@ -17,7 +17,7 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
     let mean = check.latents("latents", None)?;
     let shape = mean.shape.clone();
     let std = check.optional("std", &shape)?;
-    let rows = |name: &str, entry| Rows::tensor(name, &file, entry);
+    let rows = |entry| Rows::tensor(&file, entry);
     let flipped = match check.optional("latents_flipped", &shape)? {
         None => None,
         Some(mean) => {
@@ -26,12 +26,12 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
                 let expected = "`std` and `std_flipped` together or neither";
                 return Err(TrainError::bad_file(path, "tensors", expected, "one of the two"));
             }
-            let std = flipped_std.map(|std| rows("std_flipped", std));
-            Some(Posterior { mean: rows("latents_flipped", mean), std })
+            let std = flipped_std.map(rows);
+            Some(Posterior { mean: rows(mean), std })
         }
     };
     let labels = check.labels(shape[0])?;
-    let plain = Posterior { mean: rows("latents", mean), std: std.map(|std| rows("std", std)) };
+    let plain = Posterior { mean: rows(mean), std: std.map(rows) };
     let classes = check.number("num_classes")?.map_or(Classes::ByLabels, Classes::Number);
     Ok(Parts { plain, flipped, labels, scale: check.number("scale")?.unwrap_or(1.0), classes })
 }

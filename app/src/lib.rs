@@ -26,6 +26,7 @@ pub mod external;
 mod faults;
 pub mod fid;
 mod gpu_memory;
+mod limits;
 pub mod profile;
 pub mod render;
 pub mod roof;
@@ -36,7 +37,7 @@ pub mod torch_file;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use models::ModelError;
 use train_engine::TrainError;
 use train_engine::signals::survive_file_size_limit;
@@ -78,7 +79,9 @@ pub fn run_from_env() -> ExitCode {
 
 /// Runs one command line, the program's name first.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let mut command = limits::judged(Cli::command());
+    let parsed = command.try_get_matches_from_mut(args);
+    let cli = match parsed.and_then(|found| Cli::from_arg_matches(&found)) {
         Ok(cli) => cli,
         Err(error) => {
             let code = if error.use_stderr() { BAD_USAGE } else { 0 };

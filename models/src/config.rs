@@ -17,6 +17,11 @@ pub use preset::PRESETS;
 
 /// The widest dimension accepted, so that no product of sizes overflows.
 const LARGEST: usize = 1 << 20;
+/// Most blocks: a graph has some hundred nodes for each.
+const DEEPEST: usize = 1 << 12;
+/// Most parameters, and most values of a position table or an input: what no machine of today holds.
+const MOST_PARAMETERS: u128 = 1 << 40;
+const MOST_VALUES: u128 = 1 << 32;
 
 /// What the model is trained to predict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -188,7 +193,8 @@ impl DitConfig {
             ("num_classes", self.num_classes),
             ("mup.base_width", self.mup.map_or(1, |mup| mup.base_width)),
         ] {
-            check((1..=LARGEST).contains(&size), key, size, || format!("within 1..={LARGEST}"))?;
+            let most = if key == "depth" { DEEPEST } else { LARGEST };
+            check((1..=most).contains(&size), key, size, || format!("within 1..={most}"))?;
         }
         let (d, heads, side, patch) = (self.hidden_size, self.num_heads, self.input_size, self.patch_size);
         check(side.is_multiple_of(patch), "input_size", side, || {
@@ -202,6 +208,7 @@ impl DitConfig {
         check((1.0..=LARGEST as f64).contains(&hidden), "mlp_ratio", self.mlp_ratio, || {
             format!("such that hidden_size {d} times it is within 1..={LARGEST}")
         })?;
+        self.check_amounts()?;
         let dropout = self.class_dropout_prob;
         check((0.0..=1.0).contains(&dropout), "class_dropout_prob", dropout, || "within 0..=1".into())?;
         if let Some(MupConfig { output_multiplier: alpha, .. }) = self.mup {
@@ -215,6 +222,37 @@ impl DitConfig {
             })?;
         }
         Ok(())
+    }
+}
+
+impl DitConfig {
+    /// Sizes that are each allowed may be too much together. Whoever builds the model asks for memory by them.
+    fn check_amounts(&self) -> Result<(), ModelError> {
+        let [d, depth, side, patch, channels, classes, out] = [
+            self.hidden_size,
+            self.depth,
+            self.input_size,
+            self.patch_size,
+            self.in_channels,
+            self.num_classes,
+            self.out_channels(),
+        ]
+        .map(|size| size as u128);
+        let (positions, mlp) = ((side / patch).pow(2) * d, self.mlp_hidden() as u128);
+        let block = 10 * d * d + 2 * d * mlp;
+        let parameters = depth * block + (channels + out) * patch * patch * d + classes * d + positions;
+        let too_many = |what: &'static str, most: u128, got: u128, of: String| {
+            check(got <= most, what, format!("{got}, from {of}"), || format!("at most {most}"))
+        };
+        too_many("the number of parameters", MOST_PARAMETERS, parameters, {
+            format!("hidden_size {d}, depth {depth}, patch_size {patch} and num_classes {classes}")
+        })?;
+        too_many("the size of the position table", MOST_VALUES, positions, {
+            format!("input_size {side}, patch_size {patch} and hidden_size {d}")
+        })?;
+        too_many("the number of values of an input", MOST_VALUES, channels * side * side, {
+            format!("in_channels {channels} and input_size {side}")
+        })
     }
 }
 

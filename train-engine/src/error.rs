@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use models::ModelError;
 use runtime::RuntimeError;
+use runtime::hint::hint;
 use runtime::lock::Holder;
 
 /// Short for a result with [`TrainError`].
@@ -15,7 +16,7 @@ pub type Result<T, E = TrainError> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum TrainError {
     /// The operating system refused a file operation.
-    #[error("cannot {action} `{}`: {source}{}", path.display(), remedy(source))]
+    #[error("cannot {action} `{}`: {source}{}", path.display(), hint(action, path, source))]
     Io {
         /// What was tried: a verb such as `read`.
         action: &'static str,
@@ -147,6 +148,26 @@ pub enum TrainError {
         path: PathBuf,
         /// What is wrong, with the remedy.
         reason: String,
+    },
+
+    /// A run that was trained on other data than it would go on with.
+    #[error("the data set is not the one that `{}` was trained on: {differences}; {remedy}", path.display())]
+    OtherData {
+        /// The checkpoint's directory, or the sweep's.
+        path: PathBuf,
+        /// What differs.
+        differences: String,
+        /// What can be done.
+        remedy: String,
+    },
+
+    /// A trial of a sweep that cannot run.
+    #[error("the trial {set}: {source}")]
+    BadTrial {
+        /// What it sets.
+        set: String,
+        /// Why not.
+        source: Box<Self>,
     },
 
     /// A run directory that another process is writing to.
@@ -302,22 +323,6 @@ impl From<RuntimeError> for TrainError {
             RuntimeError::Io { action, path, source } => Self::Io { action, path, source },
             other => Self::Runtime(other),
         }
-    }
-}
-
-fn remedy(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free some space and run the same command again"
-        }
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            "; choose a directory you may write to, or change its permissions"
-        }
-        io::ErrorKind::FileTooLarge => {
-            "; raise the limit of this process's files (`ulimit -f`) and run the same command again"
-        }
-        io::ErrorKind::NotFound => "; check the path",
-        _ => "",
     }
 }
 

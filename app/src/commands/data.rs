@@ -93,7 +93,7 @@ impl DataArgs {
                 };
                 let set = data::open(&section, offline, &console::note)?;
                 grid.iter().try_for_each(check_writable)?;
-                check(&set, grid, rows, json)
+                check(&set, kind, grid, rows, json)
             }
         }
     }
@@ -108,18 +108,34 @@ fn fetch(path: Option<&std::path::Path>, offline: bool, json: bool) -> anyhow::R
     all.into_iter().try_for_each(|f| console::out(&f.display().to_string()))
 }
 
-fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bool) -> anyhow::Result<()> {
+fn check(
+    set: &Arc<dyn Dataset>,
+    kind: DataKind,
+    picture: Option<PathBuf>,
+    rows: usize,
+    json: bool,
+) -> anyhow::Result<()> {
     let (c, h, w) = (set.channels(), set.height(), set.width());
     let mut counts = vec![0_usize; set.num_classes()];
     let (mut sum, mut squares) = (0.0, 0.0);
     let (mut shown, mut labels) = (Vec::new(), Vec::new());
     let (mut sample, mut faults) = (vec![0.0; set.image_len()], Vec::new());
     for i in 0..set.len() {
-        let mut draw = Stream::new(0, Purpose::VaeDraw, 0, i as u64);
-        let label = match set.read(i, false, &mut draw, &mut sample) {
+        let draw = || Stream::new(0, Purpose::VaeDraw, 0, i as u64);
+        // Mirrored latents are numbers of their own; a mirrored image is the same file again.
+        if kind == DataKind::Latents && set.can_flip() {
+            let mirrored = data::read_finite(set.as_ref(), i, true, &mut draw(), &mut sample);
+            faults.extend(mirrored.err().map(anyhow::Error::from));
+        }
+        let label = match data::read_finite(set.as_ref(), i, false, &mut draw(), &mut sample) {
             Ok(label) => label,
-            // One file; the others are looked at all the same.
-            Err(fault @ (TrainError::BadImage { .. } | TrainError::Io { .. })) => {
+            // One sample; the others are looked at all the same.
+            Err(
+                fault @ (TrainError::BadImage { .. }
+                | TrainError::BadFile { .. }
+                | TrainError::BadSample { .. }
+                | TrainError::Io { .. }),
+            ) => {
                 faults.push(fault.into());
                 continue;
             }

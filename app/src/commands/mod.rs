@@ -21,6 +21,7 @@ mod train;
 mod transfer;
 mod triton;
 mod weights;
+mod weights_file;
 
 use std::sync::Arc;
 

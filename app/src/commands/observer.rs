@@ -27,6 +27,8 @@ pub(super) struct Console {
     pub(super) sample: SampleSection,
     pub(super) seed: u64,
     pub(super) execution: Execution,
+    /// Whether a run may go on with other data than it began with.
+    pub(super) accept_data: bool,
     pub(super) progress: Option<Progress>,
     pub(super) info: Option<RunInfo>,
     /// Compiled on the first grid.
@@ -46,6 +48,7 @@ impl Console {
             seed: config.train.seed,
             // Its own parameters are where the run is; pictures are drawn in f32.
             execution: of_training(config).in_f32(),
+            accept_data: false,
             progress: None,
             info: None,
             sampler: None,
@@ -156,6 +159,10 @@ impl Observer for Console {
             draw_grid(sampler, model, self.sample.per_class, self.seed, format!("step {step}"), &path)
         })();
         drawn.map_err(|e| TrainError::Picture { path, reason: format!("{e:#}") })
+    }
+
+    fn accepts_data(&mut self, _: &str) -> bool {
+        self.accept_data
     }
 
     fn warn(&mut self, message: &str) {

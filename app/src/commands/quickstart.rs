@@ -16,7 +16,7 @@ use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE, Trainer};
 use super::fid;
 use super::fid::quick::{self, Distances};
 use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance};
-use super::train::{draw_loss, stopped};
+use super::train::{draw_loss, further, stopped};
 use super::weights::{self, Which};
 use super::{Machine, listen, of_training};
 use crate::Usage;
@@ -145,7 +145,7 @@ impl QuickstartArgs {
         console::out(&format!(
             "  mudit sample --checkpoint {quoted} --classes 5,8,9 --cfg 3 --out more.png"
         ))?;
-        console::out(&format!("  mudit train --out {quoted} --set train.steps={}", 2 * config.train.steps))?;
+        console::out(&format!("  {}", further(&config, &self.out)))?;
         console::out("  mudit quickstart --minutes 15 --out runs/longer")?;
         console::out("(`cargo run --release --` in place of `mudit` runs it from this folder)")
     }

@@ -260,12 +260,12 @@ impl SampleArgs {
         if count == 0 {
             return Err(Usage("--count must be 1 or more".into()).into());
         }
-        let (first, mut labels) = (self.first as usize, Vec::new());
-        if first.checked_add(count).is_none() || labels.try_reserve_exact(count).is_err() {
-            return Err(Usage(format!("--count {count} images from {first} on are too many")).into());
-        }
-        labels.extend((first..first + count).map(|i| classes[i % classes.len()]));
-        Ok(labels)
+        room(count, model)?;
+        let first = self.first as usize;
+        let end = first.checked_add(count);
+        let end =
+            end.ok_or_else(|| Usage(format!("--first {first} and {count} images are beyond all numbers")))?;
+        Ok((first..end).map(|i| classes[i % classes.len()]).collect())
     }
 }
 
@@ -275,6 +275,19 @@ fn first_rows(values: Vec<f32>, steps: usize, n: usize, kept: usize, size: usize
         return values;
     }
     (0..steps).flat_map(|k| values[k * n * size..][..kept * size].iter().copied()).collect()
+}
+
+/// Refuses a number of images that the machine has no memory for, before it is asked for piece by piece.
+fn room(count: usize, model: &DitConfig) -> anyhow::Result<()> {
+    let values = model.in_channels * model.input_size * model.input_size;
+    let mut images: Vec<f32> = Vec::new();
+    let fits = count.checked_mul(values).is_some_and(|all| images.try_reserve_exact(all).is_ok());
+    ensure!(
+        fits,
+        "there is no memory for {count} images of {values} values each: make them in parts, with a smaller --count and \
+         --first"
+    );
+    Ok(())
 }
 
 fn read_noise(path: &Path, image: [usize; 3], steps: usize) -> anyhow::Result<(Vec<i64>, GivenNoise)> {

@@ -30,6 +30,9 @@ pub struct TrainArgs {
     /// The run's directory.
     #[arg(long)]
     out: PathBuf,
+    /// Go on with a run though its data set has changed: other classes of the same number, images or labels.
+    #[arg(long)]
+    accept_data_change: bool,
     /// Print the resolved configuration and stop.
     #[arg(long)]
     dry_run: bool,
@@ -54,6 +57,7 @@ impl TrainArgs {
         let runtime = self.machine.runtime_for(&config.train.provider)?;
         let stop = listen("step")?;
         let mut shown = Console::new(&runtime, &self.out, &config);
+        shown.accept_data = self.accept_data_change;
         let result = trainer::run(&runtime, &config, &self.out, &dataset, &stop, &mut shown);
         let pace = shown.finish();
         drop(stop);
@@ -90,11 +94,15 @@ impl TrainArgs {
                 ))?;
                 console::out(&format!("pictures: mudit sample --checkpoint {quoted} --out samples.png"))
             }
-            Outcome::AlreadyFinished => console::out(&format!(
-                "{run} has its {} steps; to go on: mudit train --out {quoted} --set train.steps={}",
-                config.train.steps,
-                2 * config.train.steps
-            )),
+            Outcome::AlreadyFinished => {
+                let why = if config.train.decay_end().is_none() {
+                    "to go on:"
+                } else {
+                    "its learning rate has decayed, so a new run begins with its weights:"
+                };
+                let command = further(&config, &self.out);
+                console::out(&format!("{run} has its {} steps; {why} {command}", config.train.steps))
+            }
             Outcome::Interrupted(step) => Err(stopped(&self.out, step)),
         }
     }
@@ -123,6 +131,23 @@ pub(super) fn stopped(run: &Path, step: u64) -> anyhow::Error {
         _ => format!("stopped and saved after step {step}; the same command goes on from there: {run}"),
     })
     .into()
+}
+
+/// The command that trains a finished run further: where the rate decays, a longer run would be another one from its
+/// first step.
+pub(super) fn further(config: &TrainConfig, run_dir: &Path) -> String {
+    let (run, steps) = (console::quoted(run_dir), config.train.steps);
+    if config.train.decay_end().is_none() {
+        return format!("mudit train --out {run} --set train.steps={}", 2 * steps);
+    }
+    let mut next = run_dir.as_os_str().to_owned();
+    next.push("-2");
+    format!(
+        "mudit train --config {} --set {} --out {}",
+        console::quoted(run_dir.join(RUN_CONFIG_FILE)),
+        console::quoted(format!("train.from={}", run_dir.display())),
+        console::quoted(next)
+    )
 }
 
 /// Draws `loss.svg` from the run's metrics; a run is not worth less without it.

@@ -76,6 +76,9 @@ fn state(step: u64) -> State {
         elapsed_seconds: 0.0,
         config_hash: String::new(),
         loss_scale: None,
+        decay_steps: None,
+        data: None,
+        origin: None,
         mup: serde_json::Value::Null,
     }
 }

@@ -16,6 +16,9 @@ fn state(step: u64) -> State {
         elapsed_seconds: 0.1 + 0.2,
         config_hash: "abc".into(),
         loss_scale: Some(crate::loss_scale::LossScale::starting_at(512.0)),
+        decay_steps: None,
+        data: None,
+        origin: None,
         mup: serde_json::json!({"z": {"role": "hidden"}, "a": {"role": "input"}}),
     }
 }

@@ -242,6 +242,10 @@ pub enum Schedule {
 pub struct TrainSection {
     /// Optimizer steps of the whole run.
     pub steps: u64,
+    /// What a new run takes its first parameters from: a checkpoint's directory, a run's, or a `.safetensors` file. The
+    /// moving average where there is one; the optimizer starts anew. A run that goes on does not read it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<PathBuf>,
     /// Images of one optimizer step.
     pub batch_size: usize,
     /// Micro-batches an optimizer step is split into; divides `batch_size`.
@@ -262,6 +266,9 @@ pub struct TrainSection {
     pub learning_rate: f64,
     /// `constant`, `linear` or `cosine`.
     pub schedule: Schedule,
+    /// The step at which a decaying learning rate has reached its end, where it stays; `steps` where none is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_steps: Option<u64>,
     /// Learning rate at the end over the one after the warm-up.
     pub final_fraction: f64,
     /// Steps over which the learning rate rises from 0; under muP the same number at every width.
@@ -285,10 +292,18 @@ pub struct TrainSection {
     pub label_drop: Option<f64>,
 }
 
+impl TrainSection {
+    /// The step at which a decaying learning rate has reached its end; none where it stays.
+    pub fn decay_end(&self) -> Option<u64> {
+        (self.schedule != Schedule::Constant).then(|| self.decay_steps.unwrap_or(self.steps))
+    }
+}
+
 impl Default for TrainSection {
     fn default() -> Self {
         Self {
             steps: 400_000,
+            from: None,
             batch_size: 256,
             accumulate: 1,
             recompute: Recompute::None,
@@ -298,6 +313,7 @@ impl Default for TrainSection {
             threads: 0,
             learning_rate: 1e-4,
             schedule: Schedule::default(),
+            decay_steps: None,
             final_fraction: 0.0,
             warmup_steps: 0,
             weight_decay: 0.0,

@@ -3,6 +3,7 @@
 use std::fmt::Display;
 
 use models::SolverKind;
+use runtime::session::MAX_THREADS;
 
 use super::{DataKind, Orient, TrainConfig};
 use crate::error::{Result, TrainError};
@@ -109,6 +110,17 @@ impl TrainConfig {
         probability("train.final_fraction", train.final_fraction)?;
         let allowed = format!("at most `train.steps` ({})", train.steps);
         check("train.warmup_steps", train.warmup_steps, train.warmup_steps <= train.steps, &allowed)?;
+        if let Some(decay) = train.decay_steps {
+            if train.decay_end().is_none() {
+                let allowed = "left out where `train.schedule` is `constant`: nothing decays";
+                return Err(bad("train.decay_steps", decay, allowed));
+            }
+            let within = (train.warmup_steps.max(1)..Stream::MAX_STEP).contains(&decay);
+            let allowed = format!("from `train.warmup_steps` ({}) to 2^40 - 1", train.warmup_steps.max(1));
+            check("train.decay_steps", decay, within, &allowed)?;
+        }
+        let allowed = format!("at most {MAX_THREADS}; 0 is one a core");
+        check("train.threads", train.threads, train.threads <= MAX_THREADS, &allowed)?;
         not_negative("train.weight_decay", train.weight_decay)?;
         for (key, beta) in
             [("train.beta1", train.beta1), ("train.beta2", train.beta2), ("train.ema_decay", train.ema_decay)]

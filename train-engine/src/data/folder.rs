@@ -1,21 +1,28 @@
 //! A directory with one sub-directory of PNG or JPEG files a class.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use image::metadata::Orientation;
 use models::class_names::misleading_number;
+use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
 
 use super::center_crop::center_crop;
 use super::classes::classes;
-use super::{Dataset, check_read, pixel};
+use super::identity::spread;
+use super::{Dataset, Stored, check_read, pixel};
 use crate::config::Orient;
 use crate::error::{Result, TrainError};
 use crate::picture::{self, Decoded};
 use crate::random::Stream;
 
 const CHANNELS: usize = 3;
+
+/// Bytes of a file that tell its content, beside its size.
+const HEAD: u64 = 32 << 10;
 
 /// RGB images, decoded and cropped when they are read.
 #[derive(Debug)]
@@ -88,9 +95,32 @@ impl Dataset for ImageFolder {
         &self.class_names
     }
 
+    fn label(&self, index: usize) -> i64 {
+        self.files[index].1 as i64
+    }
+
+    fn stored(&self, into: &mut Stored) -> Result<()> {
+        // A million of sizes is waiting for the disk, mostly.
+        let sizes = self.files.par_iter().map(|(path, _)| {
+            let data = path.metadata().map_err(TrainError::io("read", path))?;
+            Ok(data.len())
+        });
+        let sizes: Vec<u64> = sizes.collect::<Result<_>>()?;
+        for ((path, _), bytes) in self.files.iter().zip(sizes) {
+            into.file(Path::new(path.file_name().unwrap_or_default()), bytes);
+        }
+        for index in spread(self.files.len()) {
+            let (path, mut head) = (&self.files[index].0, Vec::new());
+            let file = File::open(path).map_err(TrainError::io("open", path))?;
+            file.take(HEAD).read_to_end(&mut head).map_err(TrainError::io("read", path))?;
+            into.content(&head);
+        }
+        Ok(())
+    }
+
     fn read(&self, index: usize, flip: bool, _: &mut Stream, out: &mut [f32]) -> Result<i64> {
         check_read(self, index, out)?;
-        let (path, class) = &self.files[index];
+        let path = &self.files[index].0;
         let Decoded { mut image, orientation } = picture::read(path)?;
         if orientation != Orientation::NoTransforms {
             self.turned.lock().unwrap_or_else(PoisonError::into_inner).insert(index);
@@ -107,7 +137,7 @@ impl Dataset for ImageFolder {
                 out[(channel * self.size + y) * self.size + x] = pixel(byte);
             }
         }
-        Ok(*class as i64)
+        Ok(self.label(index))
     }
 
     fn remarks(&self) -> Vec<String> {

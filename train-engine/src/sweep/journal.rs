@@ -9,6 +9,7 @@ use runtime::file::{sync_directory, sync_file};
 use runtime::lock::{Holder, Lock, Tried};
 use serde::{Deserialize, Serialize};
 
+use crate::data::DataIdentity;
 use crate::error::{Result, TrainError};
 
 const JOURNALS: &str = "journal";
@@ -22,6 +23,8 @@ pub enum Status {
     Finished,
     /// The loss or a gradient was not finite, or the loss ran away; what is left of the steps was not done.
     Diverged,
+    /// It could not be run: its step does not compile, or does not fit into memory.
+    Failed,
 }
 
 /// The result of a trial.
@@ -33,7 +36,10 @@ pub struct TrialResult {
     pub trial: usize,
     /// How it ended.
     pub status: Status,
-    /// Mean loss over the last share of the steps; none when diverged.
+    /// Why it failed; none otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Mean loss over the last share of the steps; none when diverged or failed.
     pub loss: Option<f64>,
     /// Steps done.
     pub steps: u64,
@@ -69,6 +75,8 @@ impl TrialResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub enum Event {
+    /// The data set that the results after it are of.
+    Data(DataIdentity),
     /// A step was compiled.
     Compiled {
         /// Its shape.
@@ -177,6 +185,28 @@ impl Journals {
         })
     }
 
+    /// Refuses another data set than the results so far are of; whether any has been noted.
+    ///
+    /// # Errors
+    /// [`TrainError::OtherData`] naming what differs.
+    pub fn check_data(&self, data: &DataIdentity) -> Result<bool> {
+        let noted = self.events.iter().find_map(|event| match event {
+            Event::Data(before) => Some(before),
+            _ => None,
+        });
+        let differences = noted.map_or(Vec::new(), |before| data.differences(before));
+        if differences.is_empty() {
+            return Ok(noted.is_some());
+        }
+        Err(TrainError::OtherData {
+            path: self.folder.clone(),
+            differences: differences.join("; "),
+            remedy:
+                "results on different data do not compare: bring it back, or choose another folder with --out"
+                    .into(),
+        })
+    }
+
     /// Number of compilations, over all workers.
     pub fn compilations(&self) -> usize {
         self.events.iter().filter(|event| matches!(event, Event::Compiled { .. })).count()
@@ -277,6 +307,7 @@ mod tests {
             id: id.to_owned(),
             trial: 0,
             status: Status::Finished,
+            reason: None,
             loss: losses.last().copied().flatten(),
             steps: 10 * losses.len() as u64,
             seconds: 2.0,

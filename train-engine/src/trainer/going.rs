@@ -10,10 +10,11 @@ use runtime::UpdateReport;
 use runtime::memory::peak_resident_bytes;
 
 use super::Trainer;
+use super::start::Origin;
 use super::whole_run::{Observer, Outcome, StepReport};
 use crate::checkpoint::{RunLock, State};
 use crate::config::TrainConfig;
-use crate::data::{Batch, BatchPlan, Loader};
+use crate::data::{Batch, BatchPlan, DataIdentity, Loader};
 use crate::error::{Result, TrainError};
 use crate::metrics::MetricsLog;
 use crate::schedule::learning_rate_factor;
@@ -56,6 +57,13 @@ impl Troubles {
     }
 }
 
+/// What a run's results stem from, as every checkpoint tells it.
+#[derive(Debug)]
+pub(super) struct Roots {
+    pub(super) data: DataIdentity,
+    pub(super) origin: Option<Origin>,
+}
+
 /// A run between its first step and its last.
 pub(super) struct Going<'a> {
     config: &'a TrainConfig,
@@ -65,6 +73,7 @@ pub(super) struct Going<'a> {
     trainer: Trainer,
     observer: &'a mut dyn Observer,
     troubles: Troubles,
+    roots: Roots,
     metrics: Option<MetricsLog>,
     events: Option<EventWriter>,
     /// Steps that are whole.
@@ -91,6 +100,7 @@ impl<'a> Going<'a> {
         observer: &'a mut dyn Observer,
         mut troubles: Troubles,
         (done, before): (u64, f64),
+        roots: Roots,
     ) -> Self {
         let opened = MetricsLog::open_beside(run_dir, (done > 0).then_some(done));
         let metrics = troubles.pass(observer, NO_METRICS, opened).map(|(metrics, aside)| {
@@ -114,6 +124,7 @@ impl<'a> Going<'a> {
             trainer,
             observer,
             troubles,
+            roots,
             metrics,
             events,
             done,
@@ -228,6 +239,7 @@ impl<'a> Going<'a> {
             format_version: State::FORMAT_VERSION,
             step: self.done,
             total_steps: train.steps,
+            decay_steps: train.decay_end(),
             images_seen: self.done * train.batch_size as u64,
             epoch: position.epoch,
             epoch_batch: position.batch,
@@ -235,6 +247,8 @@ impl<'a> Going<'a> {
             elapsed_seconds: self.before + self.start.elapsed().as_secs_f64(),
             config_hash: self.config.hash()?,
             loss_scale: self.trainer.loss_scale().copied(),
+            data: Some(self.roots.data.clone()),
+            origin: self.roots.origin.clone(),
             mup: serde_json::to_value(self.trainer.mup())
                 .map_err(|e| TrainError::Internal(format!("the muP table does not serialise: {e}")))?,
         };

@@ -1,18 +1,20 @@
 //! A run from its configuration to its last step, in a directory that it can go on in.
 
 use std::cell::RefCell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use graph_builder::Graph;
 use models::DitConfig;
 use runtime::{Recording, Runtime, SharedArena};
 
-use super::going::{Going, Troubles};
+use super::going::{Going, Roots, Troubles};
+use super::resume::{DataNews, compare_data, refuse_other_run};
+use super::start::Start;
 use super::{MemoryPlan, Trainer};
 use crate::checkpoint::{self, RunLock, State};
 use crate::config::TrainConfig;
-use crate::data::{BatchPlan, Dataset, Loader};
+use crate::data::{BatchPlan, DataIdentity, Dataset, Loader};
 use crate::error::{Result, TrainError};
 use crate::signals::StopSignal;
 use crate::step::StepLoss;
@@ -65,7 +67,7 @@ pub enum Outcome {
     Interrupted(u64),
 }
 
-/// What a caller wants to be told during a run. Nothing here can change a result.
+/// What a caller wants to be told, and is asked, during a run.
 pub trait Observer {
     /// The program that will draw sample pictures from a copy of the average, after all passes: its memory is planned for.
     ///
@@ -87,6 +89,11 @@ pub trait Observer {
     /// # Errors
     /// Why there are none; the run goes on.
     fn sample(&mut self, step: u64, model: &DitConfig, ema: &SharedArena) -> Result<()>;
+    /// The run has been trained on another data set, different in what `differences` tells: whether it goes on all the
+    /// same.
+    fn accepts_data(&mut self, _differences: &str) -> bool {
+        false
+    }
     /// Something a user should know.
     fn warn(&mut self, message: &str);
 }
@@ -98,7 +105,7 @@ pub trait Observer {
 ///
 /// # Errors
 /// [`TrainError::Locked`] when another process trains there, [`TrainError::BadCheckpoint`] when the directory holds a
-/// run of another configuration, [`TrainError::NotFinite`] with the evidence saved, and what files and sessions give.
+/// run of another configuration, [`TrainError::OtherData`] when it was trained on other data, [`TrainError::NotFinite`] with the evidence saved, and what files and sessions give.
 pub fn run(
     runtime: &Arc<Runtime>,
     config: &TrainConfig,
@@ -119,15 +126,44 @@ pub fn run(
     }
     let warnings = RefCell::new(Vec::new());
     let found = checkpoint::latest_valid(run_dir, &|message| warnings.borrow_mut().push(message.to_owned()))?;
-    for message in warnings.into_inner() {
+    for message in warnings.take() {
         observer.warn(&message);
     }
-    refuse_other_run(config, run_dir, found.as_ref())?;
-    let first = found.as_ref().map_or(0, |(_, state)| state.step);
+    let found = found.as_ref().map(|(path, state)| (path.as_path(), state));
+    if let Some(found) = found {
+        refuse_other_run(config, run_dir, found)?;
+    }
+    let first = found.map_or(0, |(_, state)| state.step);
     if first >= train.steps {
         return Ok(Outcome::AlreadyFinished);
     }
-    let text = config.to_toml()?;
+    let data = DataIdentity::of(dataset.as_ref())?;
+    if let Some(found) = found {
+        match compare_data(&data, &model, found)? {
+            DataNews::Same => {}
+            DataNews::Unknown => observer.warn(
+                "the checkpoint is older than fingerprints of data, so whether its data are these cannot be told; from \
+                 now on it is",
+            ),
+            DataNews::Changed(differences) if observer.accepts_data(&differences) => {
+                observer.warn(&format!("going on with another data set, as asked: {differences}"));
+            }
+            DataNews::Changed(differences) => {
+                let remedy = "bring it back, go on all the same with --accept-data-change, or begin a new run".into();
+                return Err(TrainError::OtherData { path: found.0.to_path_buf(), differences, remedy });
+            }
+        }
+    }
+    let start = match (&config.train.from, found) {
+        (Some(from), None) => {
+            Some(Start::find(from, &|message| warnings.borrow_mut().push(message.to_owned()))?)
+        }
+        _ => None,
+    };
+    for message in warnings.into_inner() {
+        observer.warn(&message);
+    }
+    let text = config.anchored()?.to_toml()?;
     let copied =
         runtime::file::write_atomically(run_dir.join(RUN_CONFIG_FILE), |out| out.write_all(text.as_bytes()));
     troubles.pass(observer, "the settings are not in the run's directory", copied.map_err(Into::into));
@@ -135,9 +171,13 @@ pub fn run(
     let pictures = if config.sample.every_steps > 0 { observer.pictures(&model)? } else { None };
     let mut planned = |plan: &MemoryPlan| observer.planned(plan);
     let mut trainer = Trainer::planned(runtime, config, &model, pictures.as_ref(), &mut planned)?;
-    if let Some((path, state)) = &found {
+    let mut origin = None;
+    if let Some((path, state)) = found {
         trainer.read(path)?;
         trainer.loss_scale = state.loss_scale.or(trainer.loss_scale);
+        origin.clone_from(&state.origin);
+    } else if let Some(start) = &start {
+        origin = Some(trainer.start_from(start, &mut |message| observer.warn(message))?);
     }
     let compiled = trainer.compiled();
     let info = RunInfo {
@@ -164,32 +204,13 @@ pub fn run(
         config.data.prefetch,
         config.data.workers,
     )?;
-    let before = found.as_ref().map_or(0.0, |(_, state)| state.elapsed_seconds);
-    let mut going = Going::new(config, run_dir, plan, &lock, trainer, observer, troubles, (first, before));
+    let before = found.map_or(0.0, |(_, state)| state.elapsed_seconds);
+    let roots = Roots { data, origin };
+    let mut going =
+        Going::new(config, run_dir, plan, &lock, trainer, observer, troubles, (first, before), roots);
     let ended = going.steps(&model, loader, stop);
     if ended.is_err() {
         going.rescue();
     }
     ended
-}
-
-/// Refuses to go on with a run whose results another configuration would change.
-fn refuse_other_run(config: &TrainConfig, run_dir: &Path, found: Option<&(PathBuf, State)>) -> Result<()> {
-    let Some((path, state)) = found else { return Ok(()) };
-    if state.config_hash == config.hash()? {
-        return Ok(());
-    }
-    let before = TrainConfig::load(&run_dir.join(RUN_CONFIG_FILE), &[]);
-    let conflicts = match before.and_then(|before| config.conflicts_with(&before)) {
-        // The run is older than a key of the configuration, and the key has the value that was in force.
-        Ok(conflicts) if conflicts.is_empty() => return Ok(()),
-        conflicts => conflicts.unwrap_or_default(),
-    };
-    Err(TrainError::BadCheckpoint {
-        path: path.clone(),
-        reason: format!(
-            "it belongs to another configuration ({}); restore it, or choose another directory",
-            if conflicts.is_empty() { "its hash differs".into() } else { conflicts.join("; ") }
-        ),
-    })
 }

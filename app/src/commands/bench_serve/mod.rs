@@ -75,7 +75,7 @@ impl BenchServeArgs {
         runs.iter().try_for_each(Arrivals::check)?;
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         tokio.block_on(async {
-            let key = std::env::var(KEY_VARIABLE).ok();
+            let key = std::env::var(KEY_VARIABLE).ok().filter(|key| !key.is_empty());
             let client = Client::new(&self.url, key.as_deref(), self.timeout)?;
             client.metrics().await.with_context(|| format!("no server answers at {}", self.url))?;
             let mut reports = Vec::new();

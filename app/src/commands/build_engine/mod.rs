@@ -10,7 +10,7 @@ mod trial;
 mod validation;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -29,9 +29,8 @@ use self::parameters::Source;
 use self::programs::{Planned, initializers, place};
 use self::stages::Stage;
 use self::validation::Report;
-use super::{Machine, triton};
+use super::{Machine, triton, weights};
 use crate::Usage;
-use crate::built::BuiltEngine;
 use crate::console;
 use crate::sampler::{channels, channels_text};
 
@@ -46,13 +45,15 @@ enum Export {
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 pub struct BuildEngineArgs {
-    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint directory, or an engine of the model.
+    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint or run directory, or an engine of the
+    /// model.
     #[arg(long)]
     model: String,
     /// Programs to build: denoise, denoise-cfg, step, step-rows, loss, train-step.
     #[arg(long = "program", required = true, value_delimiter = ',')]
     programs: Vec<ProgramKind>,
-    /// Parameters (safetensors) for the programs that carry them.
+    /// Parameters (safetensors or a PyTorch file) for the programs that carry them; left out, those of the checkpoint or run
+    /// that --model names, the moving average where there is one.
     #[arg(long)]
     weights: Option<PathBuf>,
     /// Samples of one run.
@@ -106,12 +107,10 @@ pub struct BuildEngineArgs {
 impl BuildEngineArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let start = Instant::now();
-        let target = self.check()?;
-        let model = model(&self.model)?;
-        let weights = match &self.weights {
-            Some(file) => Some(Source::open(&model, file, self.precision)?),
-            None => None,
-        };
+        let weights = self.weights_path()?;
+        let target = self.check(weights.is_some())?;
+        let model = weights::model(&self.model)?;
+        let weights = weights.map(|file| Source::open(&model, &file, self.precision)).transpose()?;
         let planned = self.plan(&model)?;
         let open = self.plan_open(&model, &target)?;
         let carried = weights.as_ref().filter(|_| planned.iter().any(|p| !p.kind.feeds_parameters()));
@@ -143,7 +142,7 @@ impl BuildEngineArgs {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
             Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
         }
-        let reports = self.try_out(&target, &model, &mut draft, &mut stages)?;
+        let reports = self.try_out(&target, &model, weights.as_ref(), &mut draft, &mut stages)?;
         stages.finish();
         if !reports.is_empty()
             && let Some(extra) = draft.manifest_mut().extra.as_object_mut()
@@ -175,8 +174,17 @@ impl BuildEngineArgs {
         ))
     }
 
+    /// The weights file: the one given, else, where a program carries parameters, that of the checkpoint that `--model`
+    /// names.
+    fn weights_path(&self) -> anyhow::Result<Option<PathBuf>> {
+        if self.weights.is_some() || self.programs.iter().all(|p| p.feeds_parameters()) {
+            return Ok(self.weights.clone());
+        }
+        weights::beside(&self.model)
+    }
+
     /// Refuses what cannot be built here before any work is done.
-    fn check(&self) -> anyhow::Result<Target> {
+    fn check(&self, has_weights: bool) -> anyhow::Result<Target> {
         if let (Some(_), Some(kind)) = (self.export, self.programs.iter().find(|p| p.feeds_parameters())) {
             let text =
                 format!("{kind} takes the parameters as inputs; a model repository is for sampling programs");
@@ -191,9 +199,9 @@ impl BuildEngineArgs {
         }
         let carrying: Vec<_> =
             self.programs.iter().filter(|p| !p.feeds_parameters()).map(ToString::to_string).collect();
-        if self.weights.is_none() && !carrying.is_empty() {
+        if !has_weights && !carrying.is_empty() {
             let text = format!(
-                "{} carries the model's parameters: give them with --weights FILE.safetensors",
+                "{} carries the model's parameters: give them with --weights FILE.safetensors, or a checkpoint or a run as --model",
                 carrying.join(", ")
             );
             return Err(Usage(text).into());
@@ -308,16 +316,6 @@ impl BuildEngineArgs {
             }),
         })
     }
-}
-
-/// The model that is meant; an engine knows its own.
-fn model(text: &str) -> anyhow::Result<DitConfig> {
-    let place = Path::new(text);
-    Ok(if BuiltEngine::is_at(place) {
-        BuiltEngine::open(place)?.model().clone()
-    } else {
-        DitConfig::resolve(text)?
-    })
 }
 
 /// The ONNX Runtime that loads the programs: the pinned version, or a library that the user names.

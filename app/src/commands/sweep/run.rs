@@ -60,9 +60,10 @@ impl RunArgs {
             }));
         }
         console::out(&format!(
-            "{} trials ended here ({} diverged), {} compilations, {} in all, {:.1} % of it outside steps and compiling",
+            "{} trials ended here ({} diverged, {} failed), {} compilations, {} in all, {:.1} % of it outside steps and compiling",
             summary.ended,
             summary.diverged,
+            summary.failed,
             summary.compilations,
             duration(summary.seconds),
             100.0 * summary.overhead()
@@ -136,6 +137,9 @@ pub(in crate::commands) fn work(
             });
             let outcome = match (result.status, result.loss) {
                 (Status::Finished, Some(loss)) => format!("loss {loss:.4}"),
+                (Status::Failed, _) => {
+                    format!("failed: {}", result.reason.as_deref().unwrap_or("no reason kept"))
+                }
                 _ => format!("diverged at step {}", result.steps),
             };
             let set = set.collect::<Vec<_>>().join(" ");

@@ -111,6 +111,9 @@ mod tests {
         fn class_names(&self) -> &[String] {
             &[]
         }
+        fn label(&self, _: usize) -> i64 {
+            0
+        }
         fn read(&self, _: usize, _: bool, _: &mut Stream, out: &mut [f32]) -> train_engine::Result<i64> {
             for (i, x) in out.iter_mut().enumerate() {
                 *x = (i % 256) as f32 / 127.5 - 1.0;

@@ -4,12 +4,10 @@ use std::io::{Read, Seek};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use runtime::npy::Kind;
 use zip::ZipArchive;
 
 use super::{inside, open_file};
-
-/// No header that NumPy writes is longer, in bytes.
-const MAX_HEADER: usize = 1 << 16;
 
 /// Element types that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,52 +42,22 @@ pub(crate) struct Header {
 impl Header {
     /// Bytes of the data.
     pub(crate) fn data_bytes(&self) -> anyhow::Result<u64> {
-        let product = self.shape.iter().try_fold(self.element.size() as u64, |a, d| a.checked_mul(*d as u64));
-        let product = product.filter(|bytes| *bytes < u64::MAX / 2);
-        product.with_context(|| format!("no file holds an array of shape {:?}", self.shape))
+        Ok(runtime::npy::data_bytes(&self.shape, self.element.size())?)
     }
 }
 
 /// Reads a header and leaves the reader at the data.
 pub(crate) fn header(reader: &mut impl Read) -> anyhow::Result<Header> {
-    let mut bytes = vec![0; 12];
-    reader.read_exact(&mut bytes[..10]).context("it is cut short")?;
-    ensure!(bytes.starts_with(b"\x93NUMPY"), "it is no NumPy array");
-    let (before, length) = if bytes[6] == 1 {
-        (10, u16::from_le_bytes([bytes[8], bytes[9]]) as usize)
-    } else {
-        reader.read_exact(&mut bytes[10..]).context("it is cut short")?;
-        (12, u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]) as usize)
+    let found = runtime::npy::Header::read(reader)?;
+    let element = match (found.kind, found.width) {
+        (Kind::Unsigned, 1) => Element::U8,
+        (Kind::Float, 4) => Element::F32,
+        (Kind::Float, 8) => Element::F64,
+        (kind, width) => {
+            bail!("its elements are {kind:?} of {width} bytes, expected bytes (|u1) or floats (<f4, <f8)")
+        }
     };
-    ensure!(length <= MAX_HEADER, "its header says to have {length} bytes, at most {MAX_HEADER} are read");
-    bytes.resize(before + length, 0);
-    reader.read_exact(&mut bytes[before..]).context("its header is cut short")?;
-    let text = str::from_utf8(&bytes[before..]).context("its header is no text")?;
-    let (element, shape, by_columns) = description(text)?;
-    Ok(Header { element, shape, by_columns, bytes: bytes.len() as u64 })
-}
-
-/// Reads `{'descr': '|u1', 'fortran_order': False, 'shape': (4, 8, 8, 3), }`.
-fn description(text: &str) -> anyhow::Result<(Element, Vec<usize>, bool)> {
-    let after = |key: &str| {
-        let found = text.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
-        found.with_context(|| format!("its header has no `{key}`"))
-    };
-    let kind = after("descr")?.split('\'').nth(1).unwrap_or_default();
-    let element = match kind {
-        "|u1" | "<u1" | "u1" => Element::U8,
-        "<f4" => Element::F32,
-        "<f8" => Element::F64,
-        _ => bail!(
-            "its elements are `{kind}`, expected bytes (|u1) or little-endian floats (<f4, <f8): save it again by NumPy's \
-             `x.astype(numpy.uint8)` or `x.astype(numpy.float32)`"
-        ),
-    };
-    let by_columns = after("fortran_order")?.starts_with("True");
-    let tuple = after("shape")?.strip_prefix('(').and_then(|rest| rest.split_once(')'));
-    let sizes = tuple.map(|(sizes, _)| sizes.split(',').map(str::trim).filter(|s| !s.is_empty()));
-    let shape = sizes.and_then(|sizes| sizes.map(|s| s.parse().ok()).collect::<Option<Vec<usize>>>());
-    Ok((element, shape.context("its shape cannot be read")?, by_columns))
+    Ok(Header { element, shape: found.shape, by_columns: found.by_columns, bytes: found.before })
 }
 
 /// What an element of a file becomes.

@@ -1,7 +1,7 @@
 //! What a class is called, and which class a text means.
 //!
 //! Names are compared composed (Unicode NFC), so that a folder from a Mac is the word that is typed elsewhere. A text means
-//! the class of exactly that name; else the one of that name in other letters' cases; else the one of that number. `#3`
+//! the class of exactly that name; else the one of that name in other letters' cases; else the one of that number. `@3`
 //! is always number 3. A text that means two classes is refused, with a spelling for each.
 
 use caseless::Caseless as _;
@@ -10,8 +10,8 @@ use unicode_normalization::UnicodeNormalization as _;
 use crate::config::DitConfig;
 use crate::error::ModelError;
 
-/// Before a number that is one in any case.
-const NUMBER_SIGN: char = '#';
+/// Before a number that is one in any case; no shell wants it quoted.
+const NUMBER_SIGN: char = '@';
 /// Names in a message.
 const SHOWN: usize = 20;
 
@@ -38,7 +38,7 @@ pub fn misleading_number<S: AsRef<str>>(names: &[S]) -> Option<usize> {
 }
 
 impl DitConfig {
-    /// The class that a name, a number or `#` and a number means.
+    /// The class that a name, a number or `@` and a number means.
     ///
     /// # Errors
     /// [`ModelError::UnknownClass`], [`ModelError::AmbiguousClass`].
@@ -184,12 +184,12 @@ mod tests {
             ("\u{d55c}", 7),
             ("x", 8),
             ("3", 3),
-            ("#3", 3),
+            ("@3", 3),
             ("03", 3),
         ] {
             assert_eq!(model.class(text).unwrap(), class, "{text}");
         }
-        for text in ["", "cafe", "9", "#9", "-1", "+1", "1.0", "#", "##1", "99999999999999999999999"] {
+        for text in ["", "cafe", "9", "@9", "-1", "+1", "1.0", "#", "@#1", "99999999999999999999999"] {
             let error = model.class(text).unwrap_err();
             assert!(matches!(error, ModelError::UnknownClass { .. }), "{text}: {error}");
         }
@@ -205,13 +205,13 @@ mod tests {
         let padded = ["01", "02", "03"];
         let cases = ["Cat", "cat", "dog"];
         let years = ["1990", "1991"];
-        let signs = ["x", "#0", "y"];
+        let signs = ["x", "@0", "y"];
         for (names, text, class) in [
             (&sorted[..], "0", Some(0)),
-            (&sorted, "#2", Some(2)),
+            (&sorted, "@2", Some(2)),
             (&sorted, "2", None),
             (&sorted, "10", None),
-            (&sorted, "#10", Some(10)),
+            (&sorted, "@10", Some(10)),
             (&from_one, "3", Some(2)),
             (&from_one, "1", None),
             (&from_one, "0", Some(0)),
@@ -224,7 +224,7 @@ mod tests {
             (&cases, "DOG", Some(2)),
             (&years, "1991", Some(1)),
             (&years, "1", Some(1)),
-            (&signs, "#0", None),
+            (&signs, "@0", None),
             (&signs, "0", Some(0)),
         ] {
             let model = model(names);
@@ -252,12 +252,12 @@ mod tests {
     fn lists_know_names_with_commas() {
         let model = model(&["a,b", "c", "tench, Tinca", "a", "x,y,z", "b"]);
         let of = |list: &str| model.classes(&[list]);
-        assert_eq!(of("c,tench, Tinca,#0").unwrap(), [1, 2, 0]);
+        assert_eq!(of("c,tench, Tinca,@0").unwrap(), [1, 2, 0]);
         assert_eq!(of("x,y,z,c").unwrap(), [4, 1]);
         assert_eq!(model.classes(&["c,a", "b"]).unwrap(), [1, 3, 5]);
         let error = of("c,a,b").unwrap_err().to_string();
         assert!(
-            error.contains("`a,b`") && error.contains("write `#0`") && error.contains("the list of"),
+            error.contains("`a,b`") && error.contains("write `@0`") && error.contains("the list of"),
             "{error}"
         );
         assert!(of("c,,a").is_err() && of("").is_err());

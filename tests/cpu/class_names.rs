@@ -25,8 +25,8 @@ fn numbers_that_are_names_of_other_classes_are_refused() {
     let scene = scene(&["0", "1", "10", "11", "2", "3", "x,y", "E\u{301}te\u{301}", "Вой", "y"]);
     for (classes, expected) in [
         ("0,1,10", [0, 1, 2]),
-        ("#2,#2,#4", [2, 2, 4]),
-        ("x,y,9,#6", [6, 9, 6]),
+        ("@2,@2,@4", [2, 2, 4]),
+        ("x,y,9,@6", [6, 9, 6]),
         ("\u{e9}t\u{e9},ВОЙ,вои\u{306}", [7, 8, 8]),
     ] {
         assert_eq!(labels(&scene, classes), expected, "{classes}");
@@ -34,14 +34,14 @@ fn numbers_that_are_names_of_other_classes_are_refused() {
     fs::remove_file(scene.path("x.safetensors")).unwrap();
     let sample = "sample --offline --checkpoint checkpoint --steps 2 --count 1 --out y.npz --classes";
     for (classes, parts) in [
-        ("2", &["`2` means more than one class", "named `10` (write `#2`)", "named `2` (write `#4`)"][..]),
-        ("0,3", &["`3` means", "`#3`", "`#5`"]),
+        ("2", &["`2` means more than one class", "named `10` (write `@2`)", "named `2` (write `@4`)"][..]),
+        ("0,3", &["`3` means", "`@3`", "`@5`"]),
         ("12", &["class 12 is not in 0 to 9"]),
-        ("#12", &["`#12`", "0 to 9"]),
+        ("@12", &["`@12`", "0 to 9"]),
         ("ete", &["no class is called `ete`"]),
     ] {
         scene.refuses(&format!("{sample} {classes}"), 2, parts);
     }
     let fid = "fid calc --offline --checkpoint checkpoint -n 4 --few --ref absent.npz --classes 2";
-    scene.refuses(fid, 2, &["`#2`", "`#4`"]);
+    scene.refuses(fid, 2, &["`@2`", "`@4`"]);
 }

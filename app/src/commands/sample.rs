@@ -38,7 +38,7 @@ pub struct SampleArgs {
     weights: Option<Which>,
     #[command(flatten)]
     solving: Solving,
-    /// Classes by name or number, separated by commas, repeated in turn; `#2` is number 2 whatever the names are.
+    /// Classes by name or number, separated by commas, repeated in turn; `@2` is number 2 whatever the names are.
     /// Default all.
     #[arg(long)]
     classes: Vec<String>,

@@ -82,7 +82,7 @@ fn every_wrong_field_is_named() {
         (json!({"class_label": 3}), "class_label", "0 to 2, or dot, dash, ring"),
         (json!({"class_label": -1}), "class_label", "is no class"),
         (json!({"class_label": 1.5}), "class_label", "is no class"),
-        (json!({"class_label": "#3"}), "class_label", "\"#3\" is no class"),
+        (json!({"class_label": "@3"}), "class_label", "\"@3\" is no class"),
         (json!({"class_label": "square"}), "class_label", "\"square\" is no class"),
         (json!({"class_label": []}), "class_label", "at least one class"),
         (json!({"class_label": [0, 9]}), "class_label", "9 is no class"),

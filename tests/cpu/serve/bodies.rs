@@ -194,8 +194,8 @@ fn names_are_found_in_any_form_and_numbers_that_mean_two_are_refused() {
         ("E\u{301}TE\u{301}", 0),
         ("ВОИ\u{306}", 1),
         ("вой", 1),
-        ("#0", 0),
-        ("#2", 2),
+        ("@0", 0),
+        ("@2", 2),
         ("1", 1),
     ] {
         for field in ["prompt", "class_label"] {
@@ -207,8 +207,8 @@ fn names_are_found_in_any_form_and_numbers_that_mean_two_are_refused() {
     for field in ["prompt", "class_label"] {
         // It is the name of class 2, and the number of another.
         let body = json!({field: "0", "steps": 1});
-        assert_eq!(post(at, IMAGES, &body).refuses(400, "`#0`").as_deref(), Some(field));
-        post(at, IMAGES, &body).refuses(400, "`#2`");
+        assert_eq!(post(at, IMAGES, &body).refuses(400, "`@0`").as_deref(), Some(field));
+        post(at, IMAGES, &body).refuses(400, "`@2`");
     }
     // A number in JSON is the number of a class, as it is in tensors.
     assert_eq!(

@@ -18,8 +18,9 @@ const INFER: &str = "/v2/models/tiny/infer";
 fn error(path: &str, reply: &Reply, status: u16) -> String {
     let body = reply.expect(status);
     let error = &body["error"];
-    let text = if path.starts_with("/v2") { error } else { &error["message"] };
-    assert_eq!(error.is_object(), !path.starts_with("/v2"), "{path}: {body}");
+    let protocol = path.starts_with("/v2/");
+    let text = if protocol { error } else { &error["message"] };
+    assert_eq!(error.is_object(), !protocol, "{path}: {body}");
     assert!(error.is_string() || (error["type"].is_string() && error["code"].is_string()), "{path}: {body}");
     text.as_str().unwrap_or_else(|| panic!("{path}: {body}")).to_owned()
 }

@@ -61,7 +61,7 @@ impl ImageFolder {
         if let Some(class) = misleading_number(&set.class_names) {
             progress(&format!(
                 "the classes of `{}` are sorted as text, so that number {class} is the class called `{}`; \
-                 `#{class}` means the number",
+                 `@{class}` means the number",
                 path.display(),
                 set.class_names[class]
             ));

@@ -100,7 +100,7 @@ pub(super) struct CheckpointArgs {
     weights: Which,
     #[command(flatten)]
     solving: Solving,
-    /// Classes in turn, by name or number, separated by commas; `#2` is number 2 whatever the names are. Default drawn
+    /// Classes in turn, by name or number, separated by commas; `@2` is number 2 whatever the names are. Default drawn
     /// at random, all alike.
     #[arg(long)]
     classes: Vec<String>,

@@ -122,13 +122,14 @@ impl Hall {
     /// Keeps a connection until there is a place for it; a probe is answered where it stands.
     async fn wait(self, stream: TcpStream, waiting: OwnedSemaphorePermit, watcher: Watcher) {
         let seat = Seat::new(&self.door);
+        let mut waiting = Some(waiting);
         let place = {
             let next = self.door.next_place();
             tokio::pin!(next);
             tokio::select! {
                 place = &mut next => place,
                 probe = is_probe(&stream, self.limits.read_time) => match probe {
-                    Some(true) => Some(waiting),
+                    Some(true) => waiting.take(),
                     // Somebody who asks is not sent away.
                     Some(false) => {
                         seat.enter(Phase::Asked);
@@ -139,6 +140,7 @@ impl Hall {
                 () = seat.asked_to_leave() => None,
             }
         };
+        drop(waiting);
         let Some(place) = place else { return };
         seat.enter(Phase::Idle);
         self.serve(stream, seat, place, watcher).await;

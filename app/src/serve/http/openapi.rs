@@ -205,7 +205,7 @@ fn image_request(app: &App) -> Value {
         let schema = match field {
             "model" => json!({"type": "string", "enum": app.names(), "description": "Default: the first"}),
             "prompt" => {
-                json!({"type": "string", "description": "A class by name or number, or `#` and a number; or use class_label"})
+                json!({"type": "string", "description": "A class by name or number, or `@` and a number; or use class_label"})
             }
             "class_label" => {
                 json!({"description": "A class by number, or by name as in prompt; null for none; or one an image",

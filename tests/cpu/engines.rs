@@ -97,12 +97,14 @@ fn an_inlined_engine_has_standard_nodes_alone_and_the_same_answers() {
     for (options, out) in [("", "functions"), ("--inline", "inlined")] {
         scene.mudit(&format!("{build} checkpoint/model.safetensors {options} --out {out}")).succeeds();
     }
-    let manifest = |engine: &str| Engine::open(scene.path(engine)).unwrap().manifest().programs[0].native_ops.clone();
+    let manifest =
+        |engine: &str| Engine::open(scene.path(engine)).unwrap().manifest().programs[0].native_ops.clone();
     assert!(!manifest("functions").is_empty() && manifest("inlined").is_empty());
     let [want, got] = ["functions", "inlined"].map(|engine| answer(&scene, engine, 4));
     let error = relative_l2(&array(&[got.len()], &got), &array(&[want.len()], &want));
     assert!(error <= MODEL_REACHED, "{error:e}");
-    let again = scene.mudit(&format!("{build} checkpoint/model.safetensors --inline --out functions --explain"));
+    let again =
+        scene.mudit(&format!("{build} checkpoint/model.safetensors --inline --out functions --explain"));
     assert!(again.succeeds().contains("functions"), "the key tells what differs");
 }
 

@@ -67,11 +67,6 @@ impl TensorFile {
         self.file.read_exact_at(&mut bytes, offset).map_err(TrainError::io("read", &self.path))?;
         Ok(bytes)
     }
-
-    /// The file's path.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
 }
 
 /// Widens little-endian f32, f16 or bf16 to `out`; `path` names the file in an error.

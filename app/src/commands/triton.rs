@@ -123,7 +123,9 @@ mod tests {
         ] {
             assert!(config.lines().any(|l| l == line), "{line}: {config}");
         }
-        let refused = write_repository(&place, &[(2, &program)], Some((&weights, Placement::Copy))).unwrap_err().to_string();
+        let refused = write_repository(&place, &[(2, &program)], Some((&weights, Placement::Copy)))
+            .unwrap_err()
+            .to_string();
         assert!(refused.contains("exists"), "{refused}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside it");
     }

@@ -12,7 +12,7 @@ use super::going::{Going, Roots, Troubles};
 use super::resume::{DataNews, compare_data, refuse_other_run};
 use super::start::Start;
 use super::{MemoryPlan, Trainer};
-use crate::checkpoint::{self, RunLock, State};
+use crate::checkpoint::{self, RunLock};
 use crate::config::TrainConfig;
 use crate::data::{BatchPlan, DataIdentity, Dataset, Loader};
 use crate::error::{Result, TrainError};

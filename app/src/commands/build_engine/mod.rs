@@ -133,8 +133,8 @@ impl BuildEngineArgs {
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = parameters.as_ref().map(|w| w.file.as_path());
         let placement = self.placement();
-        let weights = file.zip(stamp).map(|(file, source)| WeightsFile { file, source, placement });
-        let mut draft = EngineDraft::new(&self.out, &programs, weights, self.notes(&model, key)?)?;
+        let placed = file.zip(stamp).map(|(file, source)| WeightsFile { file, source, placement });
+        let mut draft = EngineDraft::new(&self.out, &programs, placed, self.notes(&model, key)?)?;
         for program in &open {
             draft.add_open(&self.emitted_open(program, initializers(parameters.as_ref()))?)?;
         }

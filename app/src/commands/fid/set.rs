@@ -8,9 +8,9 @@ use models::{Solver, SolverKind, Spacing};
 use runtime::Runtime;
 use runtime::file::sha256_file;
 
+use super::super::listen;
 use super::super::solving::Solving;
 use super::super::weights::{self, Loaded, Which};
-use super::super::{listen, sample};
 use super::network;
 use crate::console;
 use crate::execution::{Execution, Placed};

@@ -75,7 +75,7 @@ mod tests {
             b"~/x*?",
             b"caf\xe9 x",
         ];
-        assert_eq!(quoted("runs/plain-1.5,x"), "runs/plain-1.5,x");
+        assert_eq!(quoted("runs/plain-1.5"), "runs/plain-1.5");
         for word in words {
             let line = format!("printf %s {}", quoted(OsStr::from_bytes(word)));
             let told = std::process::Command::new("bash").args(["-c", &line]).output().unwrap();

@@ -72,7 +72,7 @@ impl CalcArgs {
         {
             return self.of_statistics(Path::new(input));
         }
-        let choice = self.network.choice()?;
+        let choice = self.network.choice();
         let execution = self.target.execution(self.machine)?;
         let images = self.images(&execution)?;
         let reference = self.reference.as_deref().map(Other::read).transpose()?;

@@ -72,7 +72,7 @@ impl CalcArgs {
         {
             return self.of_statistics(Path::new(input));
         }
-        let choice = self.network.choice()?;
+        let choice = self.network.choice();
         let execution = self.target.execution(self.machine)?;
         check_writable(&self.out)?;
         let images = self.images(&execution)?;

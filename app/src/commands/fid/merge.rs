@@ -63,7 +63,7 @@ impl MergeArgs {
                     .ok_or_else(|| Usage("shards of samples need the reference: give --ref".into()))?;
                 let other = Other::read(&path)?;
                 other.fits(&features.plan().network)?;
-                let choice = Some(self.network.choice()?);
+                let choice = Some(self.network.choice());
                 let how =
                     How { choice, few: self.few, execution: Execution::default(), warnings: Vec::new() };
                 let report = calc::judge(&features, &other, self.scoring, how)?;

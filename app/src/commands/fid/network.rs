@@ -56,9 +56,9 @@ pub(super) fn batch(text: &str) -> Result<usize, String> {
 
 impl NetworkArgs {
     /// The choice as it is written into results.
-    pub(super) fn choice(&self) -> anyhow::Result<NetworkChoice> {
+    pub(super) fn choice(&self) -> NetworkChoice {
         let onnx = self.network.as_ref().is_some_and(|p| p.extension().is_some_and(|e| e == "onnx"));
-        Ok(NetworkChoice {
+        NetworkChoice {
             preset: (!onnx).then_some(self.preset),
             file: self.network.clone(),
             onnx_input: self.onnx_input.clone(),
@@ -66,7 +66,7 @@ impl NetworkArgs {
             onnx_mean: self.onnx_mean,
             onnx_std: self.onnx_std,
             batch: self.batch,
-        })
+        }
     }
 }
 

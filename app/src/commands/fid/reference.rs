@@ -46,7 +46,7 @@ pub(super) struct RefArgs {
 
 impl RefArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let choice = self.network.choice()?;
+        let choice = self.network.choice();
         let execution = Execution { provider: self.provider.clone(), ..Execution::cpu(self.machine.threads) };
         execution.check()?;
         check_writable(&self.out)?;

@@ -30,6 +30,7 @@ use crate::sampler::{Sampler, Settings, channels, channels_text};
 use crate::{Stopped, Usage};
 
 /// Options of every command that reads images.
+#[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 #[derive(Clone, Debug, Args)]
 pub(super) struct SetArgs {
     /// Images: .npz (`arr_0`), .npy, folders, .zip, .tar, .parquet, `fashion-mnist:test`; several are one set.
@@ -186,7 +187,9 @@ pub(super) fn check(
              these"
         ));
     }
-    remarks.iter().for_each(|r| console::note(&format!("warning: {r}")));
+    for remark in &remarks {
+        console::note(&format!("warning: {remark}"));
+    }
     Ok(few.into_iter().chain(remarks).collect())
 }
 

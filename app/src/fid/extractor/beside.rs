@@ -28,7 +28,7 @@ pub(super) fn sha256_of_model(path: &Path) -> anyhow::Result<String> {
         let hash = sha256_file(&file)
             .with_context(|| format!("{} has weights in `{name}` beside it", path.display()))?;
         // The name counts, as two files that are swapped are another network.
-        all.push_str(&format!("\n{hash} {name}"));
+        all.extend(["\n", &hash, " ", &name]);
     }
     Ok(sha256_bytes(all.as_bytes()))
 }
@@ -131,7 +131,9 @@ mod tests {
         assert!(files_beside(&path).unwrap().iter().eq(names));
         let error = format!("{:#}", sha256_of_model(&path).unwrap_err());
         assert!(error.contains("body.bin"), "{error}");
-        names.iter().for_each(|name| std::fs::write(dir.path().join(name), name).unwrap());
+        for name in names {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
         let mut hashes = BTreeSet::from([sha256_of_model(&path).unwrap()]);
         for name in names {
             std::fs::write(dir.path().join(name), "other").unwrap();

@@ -71,7 +71,7 @@ impl Source for Zip {
     }
 
     fn group(&self, number: u64) -> Option<String> {
-        folder_of(&self.entries[number as usize].0)
+        Some(folder_of(&self.entries[number as usize].0))
     }
 }
 
@@ -144,12 +144,12 @@ impl Source for Tar {
     }
 
     fn group(&self, number: u64) -> Option<String> {
-        folder_of(&self.entries[number as usize].0)
+        Some(folder_of(&self.entries[number as usize].0))
     }
 }
 
-fn folder_of(name: &str) -> Option<String> {
-    Some(name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned())
+fn folder_of(name: &str) -> String {
+    name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned()
 }
 
 /// All bytes of an entry, however many its header promises.

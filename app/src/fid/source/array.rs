@@ -45,12 +45,11 @@ impl Array {
     pub fn open(path: &Path, scale: Option<Scale>) -> anyhow::Result<Self> {
         let single = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy"));
         let mut array = if single { Self::of_npy(path)? } else { Self::of_npz(path)? };
-        match scale {
-            Some(scale) => array.scale = scale,
-            None => {
-                let (all, place) = (0..array.count(), array.place.clone());
-                scale::judge(array.values(Box::new(all)).map(|(_, values)| values), &place)?;
-            }
+        if let Some(scale) = scale {
+            array.scale = scale;
+        } else {
+            let (all, place) = (0..array.count(), array.place.clone());
+            scale::judge(array.values(Box::new(all)).map(|(_, values)| values), &place)?;
         }
         Ok(array)
     }

@@ -54,14 +54,18 @@ impl Scale {
                 if let Some(bad) = bytes.iter().find(|b| self == Self::Signed || **b > 1) {
                     return Err(outside(bad).into());
                 }
-                bytes.iter_mut().for_each(|b| *b *= 255);
+                for byte in &mut bytes {
+                    *byte *= 255;
+                }
                 Ok(Values::U8(bytes))
             }
             Values::F32(mut floats) => {
                 if let Some(bad) = floats.iter().find(|v| !(low..=high).contains(*v)) {
                     return Err(outside(bad).into());
                 }
-                floats.iter_mut().for_each(|v| *v = (*v - low) * (255.0 / (high - low)));
+                for value in &mut floats {
+                    *value = (*value - low) * (255.0 / (high - low));
+                }
                 Ok(Values::F32(floats))
             }
         }
@@ -82,7 +86,8 @@ pub(super) fn judge(images: impl Iterator<Item = anyhow::Result<Values>>, place:
                     return Ok(());
                 }
                 bytes = true;
-                let own = values.iter().filter(|v| **v == 1).count();
+                // None is above 1.
+                let own: usize = values.iter().map(|v| usize::from(*v)).sum();
                 (ones, total) = (ones + own, total + values.len());
                 own > 0
             }

@@ -83,19 +83,6 @@ impl Table {
         Ok(reader)
     }
 
-    fn skip(
-        &self,
-        reader: &mut ColumnReaderImpl<ByteArrayType>,
-        group: usize,
-        rows: u64,
-    ) -> anyhow::Result<()> {
-        if rows > 0 {
-            let skipped = reader.skip_records(rows as usize)? as u64;
-            ensure!(skipped == rows, "row group {group} has fewer rows than it says");
-        }
-        Ok(())
-    }
-
     fn next(&self, reader: &mut ColumnReaderImpl<ByteArrayType>, name: &str) -> anyhow::Result<Picture> {
         let (mut values, mut levels) = (Vec::<ByteArray>::new(), Vec::new());
         let (records, _, _) =
@@ -127,7 +114,11 @@ impl Source for Table {
                     Some((own, at, reader)) if own == group => (at, reader),
                     _ => (self.starts[group], self.group(group)?),
                 };
-                self.skip(&mut reader, group, row - at)?;
+                let skip = row - at;
+                if skip > 0 {
+                    let skipped = reader.skip_records(skip as usize)? as u64;
+                    ensure!(skipped == skip, "row group {group} has fewer rows than it says");
+                }
                 let picture = self.next(&mut reader, &name);
                 open = Some((group, row + 1, reader));
                 picture

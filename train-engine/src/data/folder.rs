@@ -224,7 +224,9 @@ mod tests {
                 RgbImage::new(4, 4).save(dir.path().join(name).join("x.png")).unwrap();
             }
             let told = RefCell::new(Vec::new());
-            let set = ImageFolder::open(dir.path(), 4, Orient::Off, &|line| told.borrow_mut().push(line.to_owned()));
+            let set = ImageFolder::open(dir.path(), 4, Orient::Off, &|line| {
+                told.borrow_mut().push(line.to_owned())
+            });
             (set.map(|set| set.class_names().to_vec()).map_err(|error| error.to_string()), told.into_inner())
         };
         assert_eq!(with(&["e\u{301}te\u{301}", "hiver"]).0.unwrap(), ["\u{e9}t\u{e9}", "hiver"]);

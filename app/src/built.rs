@@ -11,6 +11,7 @@ use models::{Guidance, Model, ModelError, ProgramKind};
 use runtime::{Binding, Engine, Provider, Runtime, Session, SessionOptions};
 
 use crate::Usage;
+use crate::console::quoted;
 use crate::execution::{Execution, Placed, draw_noise, tell_recording};
 use crate::sampler::{channels, channels_text};
 
@@ -235,7 +236,7 @@ impl BuiltEngine {
 
     /// The command that builds it once more with a program that it lacks.
     fn command_with(&self, kind: ProgramKind) -> String {
-        let (manifest, place) = (self.engine.manifest(), self.engine.directory().display());
+        let (manifest, place) = (self.engine.manifest(), quoted(self.engine.directory()));
         let mut programs: Vec<&str> = Vec::new();
         for name in manifest.programs.iter().map(|p| p.name.as_str()).chain([kind.name()]) {
             if !programs.contains(&name) {
@@ -248,7 +249,7 @@ impl BuiltEngine {
         buckets.dedup();
         let buckets: Vec<String> = buckets.iter().map(ToString::to_string).collect();
         let weights = match &manifest.weights {
-            Some(_) => self.weights_file().display().to_string(),
+            Some(_) => quoted(self.weights_file()),
             None => "WEIGHTS.safetensors".to_owned(),
         };
         let mut words = vec![

@@ -16,15 +16,17 @@
 //! | [`console`] | standard output and error, the only place that prints |
 //!
 //! Results go to standard output (`--json` for machines), progress to standard error. Exit code 0 is done, 1 failed,
-//! 2 bad usage.
+//! 2 bad usage, 3 stopped by a signal: what is whole is kept.
 
 pub mod built;
 pub mod commands;
 pub mod console;
 pub mod execution;
 pub mod external;
+mod faults;
 pub mod fid;
 mod gpu_memory;
+mod limits;
 pub mod profile;
 pub mod render;
 pub mod roof;
@@ -35,15 +37,20 @@ pub mod torch_file;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use models::ModelError;
 use train_engine::TrainError;
+use train_engine::signals::survive_file_size_limit;
 
 use crate::commands::Command;
 
+/// The end of the help.
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 bad usage, 3 stopped by a signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 …): \
+    what is whole is kept, and what is printed says how to go on.";
+
 /// A static-graph compiler, trainer and sampler for diffusion transformers.
 #[derive(Debug, Parser)]
-#[command(name = "mudit", version, propagate_version = true)]
+#[command(name = "mudit", version, propagate_version = true, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -54,8 +61,15 @@ struct Cli {
 #[error("{0}")]
 pub struct Usage(pub String);
 
+/// A signal ended the command before its end; says what is kept and how to go on: exit code 3.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Stopped(pub String);
+
 /// Exit code of wrong usage.
 const BAD_USAGE: u8 = 2;
+/// Exit code of a command that a signal stopped.
+pub const STOPPED: u8 = 3;
 
 /// Runs the process's own arguments.
 pub fn run_from_env() -> ExitCode {
@@ -65,7 +79,9 @@ pub fn run_from_env() -> ExitCode {
 
 /// Runs one command line, the program's name first.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let mut command = limits::judged(Cli::command());
+    let parsed = command.try_get_matches_from_mut(args);
+    let cli = match parsed.and_then(|found| Cli::from_arg_matches(&found)) {
         Ok(cli) => cli,
         Err(error) => {
             let code = if error.use_stderr() { BAD_USAGE } else { 0 };
@@ -74,8 +90,13 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    match cli.command.run() {
+    let ended = survive_file_size_limit().map_err(Into::into).and_then(|()| cli.command.run());
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Stopped>() => {
+            console::note(&error.to_string());
+            ExitCode::from(STOPPED)
+        }
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             console::error(&error);

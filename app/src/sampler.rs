@@ -236,9 +236,31 @@ impl Sampler {
         &mut self,
         labels: &[i64],
         source: NoiseSource<'_>,
-        mut trajectory: Option<&mut Vec<f32>>,
+        trajectory: Option<&mut Vec<f32>>,
         progress: &mut dyn FnMut(u64),
     ) -> anyhow::Result<Vec<f32>> {
+        let mut images = Vec::new();
+        let mut goes_on = |done| {
+            progress(done);
+            true
+        };
+        self.run_into(&mut images, labels, source, trajectory, &mut goes_on)?;
+        Ok(images)
+    }
+
+    /// [`run`](Self::run) that keeps what it has: `images` holds those of all whole batches after an error, too, and after
+    /// `goes_on`, which is told as `progress` is, has said no.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_into(
+        &mut self,
+        images: &mut Vec<f32>,
+        labels: &[i64],
+        source: NoiseSource<'_>,
+        mut trajectory: Option<&mut Vec<f32>>,
+        goes_on: &mut dyn FnMut(u64) -> bool,
+    ) -> anyhow::Result<()> {
         let (n, image) = (labels.len(), self.image);
         if let Some(label) = labels.iter().find(|y| !(0..self.label_rows as i64).contains(*y)) {
             let none = self.null_class.map_or(String::new(), |null| format!(", where {null} is no class"));
@@ -258,9 +280,13 @@ impl Sampler {
             trajectory.clear();
             trajectory.resize(self.steps() * n * image, 0.0);
         }
-        let mut images = Vec::with_capacity(n * image);
+        images.clear();
+        if n.checked_mul(image).is_none_or(|values| images.try_reserve_exact(values).is_err()) {
+            anyhow::bail!("{n} images do not fit into memory at once: make fewer at a time");
+        }
         let mut done = 0;
         let batch = self.batch();
+        let whole = (n.div_ceil(batch) * self.steps()) as u64;
         for first in (0..n).step_by(batch) {
             let rows = first..(first + batch).min(n);
             let mut states = self.begin(labels, rows.clone(), source)?;
@@ -271,11 +297,13 @@ impl Sampler {
                     trajectory[at..at + rows.len() * image].copy_from_slice(&states[..rows.len() * image]);
                 }
                 done += 1;
-                progress(done);
+                if !goes_on(done) && done < whole {
+                    return Ok(());
+                }
             }
             images.extend_from_slice(&states[..rows.len() * image]);
         }
-        Ok(images)
+        Ok(())
     }
 
     /// Sets what stays the same over the steps of a batch; returns the starting points, padded.

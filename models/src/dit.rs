@@ -11,7 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::condition::{Classes, Condition, Conditioning};
 use crate::error::ModelError;
-use crate::fields::{Fields, check, check_mlp_ratio, check_sizes, mlp_hidden};
+use crate::fields::{Amounts, Fields, check, check_mlp_ratio, check_sizes, mlp_hidden};
 use crate::layers::{
     Inits, attention, label_embed, mlp, modulate, modulation, output_linear, patch_embed, sin_cos_positions,
     timestep_embed,
@@ -105,6 +105,29 @@ impl Dit {
         Ok(keys.into_iter().map(|(key, size)| (key.to_owned(), size.into())).collect())
     }
 
+    fn amounts(&self) -> Amounts {
+        let [d, depth, side, patch, channels, classes, out] = [
+            self.hidden_size,
+            self.depth,
+            self.input_size,
+            self.patch_size,
+            self.in_channels,
+            self.num_classes,
+            self.out_channels(),
+        ]
+        .map(|size| size as u128);
+        let (positions, mlp) =
+            ((side / patch).pow(2) * d, mlp_hidden(self.hidden_size, self.mlp_ratio) as u128);
+        let block = 10 * d * d + 2 * d * mlp;
+        let parameters = depth * block + (channels + out) * patch * patch * d + classes * d + positions;
+        let from = format!("hidden_size {d}, depth {depth}, patch_size {patch} and num_classes {classes}");
+        Amounts {
+            parameters: (parameters, from),
+            positions: (positions, format!("input_size {side}, patch_size {patch} and hidden_size {d}")),
+            input: (channels * side * side, format!("in_channels {channels} and input_size {side}")),
+        }
+    }
+
     fn classes(&self) -> Classes {
         Classes { count: self.num_classes, null: self.class_dropout_prob > 0.0 }
     }
@@ -130,6 +153,7 @@ impl Denoiser for Dit {
             "a multiple of 4, for the sines and cosines of two axes".into()
         })?;
         check_mlp_ratio(d, self.mlp_ratio)?;
+        self.amounts().check()?;
         let dropout = self.class_dropout_prob;
         check((0.0..=1.0).contains(&dropout), "class_dropout_prob", dropout, || "within 0..=1".into())
     }

@@ -87,6 +87,22 @@ pub enum ModelError {
         /// The part that is wrong.
         reason: String,
     },
+    /// No class has this name or number.
+    #[error("{}", no_class(.text, .known))]
+    UnknownClass {
+        /// The class as written.
+        text: String,
+        /// What may stand for a class.
+        known: String,
+    },
+    /// A name or number that more than one class goes by.
+    #[error("`{text}` means more than one class: {meanings}")]
+    AmbiguousClass {
+        /// The class as written.
+        text: String,
+        /// Each class with a spelling of its own.
+        meanings: String,
+    },
     /// A specification of timesteps that gives no schedule.
     #[error("steps \"{spec}\": {reason}")]
     BadSpacing {
@@ -146,4 +162,11 @@ pub enum ModelError {
     /// The graph of a program cannot be built.
     #[error(transparent)]
     Graph(#[from] graph_builder::GraphError),
+}
+
+fn no_class(text: &str, known: &str) -> String {
+    match text.parse::<u64>() {
+        Ok(number) => format!("class {number} is not in {known}"),
+        Err(_) => format!("no class is called `{text}`: expected {known}"),
+    }
 }

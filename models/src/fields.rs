@@ -105,13 +105,44 @@ pub(crate) fn check(
 
 /// The largest size accepted, so that no product of sizes overflows.
 const LARGEST: usize = 1 << 20;
+/// Most blocks: a graph has some hundred nodes for each.
+const DEEPEST: usize = 1 << 12;
+/// Most parameters, and most values of a position table or an input: what no machine of today holds.
+const MOST_PARAMETERS: u128 = 1 << 40;
+const MOST_VALUES: u128 = 1 << 32;
 
 /// Refuses sizes of nothing, and such as no model has.
 pub(crate) fn check_sizes(sizes: &[(&'static str, usize)]) -> Result<(), ModelError> {
     let fits = |(key, size): &(&'static str, usize)| {
-        check((1..=LARGEST).contains(size), key, size, || format!("within 1..={LARGEST}"))
+        let most = if *key == "depth" { DEEPEST } else { LARGEST };
+        check((1..=most).contains(size), key, size, || format!("within 1..={most}"))
     };
     sizes.iter().try_for_each(fits)
+}
+
+/// Amounts that follow from several sizes: each size may be allowed, and together they are too much. Whoever builds the
+/// model asks for memory by them.
+pub(crate) struct Amounts {
+    /// Parameters, and the sizes that they follow from.
+    pub(crate) parameters: (u128, String),
+    /// Values of the position table.
+    pub(crate) positions: (u128, String),
+    /// Values of an input.
+    pub(crate) input: (u128, String),
+}
+
+impl Amounts {
+    /// Refuses what no machine holds.
+    pub(crate) fn check(self) -> Result<(), ModelError> {
+        for (what, most, (got, from)) in [
+            ("the number of parameters", MOST_PARAMETERS, self.parameters),
+            ("the size of the position table", MOST_VALUES, self.positions),
+            ("the number of values of an input", MOST_VALUES, self.input),
+        ] {
+            check(got <= most, what, format!("{got}, from {from}"), || format!("at most {most}"))?;
+        }
+        Ok(())
+    }
 }
 
 /// Hidden width of an MLP: a width times a ratio, rounded down.

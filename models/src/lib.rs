@@ -11,12 +11,14 @@
 //! | [`dit`] | the diffusion transformer: keys, published sizes, and the network block by block as in the paper |
 //! | [`objective`] | [`Objective`]: the DDPM and flow-matching losses |
 //! | [`programs`] | the six programs: `denoise`, `denoise-cfg`, `step`, `step-rows`, `loss`, `train-step` |
+//! | [`class_names`] | which class a name or a number means |
 //! | [`classifier`] | a small classifier of small images, for its features |
 //! | [`inception`] | the feature network of the Fréchet Inception distance |
 //! | [`error`] | [`ModelError`], the one error of this crate |
 //!
 //! This room knows graphs and numbers. It knows no device, no session and no training loop.
 
+pub mod class_names;
 pub mod classifier;
 pub mod condition;
 pub mod dit;

@@ -10,6 +10,7 @@ use graph_builder::Parameter;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::class_names::composed;
 use crate::condition::Conditioning;
 use crate::error::ModelError;
 use crate::fields::{Fields, check, check_sizes, wrong_type};
@@ -231,7 +232,9 @@ impl TryFrom<Map<String, Value>> for Model {
             objective,
             init: fields.text("init")?.map(str::parse).transpose()?.unwrap_or_default(),
             mup: mup(&fields)?,
-            class_names: fields.texts("class_names")?,
+            class_names: fields
+                .texts("class_names")?
+                .map(|names| names.iter().map(|name| composed(name)).collect()),
         };
         model.validate()?;
         Ok(model)

@@ -1,5 +1,9 @@
 //! What this machine has: a list of checks, each with its state and, where something is missing, a remedy.
 
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::Path;
+
 use serde::Serialize;
 
 use crate::compiled::compiled_providers;
@@ -40,6 +44,7 @@ pub struct Check {
 /// Looks for everything that programs can use. Fetches nothing and never panics.
 pub fn report() -> Vec<Check> {
     let mut checks = runtime();
+    checks.push(telemetry());
     checks.push(cache());
     checks.push(cpu());
     checks.push(cpu_features());
@@ -105,11 +110,45 @@ fn runtime() -> Vec<Check> {
     }
 }
 
-fn cache() -> Check {
-    match cache_directory() {
-        Some(path) => check("cache directory", Status::Ok, path.display().to_string(), None, false),
-        None => check("cache directory", Status::Missing, "none is known", Some("set MUDIT_CACHE"), false),
+/// Whether ONNX Runtime sends anything. What it could send is what its builds for Linux have held since 1.31.
+fn telemetry() -> Check {
+    let detail = format!(
+        "off ({}=1 is set before ONNX Runtime is loaded); without it, its builds since 1.31 would keep a device identifier \
+         below ~/.cache/Microsoft and send it with versions, hardware and the models' ops to Microsoft",
+        library::NO_TELEMETRY
+    );
+    match std::env::var_os(library::NO_TELEMETRY) {
+        Some(value) if value == "1" => check("telemetry", Status::Ok, detail, None, false),
+        _ => check("telemetry", Status::Error, "not forbidden", Some("report this: mudit forbids it"), false),
     }
+}
+
+fn cache() -> Check {
+    const NAME: &str = "cache directory";
+    let Some(path) = cache_directory() else {
+        return check(NAME, Status::Missing, "none is known", Some("set MUDIT_CACHE"), false);
+    };
+    let detail = path.display().to_string();
+    match try_to_write(&path) {
+        Ok(()) => check(NAME, Status::Ok, detail, None, false),
+        Err(error) => {
+            let remedy = "set MUDIT_CACHE to a directory you may write to";
+            check(NAME, Status::Error, format!("cannot write to {detail}: {error}"), Some(remedy), false)
+        }
+    }
+}
+
+/// Writes a file into a directory and leaves everything as it was.
+fn try_to_write(directory: &Path) -> io::Result<()> {
+    let missing: Vec<&Path> = directory.ancestors().take_while(|path| !path.exists()).collect();
+    let written = fs::create_dir_all(directory)
+        .and_then(|()| tempfile::tempfile_in(directory))
+        .and_then(|mut file| file.write_all(b"mudit").and_then(|()| file.flush()));
+    for path in missing {
+        // One that something else has been put into meanwhile stays.
+        let _ = fs::remove_dir(path);
+    }
+    written
 }
 
 fn cpu() -> Check {
@@ -253,6 +292,16 @@ fn gpu_providers() -> Vec<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cache_that_cannot_be_written_is_found_out() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        try_to_write(&dir.path().join("a/b/c")).unwrap();
+        assert!(!dir.path().join("a").exists(), "what was made for the trial is gone");
+        try_to_write(&dir.path().join("file/b")).unwrap_err();
+        try_to_write(Path::new("/proc/mudit")).unwrap_err();
+    }
 
     #[test]
     fn every_gap_has_a_detail_and_the_report_is_json() {

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use graph_builder::Shape;
 
+use crate::hint::hint;
+
 /// What can go wrong between a program and the machine that runs it.
 ///
 /// Every message says what was wrong, where, what was expected and what was found, and ends with the remedy
@@ -53,7 +55,7 @@ pub enum RuntimeError {
         remedy: String,
     },
     /// The operating system refused a file operation.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}{}", path.display(), hint(action, path, source))]
     Io {
         /// The verb: `read`, `write`, `rename` …
         action: &'static str,

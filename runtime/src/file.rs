@@ -28,7 +28,8 @@ impl AtomicFile {
     /// [`RuntimeError::Io`] with `path` and the operating system's reason.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let temporary = fs::create_dir_all(parent(path)).and_then(|()| temporary_beside(path));
+        let directory = parent(path);
+        let temporary = fs::create_dir_all(&directory).and_then(|()| temporary_for(path, &directory));
         let temporary = temporary.map_err(|e| RuntimeError::io("write", path, e))?;
         Ok(Self { writer: BufWriter::with_capacity(WRITE_BUFFER, temporary), path: path.to_path_buf() })
     }
@@ -36,14 +37,16 @@ impl AtomicFile {
     /// Puts the file at its place; a reader, or a crash at any moment, sees the old contents or the new ones.
     ///
     /// # Errors
-    /// [`RuntimeError::Io`]; the path is then as it was.
+    /// [`RuntimeError::Io`]; the path is then as it was. A directory that cannot be synced is no error: the file is there,
+    /// and only a power cut at this very moment could take it back.
     pub fn commit(self) -> Result<()> {
         let path = self.path;
         let failed = |e| RuntimeError::io("write", &path, e);
         let temporary = self.writer.into_inner().map_err(|e| failed(e.into_error()))?;
-        temporary.as_file().sync_all().map_err(failed)?;
+        sync_file(temporary.as_file()).map_err(failed)?;
         temporary.persist(&path).map_err(|e| failed(e.error))?;
-        sync_directory(parent(&path))
+        drop(sync_directory(parent(&path)));
+        Ok(())
     }
 }
 
@@ -77,13 +80,47 @@ pub fn write_atomically(
     file.commit()
 }
 
-/// Makes earlier renames inside a directory survive a power cut.
+/// Finds out before any work whether an [`AtomicFile`] can be written at `path`; leaves nothing behind.
 ///
 /// # Errors
-/// [`RuntimeError::Io`] when the directory cannot be opened or synced.
+/// [`RuntimeError::Io`] with `path` and the operating system's reason.
+pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    let directory = parent(path);
+    let there = directory.ancestors().find(|d| d.symlink_metadata().is_ok()).unwrap_or(Path::new("."));
+    temporary_for(path, there).map(drop).map_err(|e| RuntimeError::io("write", path, e))
+}
+
+/// Makes a file's contents survive a power cut, where its file system has an operation for that.
+///
+/// # Errors
+/// The operating system's reason: the contents may not have been stored.
+pub fn sync_file(file: &File) -> io::Result<()> {
+    match file.sync_all() {
+        Err(e) if is_lacking(&e) => Ok(()),
+        synced => synced,
+    }
+}
+
+/// Makes earlier renames inside a directory survive a power cut, where its file system has an operation for that and
+/// the directory may be opened.
+///
+/// # Errors
+/// [`RuntimeError::Io`]: the renames are done, and may be lost in a power cut.
 pub fn sync_directory(directory: impl AsRef<Path>) -> Result<()> {
     let directory = directory.as_ref();
-    File::open(directory).and_then(|d| d.sync_all()).map_err(|e| RuntimeError::io("sync", directory, e))
+    match File::open(directory).and_then(|d| sync_file(&d)) {
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        synced => synced.map_err(|e| RuntimeError::io("sync", directory, e)),
+    }
+}
+
+/// Whether a file system says that it has no such operation.
+fn is_lacking(error: &io::Error) -> bool {
+    /// What Linux's network file systems answer inside the kernel, and some let out.
+    const ENOTSUPP: i32 = 524;
+    matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput)
+        || error.raw_os_error() == Some(ENOTSUPP)
 }
 
 /// How a large file gets to a second place.
@@ -120,7 +157,7 @@ pub fn place_file(from: impl AsRef<Path>, to: impl AsRef<Path>, how: Placement) 
     let copied = reflink_copy::reflink_or_copy(&source, to).and_then(|_| {
         let file = File::open(to)?;
         file.set_modified(metadata.modified()?)?;
-        file.sync_all()
+        sync_file(&file)
     });
     copied.map_err(|e| {
         // The half-written copy is of no use to anyone; failing to remove it changes nothing in the report.
@@ -171,10 +208,19 @@ fn parent(path: &Path) -> PathBuf {
     }
 }
 
-fn temporary_beside(path: &Path) -> io::Result<tempfile::NamedTempFile> {
+/// A temporary file in `directory` for the contents of `path`.
+fn temporary_for(path: &Path, directory: &Path) -> io::Result<tempfile::NamedTempFile> {
     let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::IsADirectory, "no file name"))?;
-    if path.is_dir() {
-        return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory"));
+    match fs::metadata(path) {
+        Ok(there) if there.is_dir() => {
+            return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory"));
+        }
+        // A rename would put a file in the place of the machine's /dev/null.
+        Ok(there) if !there.is_file() => {
+            let reason = "it is a device or a pipe, and results go to files that appear whole";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        _ => {}
     }
     let prefix = format!(".{}.", name.to_string_lossy());
     let mut builder = tempfile::Builder::new();
@@ -183,10 +229,10 @@ fn temporary_beside(path: &Path) -> io::Result<tempfile::NamedTempFile> {
     {
         // Like any other file: what the process's umask allows, not the private mode of temporary files.
         use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o666)).tempfile_in(parent(path))
+        builder.permissions(fs::Permissions::from_mode(0o666)).tempfile_in(directory)
     }
     #[cfg(not(unix))]
-    builder.tempfile_in(parent(path))
+    builder.tempfile_in(directory)
 }
 
 #[cfg(test)]
@@ -235,6 +281,31 @@ mod tests {
             let text = write_atomically(&target, |_| Ok(())).unwrap_err().to_string();
             assert!(text.contains(&target.display().to_string()), "{text}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_found_out_before_and_nothing_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("taken"), b"").unwrap();
+        std::os::unix::fs::symlink("nowhere", at("dangling")).unwrap();
+        let long = "x".repeat(250);
+        for good in ["new", "taken", "new/deep/file"] {
+            check_writable(at(good)).unwrap();
+        }
+        for bad in ["", "taken/file", "taken/deep/file", "dangling/file", &long] {
+            let text = check_writable(at(bad)).unwrap_err().to_string();
+            assert!(text.starts_with(&format!("cannot write {}", at(bad).display())), "{text}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        assert!(write_atomically("/dev/null", |_| Ok(())).unwrap_err().to_string().contains("a device"));
+    }
+
+    #[test]
+    fn a_file_system_without_an_operation_is_told_from_a_failing_one() {
+        let lacking = |code: &i32| is_lacking(&io::Error::from_raw_os_error(*code));
+        assert!([libc::ENOSYS, libc::EINVAL, libc::EOPNOTSUPP, 524].iter().all(lacking));
+        assert!(![libc::EIO, libc::ENOSPC, libc::EDQUOT].iter().any(lacking));
     }
 
     #[test]

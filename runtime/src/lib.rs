@@ -16,6 +16,7 @@
 //! | [`memory`] | peak and present memory of the process |
 //! | [`tensor`], [`safetensors_file`] | tensors in host memory and their files |
 //! | [`mod@file`] | files written beside and renamed |
+//! | [`lock`] | the sole right to a place, also where a file system has no locks |
 //! | [`cuda`] | NVIDIA's libraries, a GPU's context and stream, memory and arenas on it, kernels compiled at need |
 //! | [`device`], [`provider`] | where programs run; what is missing for it is said, never worked around |
 //! | [`doctor`] | what this machine has: a list of checks with remedies |
@@ -32,11 +33,15 @@ pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod file;
+pub mod file_kind;
 pub mod foreign;
+pub mod hint;
 mod huge_pages;
 pub mod kernels;
 pub mod library;
+pub mod lock;
 pub mod memory;
+pub mod npy;
 pub mod placement;
 pub mod provider;
 pub mod safetensors_file;

@@ -41,17 +41,23 @@ impl SafetensorsReader {
         let path = path.as_ref();
         let failed = |e| RuntimeError::io("read", path, e);
         let malformed = |reason: String| RuntimeError::Safetensors { path: path.to_path_buf(), reason };
+        // A length that makes no sense is mostly the beginning of another kind of file.
+        let foreign = |reason: String| match crate::file_kind::told(path) {
+            Some(kind) => malformed(format!("{kind} ({reason})")),
+            None => malformed(reason),
+        };
         let mut file = File::open(path).map_err(failed)?;
         let length = file.metadata().map_err(failed)?.len();
         if length < 8 {
-            return Err(malformed(format!("it has {length} bytes, the header's length alone takes 8")));
+            return Err(foreign(format!("it has {length} bytes, the header's length alone takes 8")));
         }
         let mut header_length = [0; 8];
         file.read_exact(&mut header_length).map_err(failed)?;
         let header_length = u64::from_le_bytes(header_length);
         if header_length > MAX_HEADER || header_length > length - 8 {
             let available = length - 8;
-            return Err(malformed(format!("its header claims {header_length} bytes, {available} follow")));
+            let reason = format!("its header claims {header_length} bytes, {available} follow");
+            return Err(if header_length > MAX_HEADER { foreign(reason) } else { malformed(reason) });
         }
         let mut header = vec![0; header_length as usize];
         file.read_exact(&mut header).map_err(failed)?;

@@ -33,6 +33,9 @@ pub enum Optimization {
     All,
 }
 
+/// Most threads inside one op that are asked for: more than machines have cores.
+pub const MAX_THREADS: usize = 1024;
+
 /// How a program is loaded and run.
 #[derive(Clone, Debug)]
 #[allow(clippy::struct_excessive_bools, reason = "independent switches, each with a default")]

@@ -1,6 +1,7 @@
-//! Engine directories: the same bytes every time, weights that are not copied, and programs that run.
+//! Engine directories: the same bytes every time, weights that no checkpoint shares, and programs that run.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 
 use half::f16;
@@ -55,14 +56,56 @@ fn the_largest_training_step_is_small_and_quick() {
 }
 
 #[test]
-fn weights_are_linked_not_copied() {
+fn whoever_writes_to_an_engine_or_a_repository_leaves_the_checkpoint_alone() {
     let scene = Scene::new();
-    let build = "build-engine --model checkpoint --program denoise --provider none --weights";
-    scene.mudit(&format!("{build} checkpoint/model.safetensors --out e")).succeeds();
-    let id = |name: &str| fs::metadata(scene.path(name)).unwrap().ino();
-    assert_eq!(id("e/model.safetensors"), id("checkpoint/model.safetensors"));
+    let build = "build-engine --model checkpoint --program denoise --weights checkpoint/model.safetensors";
+    let checkpoint = scene.path("checkpoint/model.safetensors");
+    let before = fs::read(&checkpoint).unwrap();
+    for (options, weights) in [
+        ("--provider none --out e", "e/model.safetensors"),
+        ("--provider none --inline --out i", "i/model.safetensors"),
+        // The second build replaces the first.
+        ("--provider none --inline --no-validation --out e", "e/model.safetensors"),
+        ("--export triton --out r", "r/denoise-b1/1/model.safetensors"),
+    ] {
+        scene.mudit(&format!("{build} {options}")).succeeds();
+        let engine = fs::metadata(scene.path(weights)).unwrap();
+        assert_eq!((engine.nlink(), engine.len()), (1, before.len() as u64), "{options}");
+        // As a tool does that adds a tensor to a file of external data.
+        let mut file = fs::OpenOptions::new().append(true).open(scene.path(weights)).unwrap();
+        file.write_all(b"more").unwrap();
+        assert!(fs::read(&checkpoint).unwrap() == before, "{options}");
+    }
     let size = fs::metadata(scene.path("e/denoise-b1.onnx")).unwrap().len();
-    assert!(size < 100_000, "{size} bytes without weights");
+    assert!(size < 200_000, "{size} bytes without weights");
+}
+
+#[test]
+fn weights_are_linked_on_request_and_read_only_then() {
+    let scene = Scene::new();
+    let build = "build-engine --model checkpoint --program denoise --provider none --link-weights --weights";
+    scene.mudit(&format!("{build} checkpoint/model.safetensors --out e")).succeeds();
+    let at = |name: &str| fs::metadata(scene.path(name)).unwrap();
+    assert_eq!(at("e/model.safetensors").ino(), at("checkpoint/model.safetensors").ino());
+    assert!(at("e/model.safetensors").permissions().readonly());
+}
+
+#[test]
+fn an_inlined_engine_has_standard_nodes_alone_and_the_same_answers() {
+    let scene = Scene::new();
+    let build = "build-engine --offline --model checkpoint --program denoise --batch 4 --weights";
+    for (options, out) in [("", "functions"), ("--inline", "inlined")] {
+        scene.mudit(&format!("{build} checkpoint/model.safetensors {options} --out {out}")).succeeds();
+    }
+    let manifest =
+        |engine: &str| Engine::open(scene.path(engine)).unwrap().manifest().programs[0].native_ops.clone();
+    assert!(!manifest("functions").is_empty() && manifest("inlined").is_empty());
+    let [want, got] = ["functions", "inlined"].map(|engine| answer(&scene, engine, 4));
+    let error = relative_l2(&array(&[got.len()], &got), &array(&[want.len()], &want));
+    assert!(error <= MODEL_REACHED, "{error:e}");
+    let again =
+        scene.mudit(&format!("{build} checkpoint/model.safetensors --inline --out functions --explain"));
+    assert!(again.succeeds().contains("functions"), "the key tells what differs");
 }
 
 /// The answer of an engine's `denoise` for the fixture's first samples.

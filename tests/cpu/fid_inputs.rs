@@ -58,13 +58,13 @@ fn good() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     ]
 }
 
-fn npy(kind: &str, shape: &str, data: &[u8]) -> Vec<u8> {
+pub(crate) fn npy(kind: &str, shape: &str, data: &[u8]) -> Vec<u8> {
     let text = format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}");
     let text = format!("{text}{}\n", " ".repeat(64 - (11 + text.len()) % 64));
     [b"\x93NUMPY\x01\x00", &(text.len() as u16).to_le_bytes()[..], text.as_bytes(), data].concat()
 }
 
-fn zipped(entries: &[(impl AsRef<str>, Vec<u8>)], method: CompressionMethod) -> Vec<u8> {
+pub(crate) fn zipped(entries: &[(impl AsRef<str>, Vec<u8>)], method: CompressionMethod) -> Vec<u8> {
     let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (name, bytes) in entries {
         zip.start_file(name.as_ref(), SimpleFileOptions::default().compression_method(method)).unwrap();

@@ -58,7 +58,7 @@ fn plan(side: Side, count: u64) -> Plan {
         spatial: Some(WIDTHS[1]),
         logits: Some(WIDTHS[2]),
     };
-    let images = Images::Files { inputs: Vec::new(), column: None, first: None };
+    let images = Images::files(Vec::new());
     Plan::new(side, images, count, network, count, false)
 }
 

@@ -196,8 +196,8 @@ fn idx_files_must_be_whole_and_agree() {
     );
     scene.refuses(
         "data check --offline --kind idx --path absent",
-        1 + 1,
-        &["`data.labels = unset`", "`absent`"],
+        1,
+        &["`absent`", "check the path, which begins in the working directory"],
     );
 }
 

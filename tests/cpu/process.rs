@@ -59,6 +59,13 @@ pub(crate) fn mudit(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Mudit 
 }
 
 impl Mudit {
+    /// One more argument, as it is.
+    pub(crate) fn with(mut self, argument: &str) -> Self {
+        self.command.arg(argument);
+        self.line = format!("{} {argument}", self.line);
+        self
+    }
+
     pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
         self
@@ -66,20 +73,35 @@ impl Mudit {
 
     /// The same line for a copy of the binary.
     pub(crate) fn program(mut self, copy: &Path) -> Self {
-        let mut command = Command::new(copy);
-        command.args(self.command.get_args()).stdin(Stdio::null());
-        for (name, value) in self.command.get_envs() {
-            command.env(name, value.unwrap_or_default());
-        }
-        if let Some(folder) = self.command.get_current_dir() {
-            command.current_dir(folder);
-        }
-        self.command = command;
+        self.command = Self::moved(&self.command, Command::new(copy));
         self
+    }
+
+    /// Another program with the arguments and surroundings of a command.
+    fn moved(from: &Command, mut to: Command) -> Command {
+        to.args(from.get_args()).stdin(Stdio::null());
+        for (name, value) in from.get_envs() {
+            to.env(name, value.unwrap_or_default());
+        }
+        if let Some(folder) = from.get_current_dir() {
+            to.current_dir(folder);
+        }
+        to
     }
 
     pub(crate) fn within(mut self, folder: &Path) -> Self {
         self.command.current_dir(folder);
+        self
+    }
+
+    /// Runs with a signal ignored, as `nohup` starts a program.
+    pub(crate) fn ignoring(mut self, signal: &str) -> Self {
+        let mut command = Command::new("sh");
+        command
+            .arg("-c")
+            .arg(format!("trap '' {signal}; exec \"$0\" \"$@\""))
+            .arg(self.command.get_program());
+        self.command = Self::moved(&self.command, command);
         self
     }
 
@@ -137,6 +159,11 @@ impl Running {
     /// What it wrote to standard output so far.
     pub(crate) fn said(&self) -> String {
         fs::read_to_string(self.texts.path().join("out")).unwrap_or_default()
+    }
+
+    /// What it wrote to standard error so far.
+    pub(crate) fn told(&self) -> String {
+        fs::read_to_string(self.texts.path().join("err")).unwrap_or_default()
     }
 
     /// Whether it runs still.

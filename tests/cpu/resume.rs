@@ -102,7 +102,7 @@ fn a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been() {
 }
 
 #[test]
-fn a_signal_ends_a_run_with_a_checkpoint_and_exit_code_0() {
+fn a_signal_ends_a_run_with_a_checkpoint_and_exit_code_3() {
     let tiny = TinyRun::new();
     let run = tiny.path("run");
     for signal in [libc::SIGTERM, libc::SIGINT] {
@@ -111,10 +111,10 @@ fn a_signal_ends_a_run_with_a_checkpoint_and_exit_code_0() {
         assert!(running.until(WATCH, || rows(&run) > begin + 2));
         running.signal(signal);
         let done = running.wait();
-        assert_eq!(done.code, Some(0), "{done}");
+        assert_eq!(done.code, Some(3), "{done}");
         let step = checkpoint::list(&run).unwrap().last().unwrap().0;
         assert!(step < 80, "it went on to step {step}");
-        assert!(done.stdout.contains(&format!("stopped and saved after step {step};")), "{done}");
+        assert!(done.stderr.contains(&format!("stopped and saved after step {step};")), "{done}");
         assert_eq!(losses(&run).last().unwrap().0, step);
         assert_whole(&run);
     }
@@ -180,5 +180,5 @@ fn a_run_has_one_writer() {
     assert!(first.until(WATCH, || rows(&run) > 0));
     tiny.train("run", &["train.steps=100000"]).run().refuses(1, &["another process is training in", "run`"]);
     first.signal(libc::SIGINT);
-    assert_eq!(first.wait().code, Some(0));
+    assert_eq!(first.wait().code, Some(3));
 }

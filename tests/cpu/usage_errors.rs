@@ -40,6 +40,54 @@ fn the_command_line_is_checked() {
 }
 
 #[test]
+fn absurd_numbers_are_refused_at_once() {
+    let scene = Scene::new();
+    let sample = "sample --offline --checkpoint checkpoint --out x.npz";
+    for huge in ["100000000000000", "18446744073709551615", "99999999999999999999999", "-1"] {
+        for line in [
+            format!("{sample} --threads={huge}"),
+            format!("{sample} --count={huge}"),
+            format!("{sample} --batch={huge}"),
+            format!("{sample} --steps={huge}"),
+            format!("build-engine --model DiT-S/2 --program loss --out e --batch={huge}"),
+            format!("build-engine --model DiT-S/2 --program loss --out e --buckets=1,{huge}"),
+            format!("inspect DiT-S/2 --program loss --batch={huge}"),
+            format!("sweep plan --config s.toml --out s --workers={huge}"),
+            format!("data check --kind idx --path data --rows={huge}"),
+            format!("coord-check --steps={huge}"),
+            format!("train --config run.toml --out r --set data.workers={huge}"),
+            format!("train --config run.toml --out r --set train.threads={huge}"),
+        ] {
+            let done = scene.mudit(&line).run();
+            assert!(done.code == Some(2) && done.seconds < 20.0 && !scene.path("r").exists(), "{done}");
+            assert!(done.stderr.contains(huge), "{done}");
+        }
+        for threads in [huge, "100000", "4294967296"] {
+            let done = scene.mudit(&format!("{sample} --count 1")).env("MUDIT_THREADS", threads).run();
+            assert!(done.code == Some(2) && done.stderr.contains(threads), "{done}");
+        }
+    }
+    // Allowed, and too much for any machine.
+    scene.refuses(&format!("{sample} --count 999999999"), 1, &["no memory for 999999999 images", "--first"]);
+    scene.refuses(&format!("{sample} --first 18446744073709551615"), 2, &["--first"]);
+}
+
+#[test]
+fn an_empty_variable_is_none() {
+    let scene = Scene::new();
+    let done = scene
+        .mudit("sample --offline --checkpoint checkpoint --steps 2 --count 1 --out x.npz")
+        .env("MUDIT_THREADS", "")
+        .env("MUDIT_PROVIDER", "")
+        .run();
+    assert_eq!(done.code, Some(0), "{done}");
+    let done = scene.mudit("train --offline --config run.toml --out r").env("MUDIT_PROVIDER", "").run();
+    assert_eq!(done.code, Some(0), "{done}");
+    let done = scene.mudit("doctor").env("MUDIT_CACHE", "").env("ORT_DYLIB_PATH", "").run();
+    assert!(done.stdout.contains("cache directory"), "{done}");
+}
+
+#[test]
 fn keys_and_values_of_a_run_are_checked() {
     let scene = Scene::new();
     scene.write("unknown.toml", "[train]\nlerning_rate = 1e-3\n");
@@ -163,7 +211,7 @@ fn what_a_program_cannot_be_built_for_is_refused() {
 fn what_cannot_be_sampled_is_refused() {
     let scene = Scene::new();
     for (line, parts) in [
-        ("--classes 10", &["class 10 is not in 0..10"][..]),
+        ("--classes 10", &["class 10 is not in 0 to 9"][..]),
         ("--classes 3,dog", &["no class is called `dog`"]),
         ("--count 0", &["--count must be 1 or more"]),
         ("--batch 0", &["--batch must be 1 or more"]),

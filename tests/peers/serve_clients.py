@@ -98,3 +98,32 @@ try:
 except triton.InferenceServerException as error:
     assert "there is no model" in str(error)
 print("tritonclient: health, metadata, infer in JSON and in bytes, errors")
+
+config = v2.get_model_config(model)
+assert [t["name"] for t in config["input"]] == ["class_label", "seed", "noise"] and config["max_batch_size"] == 0
+for version in ("", "1"):
+    stats = v2.get_inference_statistics(model, version)["model_stats"][0]
+    assert stats["name"] == model and stats["inference_stats"]["success"]["count"] >= 3, stats
+assert [m["name"] for m in v2.get_model_repository_index()] == [m.id for m in models]
+assert v2.get_system_shared_memory_status() == [] and v2.get_cuda_shared_memory_status() == []
+v2.unregister_system_shared_memory()
+v2.unregister_cuda_shared_memory()
+for what in (
+    lambda: v2.load_model(model),
+    lambda: v2.unload_model(model),
+    lambda: v2.get_trace_settings(),
+    lambda: v2.get_log_settings(),
+    lambda: v2.get_model_config("none"),
+    lambda: v2.get_system_shared_memory_status("region"),
+    lambda: v2.register_system_shared_memory("region", "/key", 16),
+    lambda: v2.infer(model, inputs, model_version="7", headers=headers()),
+):
+    try:
+        what()
+        raise SystemExit("what the server has not was answered")
+    except triton.InferenceServerException as error:
+        assert str(error), error
+for algorithm in ("gzip", "deflate"):
+    packed = v2.infer(model, inputs, headers=headers(), request_compression_algorithm=algorithm)
+    assert packed.as_numpy("image").shape[0] == 1
+print("tritonclient: configuration, statistics, repository, shared memory, packed bodies")

@@ -144,6 +144,9 @@ impl Dataset for Blank {
     fn class_names(&self) -> &[String] {
         &[]
     }
+    fn label(&self, _: usize) -> i64 {
+        0
+    }
     fn read(&self, _: usize, _: bool, _: &mut Stream, out: &mut [f32]) -> train_engine::Result<i64> {
         out.fill(0.0);
         Ok(0)

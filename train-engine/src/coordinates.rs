@@ -129,7 +129,7 @@ pub fn at_width(model: &Model, width: usize) -> Result<Model> {
 /// Trains `model` at every width and seed of `plan` on one batch of images and measures every layer.
 ///
 /// Times, noise and label drops are drawn anew in each step; what is measured is one fixed batch of noised images.
-/// `progress` is told how many of how many trainings are done.
+/// `goes_on` is told how many of how many trainings are done, and says whether the next begins; none when it does not.
 ///
 /// # Errors
 /// [`crate::TrainError::Model`], [`crate::TrainError::Runtime`].
@@ -139,8 +139,8 @@ pub fn measure(
     model: &Model,
     batch: &Batch,
     plan: &CheckPlan,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<Coordinates> {
+    goes_on: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Option<Coordinates>> {
     if config.train.provider.is_gpu() {
         return Err(crate::TrainError::BadValue {
             key: "train.provider",
@@ -179,10 +179,14 @@ pub fn measure(
                     layer.update[step as usize][w][s] = mean(moved);
                 }
             }
-            progress(w * plan.seeds.len() + s + 1, total);
+            let done = w * plan.seeds.len() + s + 1;
+            if !goes_on(done, total) && done < total {
+                return Ok(None);
+            }
         }
     }
-    Ok(Coordinates { widths: plan.widths.clone(), steps: plan.steps, seeds: plan.seeds.clone(), layers })
+    let (widths, seeds) = (plan.widths.clone(), plan.seeds.clone());
+    Ok(Some(Coordinates { widths, steps: plan.steps, seeds, layers }))
 }
 
 /// Mean absolute value.

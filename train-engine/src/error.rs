@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use models::ModelError;
 use runtime::RuntimeError;
+use runtime::hint::hint;
+use runtime::lock::Holder;
 
 /// Short for a result with [`TrainError`].
 pub type Result<T, E = TrainError> = std::result::Result<T, E>;
@@ -14,7 +16,7 @@ pub type Result<T, E = TrainError> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum TrainError {
     /// The operating system refused a file operation.
-    #[error("cannot {action} `{}`: {source}{}", path.display(), remedy(source))]
+    #[error("cannot {action} `{}`: {source}{}", path.display(), hint(action, path, source))]
     Io {
         /// What was tried: a verb such as `read`.
         action: &'static str,
@@ -148,11 +150,33 @@ pub enum TrainError {
         reason: String,
     },
 
+    /// A run that was trained on other data than it would go on with.
+    #[error("the data set is not the one that `{}` was trained on: {differences}; {remedy}", path.display())]
+    OtherData {
+        /// The checkpoint's directory, or the sweep's.
+        path: PathBuf,
+        /// What differs.
+        differences: String,
+        /// What can be done.
+        remedy: String,
+    },
+
+    /// A trial of a sweep that cannot run.
+    #[error("the trial {set}: {source}")]
+    BadTrial {
+        /// What it sets.
+        set: String,
+        /// Why not.
+        source: Box<Self>,
+    },
+
     /// A run directory that another process is writing to.
-    #[error("another process is training in `{}`: wait for it, or choose another directory", path.display())]
+    #[error("{holder} is training in `{}`: wait for it, or choose another directory", path.display())]
     Locked {
         /// The run directory.
         path: PathBuf,
+        /// The process.
+        holder: Holder,
     },
 
     /// A line of `metrics.jsonl` that is not one of ours.
@@ -176,17 +200,40 @@ pub enum TrainError {
 
     /// The loss or a gradient is not finite; nothing was updated.
     #[error(
-        "step {step}: the loss is {loss} or a gradient is not finite; nothing was updated, and the batch, the \
-         parameters and the gradients' sizes are in `{}`; try a lower `train.learning_rate` or a `train.clip`",
-        evidence.display()
+        "step {step}: the loss is {loss} or a gradient is not finite, though the images were; nothing was updated{}; try \
+         a lower `train.learning_rate` or a `train.clip`",
+        kept(evidence.as_deref())
     )]
     NotFinite {
         /// The step, counted from 1.
         step: u64,
         /// The loss.
         loss: f64,
-        /// Where the evidence lies.
-        evidence: PathBuf,
+        /// Where the evidence lies, if it could be written.
+        evidence: Option<PathBuf>,
+    },
+
+    /// A sample with a value that no training can use.
+    #[error(
+        "the data set holds {value} in {place} (value {at} of it): take it out or make it anew; neither the gradients nor \
+         the rate are to blame"
+    )]
+    BadSample {
+        /// The file and the row, or the sample's number.
+        place: String,
+        /// NaN or an infinity.
+        value: f32,
+        /// Which of the sample's values, counted from 0.
+        at: usize,
+    },
+
+    /// Sample pictures that could not be drawn.
+    #[error("cannot draw `{}`: {reason}", path.display())]
+    Picture {
+        /// The picture.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
     },
 
     /// A gradient overflows f16 without any scaling of the loss.
@@ -279,17 +326,10 @@ impl From<RuntimeError> for TrainError {
     }
 }
 
-fn remedy(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free some space and run the same command again"
-        }
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            "; choose a directory you may write to, or change its permissions"
-        }
-        io::ErrorKind::NotFound => "; check the path",
-        _ => "",
-    }
+fn kept(evidence: Option<&Path>) -> String {
+    evidence.map_or_else(String::new, |path| {
+        format!(", and the batch, the parameters and the gradients' sizes are in `{}`", path.display())
+    })
 }
 
 fn nearest_hint(nearest: Option<&str>, valid: &[&str]) -> String {

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`config`] | the run's TOML, its overrides and checks |
 //! | [`data`] | data sets, the order of images, the thread that reads ahead |
+//! | [`picture`] | picture files: which there are, what they decode to |
 //! | [`random`] | draws that are pure functions of seed, purpose, step and sample |
 //! | [`mup`] | roles to rates and first values |
 //! | [`coordinates`] | the coordinate check: sizes of activations and updates over widths |
@@ -18,7 +19,7 @@
 //! | [`schedule`] | learning-rate factor and EMA decay of a step |
 //! | [`checkpoint`] | directories that appear whole or not at all, and the run's lock |
 //! | [`metrics`], [`tensorboard`] | what is logged |
-//! | [`signals`] | Ctrl-C and SIGTERM as a flag |
+//! | [`signals`] | Ctrl-C, SIGTERM and their like as a flag |
 //! | [`error`] | what can go wrong |
 
 pub mod checkpoint;
@@ -30,6 +31,7 @@ pub mod error;
 pub mod loss_scale;
 pub mod metrics;
 pub mod mup;
+pub mod picture;
 pub mod random;
 pub mod schedule;
 pub mod signals;

@@ -4,16 +4,23 @@ use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
-use runtime::file::write_atomically;
+use runtime::file::{sync_file, write_atomically};
 use serde_json::{Map, Value};
 
 use crate::error::{Result, TrainError};
+
+/// Rows that wait for a full disk to have room again, in bytes at most.
+const MOST_WAITING: usize = 1 << 24;
 
 /// The file that metrics are appended to.
 #[derive(Debug)]
 pub struct MetricsLog {
     path: PathBuf,
     file: File,
+    /// Bytes of whole rows in the file.
+    length: u64,
+    /// Rows that could not be written yet.
+    waiting: Vec<u8>,
 }
 
 impl MetricsLog {
@@ -34,20 +41,50 @@ impl MetricsLog {
             keep_until(&path, resumed_step)?;
         }
         let file = File::options().append(true).create(true).open(&path);
-        Ok(Self { file: file.map_err(TrainError::io("open", &path))?, path })
+        let file = file.map_err(TrainError::io("open", &path))?;
+        let length = file.metadata().map_err(TrainError::io("read", &path))?.len();
+        Ok(Self { path, file, length, waiting: Vec::new() })
     }
 
-    /// Appends the row of a step: `{"step": …, "loss": …, …}`. A value that is not finite is written as null.
+    /// [`open`](Self::open), after a file that cannot be read is moved out of the way; gives its new name.
     ///
     /// # Errors
     /// [`TrainError::Io`].
+    pub fn open_beside(run_dir: &Path, resumed_step: Option<u64>) -> Result<(Self, Option<PathBuf>)> {
+        match Self::open(run_dir, resumed_step) {
+            Err(TrainError::BadMetrics { path, .. }) => {
+                let free = (1..).map(|n| path.with_added_extension(format!("unreadable-{n}")));
+                let Some(aside) = free.into_iter().find(|aside| aside.symlink_metadata().is_err()) else {
+                    return Err(TrainError::Internal("no name is left for old metrics".into()));
+                };
+                fs::rename(&path, &aside).map_err(TrainError::io("rename", &path))?;
+                Ok((Self::open(run_dir, resumed_step)?, Some(aside)))
+            }
+            opened => Ok((opened?, None)),
+        }
+    }
+
+    /// Appends the row of a step: `{"step": …, "loss": …, …}`. A value that is not finite is written as null. A row that
+    /// cannot be written is kept, and written with the next.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`]; the file then holds whole rows only.
     pub fn append(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
         let mut row = Map::new();
         row.insert("step".into(), step.into());
         row.extend(values.iter().map(|&(name, value)| (name.to_owned(), Value::from(value))));
-        // One write a row, so that a reader sees whole lines.
         let line = format!("{}\n", Value::Object(row));
-        self.file.write_all(line.as_bytes()).map_err(TrainError::io("write", &self.path))
+        if self.waiting.len() + line.len() <= MOST_WAITING {
+            self.waiting.extend(line.as_bytes());
+        }
+        // One write a row, so that a reader sees whole lines.
+        if let Err(error) = self.file.write_all(&self.waiting) {
+            drop(self.file.set_len(self.length));
+            return Err(TrainError::io("write", &self.path)(error));
+        }
+        self.length += self.waiting.len() as u64;
+        self.waiting.clear();
+        Ok(())
     }
 
     /// Makes the rows durable, as before a checkpoint that counts on them.
@@ -55,7 +92,7 @@ impl MetricsLog {
     /// # Errors
     /// [`TrainError::Io`].
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(TrainError::io("sync", &self.path))
+        sync_file(&self.file).map_err(TrainError::io("sync", &self.path))
     }
 }
 
@@ -154,6 +191,13 @@ mod tests {
         let error = MetricsLog::open(dir.path(), None).unwrap_err().to_string();
         assert!(error.contains("line 2 is no metrics record"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"{\"step\":1}\nhello\n");
+        for name in ["metrics.jsonl.unreadable-1", "metrics.jsonl.unreadable-2"] {
+            fs::write(&path, "{\"step\":1}\nhello\n").unwrap();
+            let (_, aside) = MetricsLog::open_beside(dir.path(), Some(1)).unwrap();
+            assert_eq!(aside.unwrap(), dir.path().join(name));
+            assert_eq!(fs::read(dir.path().join(name)).unwrap(), b"{\"step\":1}\nhello\n");
+            assert_eq!(fs::read(&path).unwrap(), b"");
+        }
         fs::write(&path, "{\"loss\":1}\n").unwrap();
         assert!(MetricsLog::open(dir.path(), Some(3)).unwrap_err().to_string().contains("no `step`"));
     }
@@ -164,7 +208,13 @@ mod tests {
         std::os::unix::fs::symlink("/dev/full", dir.path().join("full")).unwrap();
         let path = dir.path().join("full");
         let file = File::options().append(true).open(&path).unwrap();
-        let error = MetricsLog { path, file }.append(1, &[]).unwrap_err().to_string();
+        let mut log = MetricsLog { path: path.clone(), file, length: 0, waiting: Vec::new() };
+        let error = log.append(1, &[]).unwrap_err().to_string();
         assert!(error.contains("free some space"), "{error}");
+        // There is room again: nothing is missing.
+        fs::remove_file(&path).unwrap();
+        log.file = File::options().append(true).create(true).open(&path).unwrap();
+        log.append(2, &[]).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
     }
 }

@@ -6,13 +6,13 @@ use crate::config::{Schedule, TrainSection};
 
 /// What the learning rate is multiplied with at update `step` (counted from 0).
 ///
-/// Warm-up is `(step + 1) / warmup_steps`; afterwards, with `p = (step − warmup) / (steps − warmup)` in [0, 1] and the
-/// final fraction `f`: constant 1 · linear `1 − (1 − f)·p` · cosine `f + (1 − f)·(1 + cos πp)/2`.
+/// Warm-up is `(step + 1) / warmup_steps`; afterwards, with `p = (step − warmup) / (end − warmup)` in [0, 1], the
+/// [end of the decay](TrainSection::decay_end) and the final fraction `f`: constant 1 · linear `1 − (1 − f)·p` · cosine `f + (1 − f)·(1 + cos πp)/2`.
 pub fn learning_rate_factor(train: &TrainSection, step: u64) -> f64 {
     if step < train.warmup_steps {
         return (step + 1) as f64 / train.warmup_steps as f64;
     }
-    let span = train.steps.saturating_sub(train.warmup_steps).max(1);
+    let span = train.decay_end().unwrap_or(train.steps).saturating_sub(train.warmup_steps).max(1);
     let progress = ((step - train.warmup_steps) as f64 / span as f64).min(1.0);
     let last = train.final_fraction;
     match train.schedule {
@@ -68,6 +68,20 @@ mod tests {
         for schedule in [Schedule::Linear, Schedule::Cosine] {
             assert!((at(schedule, 110) - 0.1).abs() < 1e-12);
             assert_eq!(at(schedule, 110), at(schedule, 1_000));
+        }
+    }
+
+    #[test]
+    fn a_decay_can_be_shorter_or_longer_than_the_run() {
+        for schedule in [Schedule::Linear, Schedule::Cosine] {
+            let whole = train(schedule);
+            let longer = TrainSection { steps: 500, decay_steps: Some(110), ..whole.clone() };
+            let shorter = TrainSection { steps: 40, decay_steps: Some(110), ..whole.clone() };
+            for step in [0, 9, 10, 37, 109, 110, 499] {
+                let factor = learning_rate_factor(&whole, step);
+                assert_eq!(learning_rate_factor(&longer, step), factor);
+                assert_eq!(learning_rate_factor(&shorter, step), factor);
+            }
         }
     }
 

@@ -36,6 +36,11 @@ impl TensorFile {
         Ok(Self { path: path.to_path_buf(), file, header })
     }
 
+    /// Where the file is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The free text under `key` in the file's metadata.
     pub(crate) fn note(&self, key: &str) -> Option<String> {
         self.header.metadata().remove(key)
@@ -62,21 +67,20 @@ impl TensorFile {
         self.file.read_exact_at(&mut bytes, offset).map_err(TrainError::io("read", &self.path))?;
         Ok(bytes)
     }
+}
 
-    /// Reads one entry of the first axis into `out`, from f32, f16 or bf16.
-    pub(crate) fn read_row_f32(&self, tensor: &TensorEntry, row: usize, out: &mut [f32]) -> Result<()> {
-        let bytes = self.read_rows(tensor, row, 1)?;
-        match tensor.dtype {
-            Dtype::F32 => fill::<4>(&bytes, out, f32::from_le_bytes),
-            Dtype::F16 => fill::<2>(&bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => fill::<2>(&bytes, out, |b| half::bf16::from_le_bytes(b).to_f32()),
-            other => {
-                let got = format!("{other:?}");
-                return Err(TrainError::bad_file(&self.path, "element type", "F32, F16 or BF16", got));
-            }
+/// Widens little-endian f32, f16 or bf16 to `out`; `path` names the file in an error.
+pub(crate) fn decode_floats(path: &Path, dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    match dtype {
+        Dtype::F32 => fill::<4>(bytes, out, f32::from_le_bytes),
+        Dtype::F16 => fill::<2>(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => fill::<2>(bytes, out, |b| half::bf16::from_le_bytes(b).to_f32()),
+        other => {
+            let got = format!("{other:?}");
+            return Err(TrainError::bad_file(path, "element type", "F32, F16 or BF16", got));
         }
-        Ok(())
     }
+    Ok(())
 }
 
 fn fill<const B: usize>(bytes: &[u8], out: &mut [f32], decode: impl Fn([u8; B]) -> f32) {
@@ -99,7 +103,7 @@ mod tests {
         let tensors = TensorFile::open(file.path()).unwrap();
         let w = tensors.entry("w").unwrap();
         let mut row = [0.0; 2];
-        tensors.read_row_f32(&w, 2, &mut row).unwrap();
+        decode_floats(tensors.path(), w.dtype, &tensors.read_rows(&w, 2, 1).unwrap(), &mut row).unwrap();
         assert_eq!(row, [4.0, 5.0]);
         assert!(tensors.has("w") && !tensors.has("v"));
         assert!(tensors.entry("v").unwrap_err().to_string().contains('v'));

@@ -29,7 +29,7 @@ mod field {
 }
 
 const FILE_VERSION: &str = "brain.Event:2";
-/// `SessionLog.START`: readers drop events at and after its step that earlier files hold.
+/// `SessionLog.START`: readers drop events at and after its step that earlier files hold, so it names the first new one.
 const SESSION_START: u64 = 1;
 
 /// An event file that scalars are appended to.

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use clap::Args;
 use graph_builder::Role;
 use models::{Model, ProgramKind, ProgramSpec};
-use runtime::file::write_atomically;
+use runtime::file::{check_writable, write_atomically};
 use serde_json::json;
 use train_engine::checkpoint::{CONFIG_FILE, EMA_FILE, MODEL_FILE};
 use train_engine::mup::Stamp;
@@ -48,6 +48,7 @@ impl ConvertArgs {
             .into());
         };
         ensure!(!self.out.join(CONFIG_FILE).exists(), "`{}` holds a checkpoint already", self.out.display());
+        check_writable(self.out.join(CONFIG_FILE))?;
         let scale = mup.output_multiplier / model.width_multiplier();
         let plain = Model { mup: None, ..model.clone() };
         let mut files = Vec::new();

@@ -8,17 +8,17 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use models::{InitScheme, Model};
-use runtime::file::write_atomically;
+use runtime::file::{check_writable, write_atomically};
 use serde_json::json;
 use train_engine::config::TrainConfig;
 use train_engine::coordinates::{CheckPlan, Coordinates, LayerVerdict, Quantity, Trend, at_width, measure};
 use train_engine::data::{self, Batch, BatchPlan, Dataset, GaussianImages, Loader};
 
-use super::Machine;
-use crate::Usage;
+use super::{Machine, listen};
 use crate::console;
 use crate::render::panels::{Line, Panel, Panels, Scale};
 use crate::render::progress::{Job, Progress};
+use crate::{Stopped, Usage};
 
 /// Which parameterisation is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -91,6 +91,7 @@ impl CoordCheckArgs {
         }
         let start = Instant::now();
         let (mut config, dataset) = self.settings()?;
+        check_writable(self.out.join(REPORT))?;
         let mut widths = self.widths.clone();
         widths.sort_unstable();
         widths.dedup();
@@ -122,10 +123,16 @@ impl CoordCheckArgs {
             images_per_step: 0.0,
             flops_per_step: 0.0,
         });
+        let stop = listen("training")?;
         let measured = measure(&runtime, &config, &model, &batch, &plan, &mut |done, _| {
             progress.update(done as u64, None);
+            !stop.is_set()
         })?;
+        drop(stop);
         progress.finish();
+        let Some(measured) = measured else {
+            return Err(Stopped("stopped; a check is whole or nothing, so nothing was written".into()).into());
+        };
         let verdict = measured.verdict(self.tolerance);
         self.report(&measured, &verdict, &config, start.elapsed().as_secs_f64())?;
         match worst(&verdict) {
@@ -188,7 +195,7 @@ impl CoordCheckArgs {
             "roles": by_role(verdict).into_iter().map(|(r, _, t)| (r, t.slope)).collect::<BTreeMap<_, _>>(),
             "verdict": verdict, "sizes": measured,
         });
-        let file = self.out.join("coord-check.json");
+        let file = self.out.join(REPORT);
         write_atomically(&file, |out| writeln!(out, "{report:#}"))?;
         if self.json {
             return console::json(&report);
@@ -222,6 +229,8 @@ impl CoordCheckArgs {
     }
 }
 
+/// File of the verdict.
+const REPORT: &str = "coord-check.json";
 /// The model that is checked where none is named: as small as shows every kind of layer.
 const DEFAULT_MODEL: &str = "DiT-S/4@16x16x4:10";
 

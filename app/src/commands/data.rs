@@ -4,12 +4,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use runtime::file::check_writable;
 use serde_json::json;
-use train_engine::config::{DataKind, DataSection};
+use train_engine::TrainError;
+use train_engine::config::{DataKind, DataSection, Orient};
 use train_engine::data::{self, Dataset, fashion_mnist};
 use train_engine::random::{Purpose, Stream};
 
 use crate::console;
+use crate::faults::one_error;
 use crate::render::grid::{Caption, Column, grid, save_png};
 
 /// Arguments of `mudit data`.
@@ -47,6 +50,9 @@ enum Action {
         /// Side in pixels that the images of a folder are cropped to.
         #[arg(long)]
         image_size: Option<usize>,
+        /// Whether images of a folder are turned by their EXIF data: off or apply.
+        #[arg(long, default_value = "off", value_parser = orient)]
+        orient: Orient,
         /// Draw the first images of each class into this PNG.
         #[arg(long)]
         grid: Option<PathBuf>,
@@ -67,15 +73,27 @@ fn data_kind(text: &str) -> Result<DataKind, String> {
         .map_err(|_| "expected fashion-mnist, idx, folder or latents".to_owned())
 }
 
+fn orient(text: &str) -> Result<Orient, String> {
+    serde_json::from_value(json!(text)).map_err(|_| "expected off or apply".to_owned())
+}
+
 impl DataArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         match self.action {
             Action::Fetch { path, offline, json } => fetch(path.as_deref(), offline, json),
-            Action::Check { kind, path, labels, image_size, grid, rows, offline, json } => {
-                let section =
-                    DataSection { kind, path, labels, image_size, flip: false, ..DataSection::default() };
+            Action::Check { kind, path, labels, image_size, orient, grid, rows, offline, json } => {
+                let section = DataSection {
+                    kind,
+                    path,
+                    labels,
+                    image_size,
+                    orient,
+                    flip: false,
+                    ..DataSection::default()
+                };
                 let set = data::open(&section, offline, &console::note)?;
-                check(&set, grid, rows, json)
+                grid.iter().try_for_each(check_writable)?;
+                check(&set, kind, grid, rows, json)
             }
         }
     }
@@ -90,15 +108,39 @@ fn fetch(path: Option<&std::path::Path>, offline: bool, json: bool) -> anyhow::R
     all.into_iter().try_for_each(|f| console::out(&f.display().to_string()))
 }
 
-fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bool) -> anyhow::Result<()> {
+fn check(
+    set: &Arc<dyn Dataset>,
+    kind: DataKind,
+    picture: Option<PathBuf>,
+    rows: usize,
+    json: bool,
+) -> anyhow::Result<()> {
     let (c, h, w) = (set.channels(), set.height(), set.width());
     let mut counts = vec![0_usize; set.num_classes()];
     let (mut sum, mut squares) = (0.0, 0.0);
     let (mut shown, mut labels) = (Vec::new(), Vec::new());
-    let mut sample = vec![0.0; set.image_len()];
+    let (mut sample, mut faults) = (vec![0.0; set.image_len()], Vec::new());
     for i in 0..set.len() {
-        let mut draw = Stream::new(0, Purpose::VaeDraw, 0, i as u64);
-        let label = set.read(i, false, &mut draw, &mut sample)?;
+        let draw = || Stream::new(0, Purpose::VaeDraw, 0, i as u64);
+        // Mirrored latents are numbers of their own; a mirrored image is the same file again.
+        if kind == DataKind::Latents && set.can_flip() {
+            let mirrored = data::read_finite(set.as_ref(), i, true, &mut draw(), &mut sample);
+            faults.extend(mirrored.err().map(anyhow::Error::from));
+        }
+        let label = match data::read_finite(set.as_ref(), i, false, &mut draw(), &mut sample) {
+            Ok(label) => label,
+            // One sample; the others are looked at all the same.
+            Err(
+                fault @ (TrainError::BadImage { .. }
+                | TrainError::BadFile { .. }
+                | TrainError::BadSample { .. }
+                | TrainError::Io { .. }),
+            ) => {
+                faults.push(fault.into());
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         let count = &mut counts[label as usize];
         *count += 1;
         if picture.is_some() && *count <= rows {
@@ -108,6 +150,8 @@ fn check(set: &Arc<dyn Dataset>, picture: Option<PathBuf>, rows: usize, json: bo
         sum += sample.iter().map(|v| f64::from(*v)).sum::<f64>();
         squares += sample.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
     }
+    set.remarks().iter().for_each(|line| console::note(line));
+    one_error(faults, set.len() as u64)?;
     let values = (set.len() * set.image_len()) as f64;
     let mean = sum / values;
     let std = (squares / values - mean * mean).max(0.0).sqrt();

@@ -8,7 +8,7 @@ use models::{Guidance, Model, ProgramKind, ProgramSpec};
 use runtime::{Engine, engine};
 use serde_json::json;
 
-use super::mup_table;
+use super::{mup_table, weights};
 use crate::console;
 use crate::profile::layer;
 use crate::profile::memory::Prediction;
@@ -17,7 +17,8 @@ use crate::sampler::channels;
 /// Arguments of `mudit inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, or an engine directory.
+    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint or run directory, or an
+    /// engine.
     model: String,
     /// Print the signature of this program instead of the counts.
     #[arg(long)]
@@ -53,7 +54,7 @@ impl InspectArgs {
         if Path::new(&self.model).join(engine::MANIFEST).is_file() {
             return self.engine();
         }
-        let model = Model::resolve(&self.model)?;
+        let model = weights::model(&self.model)?;
         match self.program {
             Some(kind) => self.signature(&model, kind),
             None => self.counts(&model),

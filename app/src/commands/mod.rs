@@ -21,6 +21,7 @@ mod train;
 mod transfer;
 mod triton;
 mod weights;
+mod weights_file;
 
 use std::sync::Arc;
 
@@ -28,6 +29,7 @@ use clap::{Args, Subcommand};
 use graph_builder::Precision;
 use runtime::{Provider, Runtime, RuntimeOptions};
 use train_engine::config::TrainConfig;
+use train_engine::signals::StopSignal;
 
 use crate::Usage;
 use crate::built::BuiltEngine;
@@ -75,7 +77,7 @@ impl Command {
     /// Runs the command.
     ///
     /// # Errors
-    /// Whatever the command says; [`crate::Usage`] for wrong usage.
+    /// Whatever the command says; [`crate::Usage`] for wrong usage, [`crate::Stopped`] after a signal.
     pub fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Quickstart(args) => args.run(),
@@ -102,6 +104,12 @@ impl Command {
         let command = Self::augment_subcommands(clap::Command::new("mudit"));
         command.get_subcommands().map(|c| c.get_name().to_owned()).collect()
     }
+}
+
+/// Listens for what asks to stop, which `what` ends with; the first is answered at once.
+fn listen(what: &'static str) -> anyhow::Result<StopSignal> {
+    let told = move || console::interrupt(&format!("stopping after this {what}; again ends at once"));
+    Ok(StopSignal::install(told)?)
 }
 
 /// Options of every command that runs programs or reads data.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use graph_builder::Graph;
-use models::{Guidance, Model, Objective, Solver, SolverKind};
+use models::{Guidance, Model};
 use runtime::{Runtime, SharedArena};
 use train_engine::TrainError;
 use train_engine::config::SampleSection;
@@ -27,6 +27,8 @@ pub(super) struct Console {
     pub(super) sample: SampleSection,
     pub(super) seed: u64,
     pub(super) execution: Execution,
+    /// Whether a run may go on with other data than it began with.
+    pub(super) accept_data: bool,
     pub(super) progress: Option<Progress>,
     pub(super) info: Option<RunInfo>,
     /// Compiled on the first grid.
@@ -46,6 +48,7 @@ impl Console {
             seed: config.train.seed,
             // Its own parameters are where the run is; pictures are drawn in f32.
             execution: of_training(config).in_f32(),
+            accept_data: false,
             progress: None,
             info: None,
             sampler: None,
@@ -60,7 +63,7 @@ impl Console {
     /// How pictures are drawn.
     fn settings(&self, model: &Model) -> Settings {
         Settings {
-            solver: solver(&self.sample, model.objective),
+            solver: self.sample.solver(model.objective),
             guidance: guidance(self.sample.guidance, model),
             guided: Guidance::usual(model.objective),
             batch: SAMPLE_BATCH.min(self.sample.per_class * model.conditioning().class_count()),
@@ -74,15 +77,6 @@ impl Console {
             None => console::note(line),
         }
     }
-}
-
-/// The solver that a run's pictures are made with.
-pub(super) fn solver(section: &SampleSection, objective: Objective) -> Solver {
-    let kind = section.sampler.unwrap_or(match objective {
-        Objective::Ddpm => SolverKind::Ddim,
-        Objective::Flow => SolverKind::Euler,
-    });
-    Solver::new(kind, section.steps)
 }
 
 /// Guidance that the model can give.
@@ -164,7 +158,11 @@ impl Observer for Console {
             };
             draw_grid(sampler, model, self.sample.per_class, self.seed, format!("step {step}"), &path)
         })();
-        drawn.map_err(|e| TrainError::Internal(format!("drawing `{}`: {e:#}", path.display())))
+        drawn.map_err(|e| TrainError::Picture { path, reason: format!("{e:#}") })
+    }
+
+    fn accepts_data(&mut self, _: &str) -> bool {
+        self.accept_data
     }
 
     fn warn(&mut self, message: &str) {

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use models::{Guidance, Model, ProgramKind};
-use runtime::file::write_atomically;
+use models::{Guidance, ProgramKind};
+use runtime::file::{check_writable, write_atomically};
 use serde_json::{Value, json};
 
-use super::Machine;
+use super::{Machine, weights};
 use crate::console;
 use crate::profile::measure::{Measured, Subject};
 use crate::profile::memory::{Prediction, megabytes};
@@ -27,7 +27,7 @@ const OVERHEAD: &str = "session overhead";
 /// Arguments of `mudit profile`.
 #[derive(Debug, Args)]
 pub struct ProfileArgs {
-    /// A preset such as `DiT-S/2` or `DiT-S/2@8x8x4:10`, or a config.json.
+    /// A preset such as `DiT-S/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint or run directory, or an engine.
     model: String,
     /// The program.
     #[arg(long, default_value = "train-step")]
@@ -54,7 +54,8 @@ pub struct ProfileArgs {
 
 impl ProfileArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let model = Model::resolve(&self.model)?;
+        let model = weights::model(&self.model)?;
+        self.svg.iter().chain(self.json.iter().flatten()).try_for_each(check_writable)?;
         let runtime = self.machine.runtime()?;
         let (threads, batch, repeat) = (self.machine.threads, self.batch, self.repeat.max(1));
         let (kind, guidance) = (self.program, self.cfg_channels.unwrap_or(Guidance::usual(model.objective)));

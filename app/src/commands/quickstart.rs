@@ -7,18 +7,18 @@ use std::time::Instant;
 use clap::Args;
 use models::{Guidance, Solver};
 use runtime::Runtime;
+use runtime::file::check_writable;
 use serde_json::json;
 use train_engine::config::TrainConfig;
 use train_engine::data::{self, BatchPlan, Dataset, Loader};
-use train_engine::signals::StopSignal;
 use train_engine::trainer::{self, Outcome, RUN_CONFIG_FILE, Trainer};
 
 use super::fid;
 use super::fid::quick::{self, Distances};
-use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance, solver};
-use super::train::draw_loss;
+use super::observer::{Console, SAMPLE_BATCH, draw_grid, guidance};
+use super::train::{draw_loss, further, stopped};
 use super::weights::{self, Which};
-use super::{Machine, of_training};
+use super::{Machine, listen, of_training};
 use crate::Usage;
 use crate::console;
 use crate::execution::Placed;
@@ -78,6 +78,8 @@ impl QuickstartArgs {
                 self.out.display()
             ));
         }
+        let pictures = self.out.join("samples.png");
+        check_writable(&pictures)?;
         let runtime = self.machine.runtime()?;
         let dataset = data::open(&config.data, self.machine.offline, &console::note)?;
         let chosen = self.overrides.iter().any(|o| o.starts_with("train.steps"));
@@ -85,21 +87,18 @@ impl QuickstartArgs {
             console::note("measuring this machine's speed");
             config.train.steps = self.fitting_steps(&runtime, &config, &dataset)?;
         }
-        let stop = StopSignal::install()?;
+        let stop = listen("step")?;
         let mut shown = Console::new(&runtime, &self.out, &config);
         let result = trainer::run(&runtime, &config, &self.out, &dataset, &stop, &mut shown);
         let pace = shown.finish();
+        drop(stop);
         let outcome = result?;
-        let pictures = self.out.join("samples.png");
-        let run = self.out.display();
+        let (run, quoted) = (self.out.display(), console::quoted(&self.out));
         if let Outcome::Interrupted(step) = outcome {
-            return console::out(&format!(
-                "stopped and saved after step {step} of {}; run the same command again to go on",
-                config.train.steps
-            ));
+            return Err(stopped(&self.out, step));
         }
         if outcome == Outcome::Finished || !pictures.is_file() {
-            draw_loss(&self.out)?;
+            draw_loss(&self.out);
             self.draw(&runtime, &config, &pictures)?;
         }
         let distances = (self.fid_images > 0).then(|| self.distances(&runtime, &config)).transpose()?;
@@ -143,8 +142,10 @@ impl QuickstartArgs {
             console::out(&format!("  {:40} {what}", self.out.join(file).display()))?;
         }
         console::out("next:")?;
-        console::out(&format!("  mudit sample --checkpoint {run} --classes 5,8,9 --cfg 3 --out more.png"))?;
-        console::out(&format!("  mudit train --out {run} --set train.steps={}", 2 * config.train.steps))?;
+        console::out(&format!(
+            "  mudit sample --checkpoint {quoted} --classes 5,8,9 --cfg 3 --out more.png"
+        ))?;
+        console::out(&format!("  {}", further(&config, &self.out)))?;
         console::out("  mudit quickstart --minutes 15 --out runs/longer")?;
         console::out("(`cargo run --release --` in place of `mudit` runs it from this folder)")
     }
@@ -186,7 +187,7 @@ impl QuickstartArgs {
     fn distances(&self, runtime: &Arc<Runtime>, config: &TrainConfig) -> anyhow::Result<Distances> {
         let loaded = weights::open(&self.out, Which::Ema)?;
         let section = &config.sample;
-        let kind = solver(section, loaded.model.objective).kind;
+        let kind = section.solver(loaded.model.objective).kind;
         let settings = Settings {
             solver: Solver::new(kind, DISTANCE_STEPS.min(section.steps)),
             guidance: guidance(section.guidance, &loaded.model),
@@ -208,7 +209,7 @@ impl QuickstartArgs {
         let model = &loaded.model;
         let section = &config.sample;
         let settings = Settings {
-            solver: solver(section, model.objective),
+            solver: section.solver(model.objective),
             guidance: guidance(section.guidance, model),
             guided: Guidance::All,
             batch: SAMPLE_BATCH,

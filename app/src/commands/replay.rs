@@ -8,12 +8,15 @@ use clap::Args;
 use graph_builder::Shape;
 use indexmap::IndexMap;
 use models::Model;
+use runtime::file::check_writable;
 use runtime::{HostTensor, Recording, SessionOptions, read_safetensors_file};
 use serde_json::json;
 use train_engine::config::{Schedule, TrainConfig, TrainSection};
 use train_engine::step::{StepInputs, read_lock};
 use train_engine::trainer::Trainer;
 
+use super::weights::Which;
+use super::weights_file::WeightsFile;
 use super::{Machine, Target, weights};
 use crate::console;
 use crate::execution::Execution;
@@ -21,7 +24,7 @@ use crate::execution::Execution;
 /// Arguments of `mudit replay`.
 #[derive(Debug, Args)]
 pub struct ReplayArgs {
-    /// A preset, a config.json, or a checkpoint directory.
+    /// A preset, a config.json, a checkpoint or run directory, or an engine.
     #[arg(long)]
     model: String,
     /// Parameters at the start (safetensors).
@@ -83,9 +86,11 @@ struct GivenBatch {
 impl ReplayArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let execution = self.target.training(self.machine)?;
-        let model = Model::resolve(&self.model)?;
-        let start = weights::read(&model, &self.weights)?;
+        let model = weights::model(&self.model)?;
+        let file = WeightsFile::open(&model, &self.weights, Which::Model)?;
+        let start = weights::read(&model, file.path())?;
         let batches = self.batches(&model)?;
+        [&self.out].into_iter().chain(&self.ema_out).chain(&self.grads_out).try_for_each(check_writable)?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let options =
             SessionOptions { native_kernels: !self.no_native_kernels, ..execution.session_options() };

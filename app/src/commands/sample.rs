@@ -1,29 +1,27 @@
 //! `mudit sample`: images from a checkpoint or an engine, as pictures and arrays; or a trajectory for comparison.
 
-use std::collections::BTreeMap;
+mod files;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use graph_builder::Shape;
-use indexmap::IndexMap;
-use models::{Model, Solver};
-use runtime::{HostTensor, read_safetensors_file, write_safetensors_file};
+use models::Model;
+use runtime::{HostTensor, read_safetensors_file};
 use serde_json::json;
 
+use self::files::{Files, Made};
 use super::solving::Solving;
 use super::weights::{self, Which};
-use super::{Machine, Target};
-use crate::Usage;
+use super::{Machine, Target, listen};
 use crate::built::BuiltEngine;
 use crate::console;
 use crate::execution::{Execution, Placed};
-use crate::render::arrays::SampleArchive;
-use crate::render::grid::{Caption, Column, grid, save_png};
-use crate::render::pixels;
 use crate::render::progress::{Job, Progress};
 use crate::sampler::{NoiseSource, Sampler, Settings};
+use crate::{Stopped, Usage};
 
 /// Arguments of `mudit sample`.
 #[derive(Debug, Args)]
@@ -40,8 +38,9 @@ pub struct SampleArgs {
     weights: Option<Which>,
     #[command(flatten)]
     solving: Solving,
-    /// Classes by number or name, repeated in turn; default all.
-    #[arg(long, value_delimiter = ',')]
+    /// Classes by name or number, separated by commas, repeated in turn; `@2` is number 2 whatever the names are.
+    /// Default all.
+    #[arg(long)]
     classes: Vec<String>,
     /// Number of images; default 8 of each class, of at most 16 classes.
     #[arg(short = 'n', long)]
@@ -105,9 +104,7 @@ impl SampleArgs {
         if self.out.is_empty() && self.save_trajectory.is_none() {
             self.out.push("samples.png".into());
         }
-        if let Some(path) = self.out.iter().find(|p| ending(p).is_none()) {
-            return Err(Usage(format!("`{}` must end in .png, .npz or .safetensors", path.display())).into());
-        }
+        let files = Files::new(&self.out, self.save_trajectory.as_deref())?;
         if self.batch == 0 {
             return Err(Usage("--batch must be 1 or more".into()).into());
         }
@@ -129,6 +126,7 @@ impl SampleArgs {
             MadeBy::Checkpoint(_, execution) => (execution.clone(), self.solving.guided(model)?),
             MadeBy::Engine(engine, execution) => (execution.clone(), self.solving.guided_by(engine)?),
         };
+        files.check_writable()?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let settings = Settings {
             solver: solver.clone(),
@@ -160,12 +158,35 @@ impl SampleArgs {
             flops_per_step: 0.0,
         });
         let start = Instant::now();
-        let images =
-            sampler.run(&labels, source, trajectory.as_mut(), &mut |done| progress.update(done, None))?;
+        let stop = listen("solver step")?;
+        let mut images = Vec::new();
+        let ended = sampler.run_into(&mut images, &labels, source, trajectory.as_mut(), &mut |done| {
+            progress.update(done, None);
+            !stop.is_set()
+        });
+        drop(stop);
         let seconds = start.elapsed().as_secs_f64();
         progress.finish();
-        ensure!(images.iter().all(|v| v.is_finite()), "an image is not finite; nothing was written");
-        self.write(model, &labels, &images, trajectory, sampler.steps(), &solver)?;
+        let size = image.iter().product::<usize>();
+        let kept = images.chunks(size).take_while(|image| image.iter().all(|v| v.is_finite())).count();
+        let short = self.short_of(n, kept, kept * size < images.len(), ended);
+        if kept > 0 {
+            let steps = sampler.steps();
+            let trajectory = trajectory.map(|values| first_rows(values, steps, n, kept, size));
+            let (labels, images) = (&labels[..kept], &images[..kept * size]);
+            files.write(Made {
+                model,
+                labels,
+                images,
+                trajectory,
+                steps,
+                settings: &settings,
+                seed: self.seed,
+            })?;
+        }
+        if let Some(short) = short {
+            return Err(short);
+        }
         let written: Vec<&PathBuf> = self.out.iter().chain(&self.save_trajectory).collect();
         if self.json {
             return console::json(&json!({
@@ -182,6 +203,34 @@ impl SampleArgs {
             sampler.steps()
         ))?;
         written.into_iter().try_for_each(|path| console::out(&path.display().to_string()))
+    }
+
+    /// Why not all `n` images were made, and what becomes of the first `kept`.
+    fn short_of(
+        &self,
+        n: usize,
+        kept: usize,
+        spoiled: bool,
+        ended: anyhow::Result<()>,
+    ) -> Option<anyhow::Error> {
+        let fate = match (kept, &self.noise) {
+            (0, _) => "nothing was written".to_owned(),
+            (_, Some(_)) => format!("the first {kept} of {n} images were written"),
+            (_, None) => format!(
+                "the first {kept} of {n} images were written; --first {} --count {} makes the rest",
+                self.first + kept as u64,
+                n - kept
+            ),
+        };
+        match ended {
+            Err(error) => {
+                console::note(&fate);
+                Some(error)
+            }
+            Ok(()) if spoiled => Some(anyhow!("image {kept} is not finite; {fate}")),
+            Ok(()) if kept < n => Some(Stopped(format!("stopped: {fate}")).into()),
+            Ok(()) => None,
+        }
     }
 
     /// The engine where one is given, else the checkpoint; refuses what cannot be computed before it reads weights.
@@ -206,98 +255,40 @@ impl SampleArgs {
         let classes: Vec<i64> = if self.classes.is_empty() {
             (0..model.conditioning().class_count().min(DEFAULT_CLASSES)).map(|c| c as i64).collect()
         } else {
-            self.classes.iter().map(|text| class(text, model)).collect::<anyhow::Result<_>>()?
+            model.classes(&self.classes)?.into_iter().map(|class| class as i64).collect()
         };
         let count = self.count.unwrap_or(DEFAULT_ROWS * classes.len());
         if count == 0 {
             return Err(Usage("--count must be 1 or more".into()).into());
         }
+        room(count, model)?;
         let first = self.first as usize;
-        Ok((first..first + count).map(|i| classes[i % classes.len()]).collect())
-    }
-
-    fn write(
-        &self,
-        model: &Model,
-        labels: &[i64],
-        images: &[f32],
-        trajectory: Option<Vec<f32>>,
-        steps: usize,
-        solver: &Solver,
-    ) -> anyhow::Result<()> {
-        let (n, latent) = (labels.len(), model.latent());
-        let shape = latent.batch(n);
-        let meta = BTreeMap::from([
-            ("sampler".to_owned(), solver.kind.to_string()),
-            ("cfg".to_owned(), self.solving.cfg.to_string()),
-            ("seed".to_owned(), self.seed.to_string()),
-        ]);
-        for path in &self.out {
-            match ending(path) {
-                Some(Ending::Png) => {
-                    let names: Vec<String> = model.class_names.clone().unwrap_or_default();
-                    let columns = Column::by_class(labels, &names, n);
-                    let title = format!("{} {steps} steps, guidance {}", solver.kind, self.solving.cfg);
-                    let caption = Caption { title: Some(title), note: None };
-                    save_png(&grid(images, shape, &columns, &caption)?, path)?;
-                }
-                Some(Ending::Npz) => {
-                    let mut archive =
-                        SampleArchive::create(path, n, [latent.height, latent.width, latent.channels])?;
-                    archive.push(&pixels::channels_last(images, shape)?)?;
-                    archive.finish(labels)?;
-                }
-                Some(Ending::Safetensors) => {
-                    let mut tensors = IndexMap::new();
-                    tensors.insert("samples".to_owned(), HostTensor::f32(shape, images.to_vec())?);
-                    tensors.insert("y".to_owned(), HostTensor::i64([n], labels.to_vec())?);
-                    write_safetensors_file(path, &tensors, &meta)?;
-                }
-                None => bail!("internal: an unchecked ending of `{}`", path.display()),
-            }
-        }
-        if let (Some(path), Some(values)) = (&self.save_trajectory, trajectory) {
-            let mut tensors = IndexMap::new();
-            let tensor = HostTensor::f32([steps, n, latent.channels, latent.height, latent.width], values)?;
-            tensors.insert("trajectory".to_owned(), tensor);
-            write_safetensors_file(path, &tensors, &meta)?;
-        }
-        Ok(())
+        let end = first.checked_add(count);
+        let end =
+            end.ok_or_else(|| Usage(format!("--first {first} and {count} images are beyond all numbers")))?;
+        Ok((first..end).map(|i| classes[i % classes.len()]).collect())
     }
 }
 
-#[derive(Clone, Copy)]
-enum Ending {
-    Png,
-    Npz,
-    Safetensors,
+/// Of (steps, N, …) the first `kept` of each step.
+fn first_rows(values: Vec<f32>, steps: usize, n: usize, kept: usize, size: usize) -> Vec<f32> {
+    if kept == n {
+        return values;
+    }
+    (0..steps).flat_map(|k| values[k * n * size..][..kept * size].iter().copied()).collect()
 }
 
-fn ending(path: &Path) -> Option<Ending> {
-    match path.extension()?.to_str()? {
-        "png" => Some(Ending::Png),
-        "npz" => Some(Ending::Npz),
-        "safetensors" => Some(Ending::Safetensors),
-        _ => None,
-    }
-}
-
-/// A class by number or name.
-pub(super) fn class(text: &str, model: &Model) -> anyhow::Result<i64> {
-    if let Ok(number) = text.parse::<usize>() {
-        if number < model.conditioning().class_count() {
-            return Ok(number as i64);
-        }
-        return Err(
-            Usage(format!("class {number} is not in 0..{}", model.conditioning().class_count())).into()
-        );
-    }
-    let names = model.class_names.as_deref().unwrap_or_default();
-    let found = names.iter().position(|name| name.eq_ignore_ascii_case(text));
-    found.map(|i| i as i64).ok_or_else(|| {
-        let known = if names.is_empty() { "the model names none".into() } else { names.join(", ") };
-        Usage(format!("no class is called `{text}`: {known}")).into()
-    })
+/// Refuses a number of images that the machine has no memory for, before it is asked for piece by piece.
+fn room(count: usize, model: &Model) -> anyhow::Result<()> {
+    let values = model.latent().values();
+    let mut images: Vec<f32> = Vec::new();
+    let fits = count.checked_mul(values).is_some_and(|all| images.try_reserve_exact(all).is_ok());
+    ensure!(
+        fits,
+        "there is no memory for {count} images of {values} values each: make them in parts, with a smaller --count and \
+         --first"
+    );
+    Ok(())
 }
 
 fn read_noise(path: &Path, image: [usize; 3], steps: usize) -> anyhow::Result<(Vec<i64>, GivenNoise)> {

@@ -1,13 +1,15 @@
 //! `mudit serve`: a server that makes images on request.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use axum::http::{HeaderValue, Uri};
 use clap::Args;
 use models::Guidance;
+use models::class_names::misleading_number;
 use runtime::file::sha256_file;
 use runtime::library::cache_directory;
 use serde_json::json;
@@ -49,9 +51,10 @@ pub struct ServeArgs {
     /// Channels that guidance changes: a number or `all`. Default an engine's; 3 for DDPM models as in the reference, else all.
     #[arg(long, value_parser = channels)]
     cfg_channels: Option<Guidance>,
-    /// Address to listen on. Any but this machine's own needs API keys.
+    /// Address to listen on, or a name for it; all addresses of a name are listened on. Any but this machine's own needs
+    /// API keys.
     #[arg(long, default_value = "127.0.0.1", env = "MUDIT_HOST")]
-    host: IpAddr,
+    host: String,
     /// Port to listen on; 0 is any free one.
     #[arg(long, default_value_t = 8000, env = "MUDIT_PORT")]
     port: u16,
@@ -61,6 +64,12 @@ pub struct ServeArgs {
     /// Serve other machines without API keys.
     #[arg(long)]
     insecure: bool,
+    /// An origin whose pages may ask, such as http://localhost:3000; `*` is any. May be given again.
+    #[arg(long = "cors-origin", value_name = "URL", value_parser = origin, value_delimiter = ',', env = "MUDIT_CORS_ORIGIN")]
+    cors_origins: Vec<HeaderValue>,
+    /// Take any value of options that cannot matter here: quality, style, moderation, output_compression.
+    #[arg(long, env = "MUDIT_IGNORE_UNUSED_OPTIONS")]
+    ignore_unused_options: bool,
     #[command(flatten)]
     batches: Batches,
     /// Most images of a request.
@@ -84,6 +93,10 @@ pub struct ServeArgs {
     /// A client has this many seconds to send its head, and its body.
     #[arg(long, default_value_t = 10.0, value_parser = seconds, env = "MUDIT_READ_TIMEOUT")]
     read_timeout: f64,
+    /// A connection without a request is kept for this many seconds; clients are told. Behind a proxy, more than it keeps
+    /// its own. 0 closes after each answer.
+    #[arg(long, default_value_t = 75.0, value_parser = seconds, env = "MUDIT_KEEP_ALIVE")]
+    keep_alive: f64,
     /// A client has this many seconds to take a piece of the answer.
     #[arg(long, default_value_t = 30.0, value_parser = seconds, env = "MUDIT_WRITE_TIMEOUT")]
     write_timeout: f64,
@@ -124,9 +137,20 @@ impl ServeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let places = self.places()?;
         let options = self.options(&places)?;
-        let stop = StopSignal::install()?;
+        let told = || console::interrupt("serve: finishing accepted requests; a second signal ends at once");
+        let stop = StopSignal::install(told)?;
         let sources = self.sources(places)?;
         let names: Vec<String> = sources.iter().map(|s| s.name.clone()).collect();
+        for source in &sources {
+            let names = source.model.class_names.as_deref().unwrap_or_default();
+            if let Some(class) = misleading_number(names) {
+                console::note(&format!(
+                    "serve: {}: number {class} is the class called `{}`; numbers in JSON are numbers of classes, and a text \
+                     that may mean two classes is refused",
+                    source.name, names[class]
+                ));
+            }
+        }
         let runtime = self.machine.runtime_for(&options.engine.execution.provider)?;
         let server = Server::bind(sources, options)?;
         let url = format!("http://{}", server.address());
@@ -167,7 +191,6 @@ impl ServeArgs {
         while !stop.is_set() {
             std::thread::sleep(TICK);
         }
-        console::note("serve: finishing accepted requests; a second signal ends at once");
         let drained = server.drain();
         anyhow::ensure!(drained.complete, "accepted requests were not finished within --drain-timeout");
         console::note("serve: done");
@@ -175,19 +198,22 @@ impl ServeArgs {
     }
 
     fn options(&self, places: &[(String, Place)]) -> anyhow::Result<ServeOptions> {
-        for (name, value) in [
-            ("--max-images", self.max_images),
-            ("--max-steps", self.max_steps),
-            ("--max-body", self.max_body),
-            ("--max-connections", self.max_connections),
-            ("--max-jobs", self.max_jobs),
+        for (name, value, least, most) in [
+            ("--max-images", self.max_images as u64, 1, 10_000),
+            ("--max-steps", self.max_steps as u64, 1, 100_000),
+            ("--max-body", self.max_body as u64, 1, 1 << 32),
+            ("--max-connections", self.max_connections as u64, 1, 1_000_000),
+            ("--max-jobs", self.max_jobs as u64, 1, 1_000_000),
+            ("--max-rows", self.batches.max_rows as u64, 1, 1_000_000),
+            ("--max-queue", self.batches.max_queue.unwrap_or_default(), 0, 1_000_000_000_000),
         ] {
-            if value == 0 {
-                return Err(Usage(format!("{name} must be 1 or more")).into());
+            if !(least..=most).contains(&value) {
+                return Err(Usage(format!("{name} must be from {least} to {most}, got {value}")).into());
             }
         }
+        let addresses = self.addresses()?;
         let keys = self.keys()?;
-        if keys.is_empty() && !self.host.is_loopback() && !self.insecure {
+        if keys.is_empty() && addresses.iter().any(|address| !address.ip().is_loopback()) && !self.insecure {
             return Err(Usage(format!(
                 "other machines reach {}: give --api-key-file or {KEYS_VARIABLE}, or say --insecure",
                 self.host
@@ -198,7 +224,7 @@ impl ServeArgs {
         let threads = if self.machine.threads == 0 { cores } else { self.machine.threads };
         let execution = Execution { threads, ..self.execution(places)? };
         Ok(ServeOptions {
-            address: SocketAddr::new(self.host, self.port),
+            addresses,
             engine: EngineOptions {
                 execution,
                 deterministic: !self.batches.no_deterministic,
@@ -215,13 +241,35 @@ impl ServeArgs {
                 jobs: self.max_jobs,
                 request_time: Duration::from_secs_f64(self.request_timeout),
                 read_time: Duration::from_secs_f64(self.read_timeout),
+                keep_alive: Duration::from_secs_f64(self.keep_alive),
                 write_time: Duration::from_secs_f64(self.write_timeout),
+                ignore_unused: self.ignore_unused_options,
+                origins: self.cors_origins.clone(),
                 ..Limits::default()
             },
             keys,
             drain_delay: Duration::from_secs_f64(self.drain_delay),
             drain_timeout: Duration::from_secs_f64(self.drain_timeout),
         })
+    }
+
+    /// What `--host` and `--port` mean; of a name all addresses, those of IPv4 first.
+    fn addresses(&self) -> anyhow::Result<Vec<SocketAddr>> {
+        let bare = self.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&self.host);
+        if let Ok(ip) = bare.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(ip, self.port)]);
+        }
+        let none = |why: &str| {
+            Usage(format!(
+                "--host {}: {why}; expected an address such as 127.0.0.1 or ::1, or a name for one, without a port",
+                self.host
+            ))
+        };
+        let mut found: Vec<SocketAddr> =
+            (bare, self.port).to_socket_addrs().map_err(|error| none(&error.to_string()))?.collect();
+        found.sort_by_key(SocketAddr::is_ipv6);
+        found.dedup();
+        if found.is_empty() { Err(none("it has no address").into()) } else { Ok(found) }
     }
 
     fn keys(&self) -> anyhow::Result<Keys> {
@@ -323,8 +371,24 @@ fn named(text: &str) -> Result<(String, PathBuf), String> {
     Ok((name.to_owned(), path.into()))
 }
 
+/// Reads an origin as browsers write it.
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    const EXPECTED: &str = "expected SCHEME://HOST or SCHEME://HOST:PORT, without a path, or *";
+    if text == "*" {
+        return Ok(HeaderValue::from_static("*"));
+    }
+    let uri: Uri = text.parse().map_err(|_| EXPECTED)?;
+    let (scheme, authority) = uri.scheme_str().zip(uri.authority()).ok_or(EXPECTED)?;
+    if !matches!(uri.path(), "" | "/") || uri.query().is_some() || authority.as_str().contains('@') {
+        return Err(EXPECTED.into());
+    }
+    let usual = matches!((scheme, authority.port_u16()), ("http", Some(80)) | ("https", Some(443)));
+    let place = if usual { authority.host() } else { authority.as_str() };
+    HeaderValue::try_from(format!("{scheme}://{place}").to_lowercase()).map_err(|_| EXPECTED.into())
+}
+
 /// Reads a time in seconds.
-fn seconds(text: &str) -> Result<f64, String> {
+pub(super) fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(s) if (0.0..=86_400.0).contains(&s) => Ok(s),
         _ => Err("expected seconds from 0 to 86400".into()),

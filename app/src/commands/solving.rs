@@ -41,8 +41,11 @@ impl Solving {
     /// The channels that guidance changes.
     ///
     /// # Errors
-    /// Guidance is asked for and the model has no null class.
+    /// Guidance is no number, or is asked for and the model has no null class.
     pub(super) fn guided(&self, model: &Model) -> anyhow::Result<Guidance> {
+        if !self.cfg.is_finite() {
+            return Err(Usage(format!("--cfg must be a finite number, not {}", self.cfg)).into());
+        }
         if self.cfg != 1.0 && !model.conditioning().has_null() {
             return Err(
                 Usage("the model has no null class, so it cannot be guided: use --cfg 1".into()).into()

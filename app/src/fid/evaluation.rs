@@ -41,9 +41,21 @@ impl Features {
         let (mut seen, mut next) = (Seen::default(), 0);
         for part in &parts {
             let (place, range) = (part.directory().display(), part.range());
-            if let Some(what) = plan.differs_from(part.plan())? {
-                bail!("`{place}` is of another set than `{}`: {what}", first.directory().display());
+            let begun = first.directory().display();
+            let same = first.identity().zip(part.identity()).map(|(a, b)| a == b);
+            let mut other = part.plan().clone();
+            if same == Some(true) && plan.images.without_place() == other.images.without_place() {
+                // The same images in another place, such as another machine's.
+                other.images = plan.images.clone();
             }
+            if let Some(what) = plan.differs_from(&other)? {
+                bail!("`{place}` is of another set than `{begun}`: {what}");
+            }
+            ensure!(
+                same != Some(false),
+                "`{place}` was made when the images were others than those of `{begun}`: run the commands of both again; what \
+                 is still right of them is kept"
+            );
             ensure!(
                 range.start == next,
                 "images {}..{} are {}: `{place}` begins with image {}",
@@ -105,6 +117,17 @@ impl Features {
             features: self.kept()?,
             about: Some(about),
         })
+    }
+
+    /// A warning of each side in which nearly nothing varies.
+    ///
+    /// # Errors
+    /// Fewer than 2 images.
+    pub fn constant(&self, reference: &Statistics) -> anyhow::Result<Vec<String>> {
+        let (own, real) = (self.pool.gaussian()?, &reference.pool);
+        let sides = [("samples", &own, real), ("reference images", real, &own)];
+        let equal = sides.into_iter().filter(|(_, side, other)| side.is_nearly_constant(Some(other)));
+        Ok(equal.map(|(name, ..)| format!("all {name} are (nearly) equal")).collect())
     }
 
     /// Removes the parts' directories.
@@ -224,6 +247,7 @@ impl Metrics {
         let all = [
             ("IS", score.map(|s| s.mean)),
             ("IS std", score.map(|s| s.std)),
+            ("IS unsplit", score.and_then(|s| s.unsplit)),
             ("FID", Some(self.fid)),
             ("sFID", self.sfid),
             ("precision", self.manifold.map(|m| m.precision)),
@@ -280,7 +304,7 @@ mod tests {
         let (a, b) =
             (one.metrics(&reference, &settings).unwrap(), many.metrics(&reference, &settings).unwrap());
         assert_eq!(a, b);
-        assert_eq!(a.named().len(), 8);
+        assert_eq!(a.named().len(), 9);
         assert_eq!(one.pixels_sha256(), many.pixels_sha256());
         assert!(one.statistics("0").unwrap() == many.statistics("0").unwrap());
         let halves = Settings { splits: Splits::TORCH_FIDELITY, ..settings };

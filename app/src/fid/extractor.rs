@@ -1,5 +1,6 @@
 //! Feature extractors: images in, feature vectors out, with everything that is needed to get the same ones again.
 
+mod beside;
 mod foreign;
 mod inception;
 mod resize;
@@ -164,7 +165,7 @@ pub struct Description {
     pub network: String,
     /// Name of the weights' file, for people.
     pub weights: String,
-    /// SHA-256 of the weights' file: the identity of the network.
+    /// SHA-256 of the weights' file, and of all files that it reads beside it: the identity of the network.
     pub weights_sha256: String,
     /// Resizing and scaling in one line.
     pub preprocessing: String,

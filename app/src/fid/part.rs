@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use runtime::file::{sha256_bytes, write_atomically};
+use runtime::lock::{Lock, Tried};
 use serde::{Deserialize, Serialize};
 
 use super::metrics::Rows;
-use super::metrics::moments::Moments;
+use super::metrics::moments::{Moments, WIDEST};
 use super::plan::Plan;
 
 const PLAN: &str = "plan.json";
@@ -26,8 +27,6 @@ const LOGITS: &str = "logits.f32";
 const MAGIC: &[u8; 16] = b"mudit fid part 1";
 /// Longest description inside a state, in bytes; some 64 a block.
 const MAX_TOLD: u64 = 1 << 28;
-/// Most features whose covariance is kept: its sums take 1 GB then.
-pub const WIDEST: usize = 8192;
 /// Between two states; a crash costs so much and one block.
 const SAVE_EVERY: Duration = Duration::from_secs(20);
 
@@ -36,6 +35,28 @@ const SAVE_EVERY: Duration = Duration::from_secs(20);
 struct Label {
     plan: Plan,
     range: Range<u64>,
+    /// Identity of the whole set, as it was when the part was last begun or gone on with, if it is one of several.
+    #[serde(default)]
+    identity: Option<String>,
+}
+
+/// What is asked of a part that has features already. Its images are still to be compared.
+#[derive(Debug)]
+pub struct Asked {
+    label: Label,
+    /// Whether the images are chosen from the same files in the same way, so that stamps of them tell.
+    pub same_choice: bool,
+    /// Whether the features are of whole blocks of it, and of as many kept ones.
+    pub fits: bool,
+    /// What is different beside the images themselves, if it is worth keeping.
+    pub other: Option<String>,
+}
+
+impl Asked {
+    /// Numbers of the images in the whole set.
+    pub fn range(&self) -> Range<u64> {
+        self.label.range.clone()
+    }
 }
 
 /// What was seen of the images.
@@ -51,6 +72,9 @@ pub struct Seen {
     pub grey: u64,
     /// SHA-256 of each block's sizes and pixels.
     pub blocks: Vec<String>,
+    /// Stamps of the files of each block; empty where there is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stamps: Vec<String>,
 }
 
 /// The features of one block, row after row.
@@ -69,6 +93,7 @@ pub struct Block {
 pub struct Part {
     directory: PathBuf,
     label: Label,
+    asked: Option<Asked>,
     /// What was seen so far.
     pub seen: Seen,
     /// Sums of the pooled features.
@@ -77,39 +102,111 @@ pub struct Part {
     pub spatial: Option<Moments>,
     pool_file: File,
     logits_file: File,
+    lock: Lock,
     saved: Instant,
 }
 
 impl Part {
-    /// Begins a part in `directory`, or goes on with the one that is there.
+    /// Begins a part in `directory`, or opens the one that is there. If that has features already, its images are
+    /// [`asked`](Self::asked) for and [`resuming::settle`](super::resuming::settle) compares them.
     ///
     /// # Errors
     /// A directory that holds another part or is in use, damaged files, a full disk.
     pub fn open(directory: &Path, plan: &Plan, range: Range<u64>) -> anyhow::Result<Self> {
-        let label = Label { plan: plan.clone(), range };
-        let place = directory.join(PLAN);
-        if place.is_file() {
-            let found = read_label(directory)?;
-            if let Some(what) = label.plan.differs_from(&found.plan)? {
-                bail!(
-                    "`{}` holds features of something else ({what}, here against there); remove it, or name another \
-                     directory by --work",
-                    directory.display()
-                );
-            }
-            ensure!(
-                found.range == label.range,
-                "`{}` holds images {:?}, asked for are {:?}; remove it, or name another directory by --work",
-                directory.display(),
-                found.range,
-                label.range
-            );
-        } else {
+        let label = Label { plan: plan.clone(), range, identity: None };
+        // Before anything is made.
+        label.check_width(directory)?;
+        if !directory.join(STATE).is_file() {
+            // Nothing is done, whatever was begun.
             fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
-            let text = serde_json::to_vec_pretty(&label)?;
-            write_atomically(&place, |w| w.write_all(&text))?;
+            let part = Self::load(directory, label)?;
+            part.write_label()?;
+            return Ok(part);
         }
-        Self::load(directory, label)
+        let found = read_label(directory)?;
+        let something_else = |what: &str| {
+            format!(
+                "`{}` holds features of something else ({what}, here against there); remove it, or name another \
+                 directory by --work",
+                directory.display()
+            )
+        };
+        if let Some(what) = label.plan.differs_beside_place(&found.plan)? {
+            bail!(something_else(&what));
+        }
+        ensure!(
+            found.range == label.range || found.plan.count != label.plan.count,
+            "`{}` holds images {:?}, asked for are {:?}; remove it, or name another directory by --work",
+            directory.display(),
+            found.range,
+            label.range
+        );
+        let mut part = Self::load(directory, found)?;
+        if part.seen.images == 0 {
+            part.label = label;
+            part.write_label()?;
+            return Ok(part);
+        }
+        let (ours, theirs) = (&label.plan, &part.label.plan);
+        let end = part.label.range.start + part.seen.images;
+        let fits = label.range == part.label.range
+            || label.range.start == part.label.range.start
+                && end <= label.range.end
+                && part.seen.images.is_multiple_of(ours.block);
+        let as_many_kept = end.min(ours.kept) == end.min(theirs.kept);
+        if ours.count == theirs.count && !as_many_kept {
+            bail!(something_else(&format!("kept: {} against {}", ours.kept, theirs.kept)));
+        }
+        let in_place = ours.images.is_in_place_of(&theirs.images);
+        let other = if in_place { None } else { ours.differs_from(theirs)? };
+        let same_choice =
+            ours.images == theirs.images || matches!(ours.images, super::plan::Images::Checkpoint(_));
+        part.asked = Some(Asked { label, same_choice, fits: fits && as_many_kept, other });
+        Ok(part)
+    }
+
+    /// What is asked for, as long as the images were not compared.
+    pub fn asked(&self) -> Option<&Asked> {
+        self.asked.as_ref()
+    }
+
+    /// Goes on as the part that is asked for, whose images are the same; `identity` is their whole set's.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub(super) fn settle(&mut self, identity: Option<String>) -> anyhow::Result<()> {
+        if let Some(asked) = self.asked.take() {
+            self.label = asked.label;
+        }
+        self.label.identity = identity;
+        self.write_label()
+    }
+
+    /// Throws the features away and begins what is asked for; `identity` is its whole set's.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    pub(super) fn restart(&mut self, identity: Option<String>) -> anyhow::Result<()> {
+        // Without the state nothing is done, wherever this stops.
+        let state = self.directory.join(STATE);
+        fs::remove_file(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+        self.seen = Seen::default();
+        self.pool = Moments::new(self.pool.width());
+        self.spatial = self.spatial.as_ref().map(|s| Moments::new(s.width()));
+        for file in [&self.pool_file, &self.logits_file] {
+            file.set_len(0).with_context(|| format!("cannot write in {}", self.directory.display()))?;
+        }
+        self.settle(identity)
+    }
+
+    fn write_label(&self) -> anyhow::Result<()> {
+        let text = serde_json::to_vec_pretty(&self.label)?;
+        Ok(write_atomically(self.directory.join(PLAN), |w| w.write_all(&text))?)
+    }
+
+    /// Identity of the whole set that the images are of, if it is known.
+    pub fn identity(&self) -> Option<&str> {
+        self.label.identity.as_deref()
     }
 
     /// Opens a finished part.
@@ -141,22 +238,12 @@ impl Part {
             options.open(&path).with_context(|| format!("cannot open {}", path.display()))
         };
         let (pool_file, logits_file) = (open(POOL)?, open(LOGITS)?);
-        match pool_file.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                bail!("`{}` is in use by another process", directory.display())
-            }
-            Err(fs::TryLockError::Error(e)) => {
-                return Err(e).with_context(|| format!("cannot lock `{}`", directory.display()));
-            }
-        }
+        let lock = match Lock::take(&directory.join(POOL))? {
+            Tried::Ours(lock) => lock,
+            Tried::Held(holder) => bail!("`{}` is in use by {holder}", directory.display()),
+        };
+        label.check_width(directory)?;
         let network = &label.plan.network;
-        let widest = network.pool.max(network.spatial.unwrap_or(0));
-        ensure!(
-            (1..=WIDEST).contains(&widest),
-            "`{}` says {widest} features; up to {WIDEST} are summed",
-            directory.display()
-        );
         let mut part = Self {
             directory: directory.to_path_buf(),
             seen: Seen::default(),
@@ -164,7 +251,9 @@ impl Part {
             spatial: network.spatial.map(Moments::new),
             pool_file,
             logits_file,
+            lock,
             saved: Instant::now(),
+            asked: None,
             label,
         };
         if directory.join(STATE).is_file() {
@@ -334,6 +423,7 @@ impl Part {
     /// # Errors
     /// A file that cannot be removed.
     pub fn remove(self) -> anyhow::Result<()> {
+        drop(self.lock);
         for name in [STATE, POOL, LOGITS, PLAN] {
             let path = self.directory.join(name);
             match fs::remove_file(&path) {
@@ -345,6 +435,19 @@ impl Part {
         }
         // Somebody else's files are kept, with the directory.
         let _ = fs::remove_dir(&self.directory);
+        Ok(())
+    }
+}
+
+impl Label {
+    fn check_width(&self, directory: &Path) -> anyhow::Result<()> {
+        let network = &self.plan.network;
+        let widest = network.pool.max(network.spatial.unwrap_or(0));
+        ensure!(
+            (1..=WIDEST).contains(&widest),
+            "`{}` says {widest} features; up to {WIDEST} are summed",
+            directory.display()
+        );
         Ok(())
     }
 }

@@ -6,7 +6,9 @@ use sha2::{Digest, Sha256};
 
 use super::extractor::{Extractor, Features, ImageBatch, Pixels};
 use super::part::{Block, Part, Seen};
-use super::source::{Picture, Source, Values};
+use super::resuming::{add_pixels, stamps};
+use super::source::{Picture, Pictures, Source, Values};
+use crate::faults::one_error;
 
 /// Images that the network is given at once, at most.
 const GROUP: usize = 64;
@@ -45,7 +47,7 @@ pub enum Outcome {
 }
 
 /// Does what is missing in `part`. `stop` is asked between groups of images; `progress` is told how many images of the part
-/// are done.
+/// are done. What is done is saved, however the pass ends.
 ///
 /// # Errors
 /// Images that cannot be read or do not belong together, features that are not finite; each names the image.
@@ -56,16 +58,35 @@ pub fn run(
     stop: &dyn Fn() -> bool,
     progress: &mut dyn FnMut(u64),
 ) -> anyhow::Result<Outcome> {
+    let before = part.seen.images;
+    let outcome = blocks(part, source, network, stop, progress);
+    if outcome.is_err() && part.seen.images > before {
+        // The first error is the one to tell.
+        let _ = part.save();
+    }
+    outcome
+}
+
+fn blocks(
+    part: &mut Part,
+    source: &mut dyn Source,
+    network: &mut dyn Network,
+    stop: &dyn Fn() -> bool,
+    progress: &mut dyn FnMut(u64),
+) -> anyhow::Result<Outcome> {
     let (missing, block_len) = (part.missing(), part.plan().block);
     let mixed_sizes = part.plan().mixed_sizes;
     let start = part.range().start;
+    ensure!(part.asked().is_none(), "internal: a part whose images were not compared");
+    let mut stamps = stamps(source, missing.clone(), block_len)?.into_iter();
     let mut pictures = source.pictures(missing.clone());
     for first in missing.clone().step_by(block_len as usize) {
         let end = (first + block_len).min(missing.end);
         let mut work = Work { seen: part.seen.clone(), hash: Sha256::new(), ..Work::default() };
         for index in first..end {
+            let picture = pictures.next().with_context(|| format!("internal: image {index} is missing"))?;
             let picture =
-                pictures.next().with_context(|| format!("internal: image {index} is missing"))??;
+                picture.or_else(|fault| with_others(fault, &mut pictures, missing.end - start, stop))?;
             if let Some(full) = work.push(picture, network.channels(), mixed_sizes)? {
                 work.extract(&full, network)?;
                 progress(index - start);
@@ -78,6 +99,7 @@ pub fn run(
         let rest = std::mem::take(&mut work.group);
         work.extract(&rest, network)?;
         work.seen.blocks.push(hexadecimal(&work.hash.finalize()));
+        work.seen.stamps.extend(stamps.next());
         part.add(&work.block, work.seen)?;
         progress(end - start);
         if end < missing.end && stop() {
@@ -86,6 +108,18 @@ pub fn run(
         }
     }
     Ok(Outcome::Finished)
+}
+
+/// A fault and those of the images behind it, which are decoded for that alone.
+fn with_others(
+    fault: anyhow::Error,
+    pictures: &mut Pictures<'_>,
+    images: u64,
+    stop: &dyn Fn() -> bool,
+) -> anyhow::Result<Picture> {
+    let others = pictures.take_while(|_| !stop()).filter_map(Result::err);
+    one_error(std::iter::once(fault).chain(others).collect(), images)?;
+    bail!("internal: no fault is left")
 }
 
 /// The values of a group, which are of one type.
@@ -111,7 +145,7 @@ impl Work {
         mixed_sizes: bool,
     ) -> anyhow::Result<Option<Vec<Picture>>> {
         picture.check()?;
-        self.hash(&picture);
+        add_pixels(&mut self.hash, &picture);
         let size = [picture.height, picture.width];
         let first = *self.seen.size.get_or_insert(size);
         if size != first {
@@ -139,16 +173,6 @@ impl Work {
         let full = ends.then(|| std::mem::take(&mut self.group));
         self.group.push(picture);
         Ok(full)
-    }
-
-    fn hash(&mut self, picture: &Picture) {
-        for number in [picture.height, picture.width, picture.channels] {
-            self.hash.update((number as u64).to_le_bytes());
-        }
-        match &picture.values {
-            Values::U8(values) => self.hash.update(values),
-            Values::F32(values) => values.iter().for_each(|v| self.hash.update(v.to_le_bytes())),
-        }
     }
 
     fn extract(&mut self, group: &[Picture], network: &mut dyn Network) -> anyhow::Result<()> {
@@ -187,7 +211,7 @@ pub(crate) mod tests {
     use ndarray::Array2;
 
     use super::super::plan::tests::plan;
-    use super::super::source::Pictures;
+    use super::super::resuming::settle;
     use super::*;
 
     /// Images of 2 × 2 whose pixels follow from their number.
@@ -258,6 +282,7 @@ pub(crate) mod tests {
         let mut outcomes = Vec::new();
         for patience in [2, 5, 6, 100] {
             let mut part = Part::open(&dir.path().join("b"), &plan, 0..700).unwrap();
+            settle(&mut part, &mut source, &|_| {}).unwrap();
             let asked = std::cell::Cell::new(0);
             let stop = || {
                 asked.set(asked.get() + 1);

@@ -10,10 +10,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::extractor::Description;
+use super::source::scale::Scale;
 use crate::Usage;
 
 /// Images whose features are summed at once; shards begin and end at its multiples. It divides ADM's splits of 5000.
 pub const BLOCK: u64 = 250;
+/// Most images of a set: exact sums and permutations are for fewer than 2²⁸.
+pub const MOST_IMAGES: u64 = 100_000_000;
 /// Version of the files; another one is refused.
 const FORMAT: u32 = 1;
 
@@ -39,9 +42,41 @@ pub enum Images {
         column: Option<String>,
         /// How many of the images are taken, from the first on; all if none.
         first: Option<u64>,
+        /// Whether these are spread over all images.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        spread: bool,
+        /// Range of the pixels of arrays, if it was given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        scale: Option<Scale>,
     },
     /// Samples of a checkpoint.
     Checkpoint(Box<Recipe>),
+}
+
+impl Images {
+    /// Images of files, all of them.
+    pub fn files(inputs: Vec<String>) -> Self {
+        Self::Files { inputs, column: None, first: None, spread: false, scale: None }
+    }
+
+    /// The choice without the places and the number: what images in another place may have alike.
+    pub(super) fn without_place(&self) -> Self {
+        let mut choice = self.clone();
+        match &mut choice {
+            Self::Files { inputs, first, .. } => (*inputs, *first) = (Vec::new(), None),
+            Self::Checkpoint(recipe) => (recipe.checkpoint, recipe.count) = (PathBuf::new(), 0),
+        }
+        choice
+    }
+
+    /// Whether both are in the same place, by their names.
+    pub(super) fn is_in_place_of(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Files { inputs: a, .. }, Self::Files { inputs: b, .. }) => a == b,
+            (Self::Checkpoint(a), Self::Checkpoint(b)) => a.checkpoint == b.checkpoint,
+            _ => false,
+        }
+    }
 }
 
 /// How a checkpoint is sampled.
@@ -134,21 +169,25 @@ impl Plan {
         }
     }
 
-    /// Images of shard `number` of `of`, from 1: whole blocks, as evenly as they go.
+    /// Images of a shard.
     ///
     /// # Errors
-    /// No such shard, fewer blocks than shards.
-    pub fn shard(&self, Shard { number, of }: Shard) -> anyhow::Result<Range<u64>> {
-        let blocks = self.count.div_ceil(self.block);
-        ensure!(
-            of <= blocks,
-            Usage(format!(
-                "{} images are {blocks} blocks of {}, too few for {of} shards",
-                self.count, self.block
-            ))
-        );
-        let border = |k: u64| (k * blocks / of * self.block).min(self.count);
-        Ok(border(number - 1)..border(number))
+    /// Fewer blocks than shards.
+    pub fn shard(&self, shard: Shard) -> anyhow::Result<Range<u64>> {
+        shard.range(self.count, self.block)
+    }
+
+    /// Another plan's first difference beside the places and the number of the images.
+    ///
+    /// # Errors
+    /// A plan that cannot be written as JSON.
+    pub(super) fn differs_beside_place(&self, other: &Self) -> anyhow::Result<Option<String>> {
+        let mut moved = other.clone();
+        if self.images.without_place() == other.images.without_place() {
+            moved.images = self.images.clone();
+        }
+        (moved.count, moved.kept) = (self.count, self.kept);
+        self.differs_from(&moved)
     }
 
     /// The first thing in which another plan differs, as `key: this against that`.
@@ -187,6 +226,20 @@ pub struct Shard {
 impl Shard {
     /// Everything in one part.
     pub const WHOLE: Self = Self { number: 1, of: 1 };
+
+    /// Its images among `count`: whole blocks, as evenly as they go.
+    ///
+    /// # Errors
+    /// Fewer blocks than shards.
+    pub fn range(self, count: u64, block: u64) -> anyhow::Result<Range<u64>> {
+        let (Self { number, of }, blocks) = (self, count.div_ceil(block));
+        ensure!(
+            of <= blocks,
+            Usage(format!("{count} images are {blocks} blocks of {block}, too few for {of} shards"))
+        );
+        let border = |k: u64| (k * blocks / of * block).min(count);
+        Ok(border(number - 1)..border(number))
+    }
 }
 
 impl std::str::FromStr for Shard {
@@ -206,7 +259,7 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn plan(count: u64, kept: u64) -> Plan {
-        let images = Images::Files { inputs: vec!["x".into()], column: None, first: None };
+        let images = Images::files(vec!["x".into()]);
         let network = Description {
             preset: "toy".into(),
             network: "toy".into(),

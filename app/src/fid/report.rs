@@ -9,7 +9,7 @@ use super::evaluation::{Metrics, Settings};
 use super::extractor::Preset;
 use super::metrics::inception_score::Splits;
 use super::part::Seen;
-use super::plan::{Images, Plan, Side};
+use super::plan::{Images, MOST_IMAGES, Plan, Side};
 use super::statistics::About;
 use crate::execution::Execution;
 
@@ -187,6 +187,9 @@ impl Report {
         }
         if let Some(score) = m.inception_score {
             row("IS", format!("{:.4} ± {:.4}", score.mean, score.std));
+            if let Some(whole) = score.unsplit {
+                row("IS unsplit", format!("{whole:.4}"));
+            }
         }
         if let Some(manifold) = m.manifold {
             let c = manifold.counts;
@@ -234,15 +237,19 @@ pub fn origin(images: &Images) -> String {
     }
 }
 
-/// Refuses sets that are too small, unless `few` says so; gives a warning for those below the usual size.
+/// Refuses sets that are too small, unless `few` says so, and absurd ones; gives a warning for those below the usual size.
 ///
 /// # Errors
-/// Fewer than [`FEWEST`] images without `few`.
+/// Fewer than [`FEWEST`] images without `few`, more than [`MOST_IMAGES`].
 pub fn check_count(side: Side, count: u64, few: bool) -> anyhow::Result<Option<String>> {
     let name = match side {
         Side::Reference => "reference images",
         Side::Samples => "samples",
     };
+    ensure!(
+        count <= MOST_IMAGES,
+        crate::Usage(format!("{count} {name} are more than any set has ({MOST_IMAGES} at most)"))
+    );
     ensure!(
         few || count >= FEWEST,
         crate::Usage(format!(
@@ -330,5 +337,6 @@ pub(crate) mod tests {
         assert!(check(2047, true).unwrap().unwrap().contains("2047 samples"));
         assert!(check(2048, false).unwrap().unwrap().contains("50000"));
         assert_eq!(check(50_000, false).unwrap(), None);
+        assert!(check(100_000_000_000_000, true).unwrap_err().to_string().contains("100000000 at most"));
     }
 }

@@ -17,16 +17,16 @@ use serde::{Deserialize, Serialize};
 use zip::write::{SimpleFileOptions, ZipWriter};
 use zip::{CompressionMethod, ZipArchive};
 
-use super::metrics::moments::Gaussian;
-use super::part::WIDEST;
+use super::metrics::moments::{Gaussian, WIDEST};
 use super::plan::Plan;
 use super::source::npy;
+use crate::Usage;
 
 const ABOUT: &str = "about.json";
 /// Longest `about.json`, in bytes.
 const MAX_ABOUT: u64 = 1 << 22;
 /// Most values of `features`.
-const MAX_FEATURES: u64 = 1 << 29;
+pub const MAX_FEATURES: u64 = 1 << 29;
 
 /// What a reference file says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -114,12 +114,13 @@ impl Statistics {
     /// # Errors
     /// No `.npz`, one without statistics, shapes that do not agree, values that are not finite.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
+        refuse_images(path)?;
         let mut archive = npy::open_npz(path)?;
         let at = || path.display().to_string();
         let pool = gaussian(&mut archive, path, ["mu", "sigma"])?.with_context(|| {
             let images = archive.index_for_name("arr_0.npy").is_some();
-            let hint = if images { "it holds images only; " } else { "" };
-            format!("{} holds no statistics (`mu` and `sigma`); {hint}make them with `mudit fid ref`", at())
+            let hint = if images { "it holds images only".to_owned() } else { npy::contents(&archive) };
+            format!("{} holds no statistics (`mu` and `sigma`): {hint}; make them with `mudit fid ref`", at())
         })?;
         let spatial = gaussian(&mut archive, path, ["mu_s", "sigma_s"])?;
         let width = pool.mean.len();
@@ -161,6 +162,28 @@ impl Statistics {
     }
 }
 
+/// Says what becomes of images, and of what cannot be read at all, where statistics are expected.
+fn refuse_images(path: &Path) -> anyhow::Result<()> {
+    let name = path.display();
+    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let what = match ending.as_str() {
+        _ if path.is_dir() => "a folder",
+        "zip" | "tar" | "parquet" | "npy" | "png" | "jpg" | "jpeg" if path.is_file() => "a file of images",
+        "pkl" | "pickle" | "pt" | "pth" if path.is_file() => {
+            return Err(Usage(format!(
+                "{name} is a pickle, which only Python can open: load it there and save its mean and covariance by \
+                 numpy.savez(\"ref.npz\", mu=mu, sigma=sigma)"
+            ))
+            .into());
+        }
+        _ => return Ok(()),
+    };
+    Err(Usage(format!(
+        "{name} is {what}, expected statistics: make them by `mudit fid ref {name} --out ref.npz` and give that file"
+    ))
+    .into())
+}
+
 fn gaussian(
     archive: &mut ZipArchive<std::fs::File>,
     path: &Path,
@@ -170,11 +193,17 @@ fn gaussian(
         return Ok(None);
     };
     let n = values.len();
-    ensure!(shape == [n] && n > 0, "{}: `{mean}` has shape {shape:?}, expected (D)", path.display());
+    // Some tools keep axes of 1.
+    ensure!(
+        n > 0 && shape.iter().all(|d| *d == 1 || *d == n),
+        "{}: `{mean}` has shape {shape:?}, expected (D) or (1, D)",
+        path.display()
+    );
     let (found, matrix) = npy::read_floats::<f64>(archive, path, covariance, (n * n) as u64)?
         .with_context(|| format!("{} holds `{mean}` but no `{covariance}`", path.display()))?;
+    let long: Vec<usize> = found.iter().copied().filter(|d| *d > 1).collect();
     ensure!(
-        found == [n, n],
+        matrix.len() == n * n && long.iter().all(|d| *d == n),
         "{}: `{covariance}` has shape {found:?}, expected ({n}, {n}) as `{mean}` has {n}",
         path.display()
     );
@@ -267,11 +296,33 @@ mod tests {
         refused("no `sigma`");
         write(&[("mu", &[2], &[0.0; 2]), ("sigma", &[4], &[0.0; 4])]);
         refused("expected (2, 2)");
+        write(&[("m", &[2], &[0.0; 2]), ("s", &[2, 2], &[0.0; 4])]);
+        refused("it has m.npy, s.npy; an .npz holds images as `arr_0`");
+        write(&[("mu", &[2, 3], &[0.0; 6]), ("sigma", &[6, 6], &[0.0; 36])]);
+        refused("expected (D) or (1, D)");
         write(&[("mu", &[1], &[f64::NAN]), ("sigma", &[1, 1], &[1.0])]);
         refused("not finite");
         write(&[("mu", &[1], &[0.0]), ("sigma", &[1, 1], &[1.0]), ("features", &[2, 3], &[0.0; 6])]);
         refused("`features`");
-        std::fs::write(&path, b"PK\x03\x04").unwrap();
-        refused("no usable .npz");
+        for (bytes, part) in [
+            (&b"PK\x03\x04"[..], "no usable .npz"),
+            (b"\x93NUMPY\x01\x00v\x00{", "a single array"),
+            (b"\x80\x04\x95\x00", "it is a pickle"),
+            (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
+        ] {
+            std::fs::write(&path, bytes).unwrap();
+            refused(part);
+        }
+        // Axes of 1, as some tools keep them, are of no matter.
+        write(&[("mu", &[1, 2], &[1.0, 2.0]), ("sigma", &[1, 2, 2], &[4.0, 1.0, 1.0, 4.0])]);
+        assert_eq!(Statistics::read(&path).unwrap().pool.mean, [1.0, 2.0]);
+        let folder = format!("{:#}", Statistics::read(dir.path()).unwrap_err());
+        assert!(folder.contains("is a folder") && folder.contains("mudit fid ref"), "{folder}");
+        for (name, part) in [("r.pkl", "numpy.savez"), ("r.tar", "file of images"), ("r.pt", "only Python")] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, b"x").unwrap();
+            let error = format!("{:#}", Statistics::read(&path).unwrap_err());
+            assert!(error.contains(name) && error.contains(part), "{error}");
+        }
     }
 }

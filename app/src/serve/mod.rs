@@ -6,16 +6,19 @@
 //! | [`engine`] | from checkpoints to a running batcher: programs, measured step times, the probe |
 //! | [`model`] | a model that is served |
 //! | [`http`] | who may ask what, and how the answer is written; knows no batches |
+//! | `handles` | how many connections the system allows |
 //! | [`picture`] | values to PNG |
 //! | [`metrics`] | counters as Prometheus reads them |
 
 pub mod batching;
 pub mod engine;
+mod handles;
 pub mod http;
 pub mod metrics;
 pub mod model;
 pub mod picture;
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -32,11 +35,14 @@ use http::auth::Keys;
 use http::{App, Limits};
 use model::Source;
 
+/// EAFNOSUPPORT: the kernel has no IPv6.
+const NO_SUCH_FAMILY: i32 = 97;
+
 /// How to serve.
 #[derive(Clone, Debug)]
 pub struct ServeOptions {
-    /// Where to listen.
-    pub address: SocketAddr,
+    /// Where to listen: one address or more, of which one can be had at least. The first one's port is that of all.
+    pub addresses: Vec<SocketAddr>,
     /// How to compute.
     pub engine: EngineOptions,
     /// What clients may ask for.
@@ -71,18 +77,16 @@ impl Server {
     /// Listens. The server answers from now on, but takes no requests before [`Server::load`].
     ///
     /// # Errors
-    /// The address is taken or not this machine's.
-    pub fn bind(sources: Vec<Source>, options: ServeOptions) -> anyhow::Result<Self> {
+    /// An address is taken, or none is this machine's.
+    pub fn bind(sources: Vec<Source>, mut options: ServeOptions) -> anyhow::Result<Self> {
         let tokio = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("http")
             .enable_all()
             .build()
             .context("cannot start the threads of the server")?;
-        let listener = tokio
-            .block_on(TcpListener::bind(options.address))
-            .with_context(|| format!("cannot listen on {}", options.address))?;
-        let address = listener.local_addr().context("the address of the server")?;
+        let (address, listeners) = tokio.block_on(listeners(&options.addresses))?;
+        options.limits.connections = handles::connections(options.limits.connections);
         let app = Arc::new(App {
             batcher: Batcher::new(),
             sources,
@@ -98,7 +102,7 @@ impl Server {
         let router = http::router(&app);
         let limits = options.limits.clone();
         let grace = options.limits.write_time;
-        let listening = tokio.spawn(http::listen(listener, router, limits, end, grace));
+        let listening = tokio.spawn(http::listen(listeners, router, limits, end, grace));
         Ok(Self { address, app, options, ended, tokio, listening })
     }
 
@@ -136,4 +140,30 @@ impl Server {
         self.tokio.shutdown_timeout(Duration::from_secs(1));
         Drained { complete }
     }
+}
+
+/// Listens on all addresses that are this machine's; tells the first of them.
+async fn listeners(addresses: &[SocketAddr]) -> anyhow::Result<(SocketAddr, Vec<TcpListener>)> {
+    let (mut listeners, mut first) = (Vec::new(), None::<SocketAddr>);
+    let mut refused = anyhow::anyhow!("no address to listen on");
+    for address in addresses {
+        let port = first.map_or(address.port(), |first| first.port());
+        let address = SocketAddr::new(address.ip(), port);
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                first = first.or(listener.local_addr().ok());
+                listeners.push(listener);
+            }
+            Err(error) => {
+                // A name may have an address of a kind that this machine has not, such as ::1 without IPv6.
+                let missing = matches!(error.kind(), ErrorKind::AddrNotAvailable | ErrorKind::Unsupported)
+                    || error.raw_os_error() == Some(NO_SUCH_FAMILY);
+                refused = anyhow::Error::new(error).context(format!("cannot listen on {address}"));
+                if !missing {
+                    return Err(refused);
+                }
+            }
+        }
+    }
+    first.map(|first| (first, listeners)).ok_or(refused)
 }

@@ -51,15 +51,6 @@ impl Source {
         format!("{}x{}", latent.width, latent.height)
     }
 
-    /// The class that a number or a name means.
-    pub fn class(&self, text: &str) -> Option<i64> {
-        if let Ok(number) = text.trim().parse::<usize>() {
-            return (number < self.model.conditioning().class_count()).then_some(number as i64);
-        }
-        let names = self.model.class_names.as_deref().unwrap_or_default();
-        names.iter().position(|name| name.eq_ignore_ascii_case(text.trim())).map(|i| i as i64)
-    }
-
     /// The name of a class; its number where it has none.
     pub fn class_name(&self, label: i64) -> String {
         let names = self.model.class_names.as_deref().unwrap_or_default();
@@ -67,18 +58,6 @@ impl Source {
             Some(i) if Some(i) == self.model.conditioning().null_class() => "none".to_owned(),
             Some(i) => names.get(i).cloned().unwrap_or_else(|| label.to_string()),
             None => label.to_string(),
-        }
-    }
-
-    /// What may stand for a class, for messages.
-    pub fn classes(&self) -> String {
-        let numbers = format!("0 to {}", self.model.conditioning().class_count().saturating_sub(1));
-        match self.model.class_names.as_deref() {
-            Some(names) => {
-                let shown = names.iter().take(20).cloned().collect::<Vec<_>>().join(", ");
-                format!("{numbers}, or {shown}{}", if names.len() > 20 { ", …" } else { "" })
-            }
-            None => numbers,
         }
     }
 

@@ -82,6 +82,8 @@ pub struct TorchFile {
     path: PathBuf,
     length: u64,
     container: Container,
+    /// Where in the file's dictionary they are, if not in itself.
+    part: Option<String>,
     tensors: IndexMap<String, TensorRef>,
 }
 
@@ -91,6 +93,14 @@ impl TorchFile {
     /// # Errors
     /// [`TorchFileError::Io`], [`TorchFileError::Malformed`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self, TorchFileError> {
+        Self::open_part(path, &[])
+    }
+
+    /// [`open`](Self::open), where the file's dictionary has one of `parts`, of the first of them.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_part(path: impl AsRef<Path>, parts: &[&str]) -> Result<Self, TorchFileError> {
         let path = path.as_ref();
         let failed = |source| TorchFileError::Io { path: path.to_path_buf(), source };
         let mut file = File::open(path).map_err(failed)?;
@@ -106,9 +116,14 @@ impl TorchFile {
         };
         let (container, heap) = opened
             .map_err(|Refused(reason)| TorchFileError::Malformed { path: path.to_path_buf(), reason })?;
-        let tensors = state_dict(&heap)
+        let (part, tensors) = state_dict(&heap, parts)
             .map_err(|Refused(reason)| TorchFileError::Malformed { path: path.to_path_buf(), reason })?;
-        Ok(Self { path: path.to_path_buf(), length, container, tensors })
+        Ok(Self { path: path.to_path_buf(), length, container, part, tensors })
+    }
+
+    /// The entry of the file's dictionary that the tensors are from; none where they are in the dictionary itself.
+    pub fn part(&self) -> Option<&str> {
+        self.part.as_deref()
     }
 
     /// Names, element types and shapes of all tensors, in the file's order.
@@ -218,8 +233,8 @@ fn open_zip(file: BufReader<File>) -> Result<(Container, Heap), Refused> {
     Ok((Container::Zip { archive: Box::new(archive), folder }, heap))
 }
 
-/// The tensors of the dictionary that a pickle holds, or of the one inside it.
-fn state_dict(heap: &Heap) -> Result<IndexMap<String, TensorRef>, Refused> {
+/// The tensors of the dictionary that a pickle holds, or of one inside it: of `parts` before all others.
+fn state_dict(heap: &Heap, parts: &[&str]) -> Result<(Option<String>, IndexMap<String, TensorRef>), Refused> {
     let dictionary = |value| match heap.object(value) {
         Some(Object::Dict(entries)) => Some(entries),
         _ => None,
@@ -234,13 +249,12 @@ fn state_dict(heap: &Heap) -> Result<IndexMap<String, TensorRef>, Refused> {
         });
         found.collect()
     };
-    let nested = || {
+    let nested = |names: &[&str]| {
         let entry = |name: &str| top.iter().find(|(key, _)| heap.text(*key) == Some(name));
-        NESTED.iter().find_map(|name| dictionary(entry(name)?.1)).map(|entries| tensors(entries))
+        let found = |name: &&str| Some((Some((*name).to_owned()), tensors(dictionary(entry(name)?.1)?)));
+        names.iter().filter_map(found).find(|(_, tensors)| !tensors.is_empty())
     };
-    let found = Some(tensors(top)).filter(|t| !t.is_empty()).or_else(nested).unwrap_or_default();
-    if found.is_empty() {
-        return Err(Refused("its dictionary holds no tensor".into()));
-    }
-    Ok(found)
+    let whole = || Some((None, tensors(top))).filter(|(_, tensors)| !tensors.is_empty());
+    let found = nested(parts).or_else(whole).or_else(|| nested(&NESTED));
+    found.ok_or_else(|| Refused("its dictionary holds no tensor".into()))
 }

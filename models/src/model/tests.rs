@@ -93,8 +93,27 @@ fn faults_are_named() {
         (edited("\"depth\":2", "\"depth\":\"2\""), "depth must be a whole number, got \"2\""),
         (edited("\"depth\":2", "\"depth\":2.5"), "depth must be a whole number, got 2.5"),
         (edited("\"depth\":2", "\"depth\":-2"), "depth must be a whole number, got -2"),
-        (edited("\"depth\":2", "\"depth\":0"), "depth must be within 1..=1048576, got 0"),
-        (edited("\"depth\":2", "\"depth\":99999999999"), "depth must be within 1..=1048576"),
+        (edited("\"depth\":2", "\"depth\":0"), "depth must be within 1..=4096, got 0"),
+        (edited("\"depth\":2", "\"depth\":99999999999"), "depth must be within 1..=4096"),
+        (edited("\"depth\":2", "\"depth\":1000000"), "depth must be within 1..=4096, got 1000000"),
+        (
+            edited("96", "1048576").replace("4.0", "1.0").replace("\"depth\":2", "\"depth\":4096"),
+            "the number of parameters must be at most 1099511627776",
+        ),
+        (
+            edited("\"input_size\":8", "\"input_size\":1048576")
+                .replace("\"patch_size\":2", "\"patch_size\":1"),
+            "the number of parameters must be",
+        ),
+        (
+            edited("\"input_size\":8", "\"input_size\":65536"),
+            "the size of the position table must be at most 4294967296",
+        ),
+        (
+            edited("\"input_size\":8", "\"input_size\":65536")
+                .replace("\"patch_size\":2", "\"patch_size\":4096"),
+            "the number of values of an input must be at most 4294967296",
+        ),
         (
             edited("\"patch_size\":2", "\"patch_size\":3"),
             "input_size must be a multiple of patch_size 3, got 8",

@@ -81,7 +81,8 @@ fn every_wrong_field_is_named() {
         (json!({"guidance_scale": "3"}), "guidance_scale", "expected a number"),
         (json!({"class_label": 3}), "class_label", "0 to 2, or dot, dash, ring"),
         (json!({"class_label": -1}), "class_label", "is no class"),
-        (json!({"class_label": 1.0}), "class_label", "is no class"),
+        (json!({"class_label": 1.5}), "class_label", "is no class"),
+        (json!({"class_label": "@3"}), "class_label", "\"@3\" is no class"),
         (json!({"class_label": "square"}), "class_label", "\"square\" is no class"),
         (json!({"class_label": []}), "class_label", "at least one class"),
         (json!({"class_label": [0, 9]}), "class_label", "9 is no class"),
@@ -110,7 +111,7 @@ fn every_wrong_field_is_named() {
         (json!({"partial_images": 99, "stream": true}), "partial_images", "from 0 to 50"),
         (json!({"stream": "yes"}), "stream", "true or false"),
         (json!({"quality": "hd"}), "quality", "auto or standard"),
-        (json!({"background": "transparent"}), "background", "expected auto"),
+        (json!({"background": "transparent"}), "background", "expected auto or opaque"),
         (json!({"timeout_ms": 0}), "timeout_ms", "from 1 to"),
         (json!({"negative_prompt": "blurry"}), "negative_prompt", "no such field"),
     ] {

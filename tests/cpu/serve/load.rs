@@ -25,7 +25,7 @@ fn a_full_queue_says_when_to_come_again_and_no_answer_is_lost() {
             let reply = post(at, IMAGES, &body);
             if reply.status == 429 {
                 assert!(reply.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1);
-                assert!(reply.header("retry-after-ms").unwrap().parse::<u64>().unwrap() >= 50);
+                assert!(reply.header("retry-after-ms").unwrap().parse::<u64>().unwrap() >= 250);
                 reply.refuses(429, "image-steps wait");
             }
             reply.status
@@ -127,7 +127,16 @@ fn slow_and_many_clients_do_not_hold_the_server() {
     let mut deaf = connect(at);
     let asked = "GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n".repeat(3000);
     let _ = deaf.write_all(asked.as_bytes());
-    thread::sleep(Duration::from_secs(2));
+    // It is when no more answers are made.
+    let (mut made, mut since) = (String::new(), Instant::now());
+    until("the end of the answers", || {
+        let text = get(at, "/metrics").text();
+        let line = text.lines().find(|l| l.starts_with("mudit_requests_total{route=\"/openapi.json\""));
+        if line.is_some_and(|line| line != made) {
+            (made, since) = (line.unwrap_or_default().to_owned(), Instant::now());
+        }
+        !made.is_empty() && since.elapsed() > Duration::from_secs(2)
+    });
     let mut answers = Vec::new();
     let _ = deaf.read_to_end(&mut answers);
     let whole = 3000 * get(at, "/openapi.json").body.len();
@@ -174,7 +183,7 @@ fn only_callers_with_a_key_are_served() {
     refused.refuses(401, "an API key is needed");
     with("first-key-012345678", "POST", IMAGES, &body).refuses(401, "not valid");
     get(at, "/v1/models").refuses(401, "key");
-    post(at, "/v2/models/tiny/infer", &json!({})).refuses(401, "key");
+    assert!(post(at, "/v2/models/tiny/infer", &json!({})).expect(401)["error"].is_string());
     with("first-key-0123456789", "POST", IMAGES, &body).expect(200);
     // Probes and the page are open; another caller's job is not seen.
     for path in ["/health", "/v2/health/ready", "/metrics", "/", "/info"] {
@@ -201,7 +210,7 @@ fn bodies_are_limited_and_must_be_json() {
     );
     raw(at, chunked.as_bytes()).unwrap().refuses(413, "more than 10000 bytes");
     send(at, "POST", IMAGES, "content-type: text/plain\r\n", b"{}").refuses(415, "application/json");
-    send(at, "POST", IMAGES, "", b"{}").refuses(415, "application/json");
+    send(at, "POST", IMAGES, "", b"{}").refuses(400, "give a class");
     send(at, "POST", IMAGES, JSON, b"").refuses(400, "empty");
     send(at, "POST", IMAGES, JSON, b"{\"class_label\": \"\xff\xfe\"}").refuses(400, "no valid request");
 }

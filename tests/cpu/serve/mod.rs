@@ -1,11 +1,14 @@
 //! The sampling server on loopback: what it answers, that images do not depend on their company, and how it bears load.
 
 mod api;
+mod bodies;
 pub(crate) mod client;
+mod connections;
 mod hostile;
 mod inference;
 mod load;
 mod process;
+mod refusals;
 mod same;
 
 use std::net::SocketAddr;
@@ -44,7 +47,12 @@ pub(crate) fn ddpm() -> Source {
 
 /// The tiny flow model on grey 4 × 4 pictures, with names for its three classes.
 fn flow() -> Source {
-    let names = ["dot", "dash", "ring"].map(str::to_owned).to_vec();
+    named(["dot", "dash", "ring"])
+}
+
+/// The same with other names.
+fn named(names: [&str; 3]) -> Source {
+    let names = names.map(str::to_owned).to_vec();
     let model = Model { class_names: Some(names), ..tiny::config("flow") };
     let layout = parameter_layout(&model.parameters().unwrap()).unwrap();
     let mut arena = Arena::zeros(layout.clone()).unwrap();
@@ -61,7 +69,7 @@ fn flow() -> Source {
 
 pub(crate) fn options() -> ServeOptions {
     ServeOptions {
-        address: SocketAddr::from(([127, 0, 0, 1], 0)),
+        addresses: vec![SocketAddr::from(([127, 0, 0, 1], 0))],
         engine: EngineOptions {
             execution: Execution::cpu(2),
             deterministic: true,

@@ -68,7 +68,47 @@ fn other_machines_are_served_only_with_keys() {
     scene.refuses(&format!("{SERVE} --model checkpoint=checkpoint"), 2, &["checkpoint", "NAME=DIR"]);
     scene.refuses("serve --offline --port 0", 2, &["--checkpoint"]);
     scene.refuses(&format!("{SERVE} --max-images 0"), 2, &["--max-images"]);
-    let (running, at) = start(&scene, "");
+    // Numbers beyond all machines are refused before anything is made of them.
+    for name in [
+        "--max-images",
+        "--max-steps",
+        "--max-body",
+        "--max-connections",
+        "--max-jobs",
+        "--max-rows",
+        "--max-queue",
+    ] {
+        let line =
+            format!("{} {name} 100000000000000", SERVE.replace(" --max-rows 8 --max-queue 1000000", ""));
+        scene.refuses(&line, 2, &[name, "100000000000000"]);
+    }
+    for name in ["--request-timeout", "--read-timeout", "--keep-alive", "--drain-delay"] {
+        scene.refuses(&format!("{SERVE} {name} 1e14"), 2, &[name, "0 to 86400"]);
+    }
+    for line in [
+        "--concurrency 100000000000000",
+        "--requests 100000000000000 --concurrency 1",
+        "--rate 1e300 --duration 1e4",
+        "--rate nan",
+        "--duration 1e14 --rate 1",
+        "--timeout 1e14",
+        "--steps 18446744073709551615",
+        "-n 18446744073709551615",
+    ] {
+        scene.refuses(&format!("bench-serve {line}"), 2, &["--"]);
+    }
+    for (host, word) in [
+        ("no-such-host.invalid", "--host no-such-host.invalid"),
+        ("localhost:8000", "without a port"),
+        ("[::1", "--host [::1"),
+    ] {
+        scene.refuses(&format!("serve --offline --checkpoint checkpoint --port 0 --host {host}"), 2, &[word]);
+    }
+    for origin in ["localhost:3000", "http://a/b", "http://", "http://me@a", "x y"] {
+        let command = scene.mudit(&format!("{SERVE} --cors-origin")).with(origin);
+        scene.untouched(command, 2, &["--cors-origin", "SCHEME://HOST"]);
+    }
+    let (running, at) = start(&scene, "--host localhost --cors-origin HTTP://Localhost:80/");
     scene.untouched(
         scene.mudit(&format!("serve --offline --checkpoint checkpoint --port {}", at.port())),
         1,

@@ -74,6 +74,9 @@ fn state(step: u64) -> State {
         elapsed_seconds: 0.0,
         config_hash: String::new(),
         loss_scale: None,
+        decay_steps: None,
+        data: None,
+        origin: None,
         mup: serde_json::Value::Null,
     }
 }
@@ -400,8 +403,14 @@ fn run(config: &TrainConfig, folder: &Path) -> (train_engine::Result<Outcome>, S
     (config.model.num_heads, config.mup.base_width) = (Some(from.num_heads), from.hidden_size);
     let dataset: Arc<dyn train_engine::data::Dataset> = Arc::new(GaussianImages::new(64, 1, SIDE, 4));
     let mut seen = Seen::default();
-    let outcome =
-        trainer::run(&onnx_runtime(), &config, folder, &dataset, &StopSignal::install().unwrap(), &mut seen);
+    let outcome = trainer::run(
+        &onnx_runtime(),
+        &config,
+        folder,
+        &dataset,
+        &StopSignal::install(|| ()).unwrap(),
+        &mut seen,
+    );
     (outcome, seen)
 }
 

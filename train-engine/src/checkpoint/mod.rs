@@ -3,15 +3,19 @@
 //! `RUN/checkpoints/step-00001000/` holds the five [`FILES`]; `RUN/checkpoints/latest` is a relative symbolic link to the
 //! newest. A checkpoint is written into a hidden directory beside, each file is synced, and the directory is renamed; a
 //! process killed at any moment leaves hidden directories only, which [`RunLock::acquire`] removes.
+//!
+//! Only what a checkpoint is made of can fail a save. `latest`, the removal of old ones and the like are conveniences: what
+//! fails of them is told as a [`Trouble`].
 
+mod latest;
 mod state;
 
-use std::fs::{self, File, TryLockError};
-use std::os::unix::fs::symlink;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process;
 
-use runtime::file::sync_directory;
+use runtime::file::{sync_directory, sync_file};
+use runtime::lock::{Lock, Tried};
 use runtime::safetensors_file::SafetensorsReader;
 pub use state::State;
 
@@ -31,38 +35,45 @@ pub const STATE_FILE: &str = "state.json";
 pub const FILES: [&str; 5] = [CONFIG_FILE, MODEL_FILE, EMA_FILE, OPTIMIZER_FILE, STATE_FILE];
 
 const DIRECTORY: &str = "checkpoints";
-const LATEST: &str = "latest";
 const PREFIX: &str = "step-";
 /// What unfinished and half-removed directories start with.
 const HIDDEN_PREFIX: &str = ".step-";
 const LOCK_FILE: &str = ".lock";
 
+/// What is told of a failure that makes no next step wrong: its kind, in words, and what happened.
+pub type Trouble<'a> = dyn FnMut(&'static str, TrainError) + 'a;
+
 /// The right to write to a run's directory; given back when dropped or when the process ends, however it ends.
 #[derive(Debug)]
 pub struct RunLock {
     run_dir: PathBuf,
-    _file: File,
+    lock: Lock,
 }
 
 impl RunLock {
-    /// Makes the run's directory, takes its lock and removes what a killed process left unfinished.
+    /// Makes the run's directory, takes its lock, finds out whether checkpoints can be written, and removes what a killed
+    /// process left unfinished.
     ///
     /// # Errors
     /// [`TrainError::Locked`] when another process holds it; [`TrainError::Io`].
-    pub fn acquire(run_dir: &Path) -> Result<Self> {
+    pub fn acquire(run_dir: &Path, trouble: &mut Trouble<'_>) -> Result<Self> {
         let directory = run_dir.join(DIRECTORY);
         fs::create_dir_all(&directory).map_err(TrainError::io("create", &directory))?;
-        let path = run_dir.join(LOCK_FILE);
-        let file = File::options().write(true).create(true).truncate(false).open(&path);
-        let file = file.map_err(TrainError::io("open", &path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(TrainError::Locked { path: run_dir.to_path_buf() }),
-            Err(TryLockError::Error(error)) => return Err(TrainError::io("lock", &path)(error)),
-        }
-        let lock = Self { run_dir: run_dir.to_path_buf(), _file: file };
-        lock.remove_leftovers()?;
+        let lock = match Lock::take(&run_dir.join(LOCK_FILE))? {
+            Tried::Ours(lock) => Self { run_dir: run_dir.to_path_buf(), lock },
+            Tried::Held(holder) => {
+                return Err(TrainError::Locked { path: run_dir.to_path_buf(), holder });
+            }
+        };
+        lock.remove_leftovers(trouble)?;
+        probe(&directory)?;
+        latest::adopt(&directory, trouble)?;
         Ok(lock)
+    }
+
+    /// What stands in for the lock of a file system that has none.
+    pub fn stand_in(&self) -> Option<String> {
+        self.lock.stand_in()
     }
 
     /// Writes the checkpoint of `step`, points `latest` to it and removes all but the newest `keep` (at least one).
@@ -72,19 +83,25 @@ impl RunLock {
     ///
     /// # Errors
     /// What `write` gives; [`TrainError::Internal`] when it leaves out a file; [`TrainError::Io`].
-    pub fn save(&self, step: u64, keep: usize, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    pub fn save(
+        &self,
+        step: u64,
+        keep: usize,
+        trouble: &mut Trouble<'_>,
+        write: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
         let directory = self.run_dir.join(DIRECTORY);
-        let name = format!("{PREFIX}{step:08}");
+        let name = name_of(step);
         let target = directory.join(&name);
         let unfinished = directory.join(format!(".{name}.new-{}", process::id()));
         if unfinished.exists() {
             fs::remove_dir_all(&unfinished).map_err(TrainError::io("remove", &unfinished))?;
         }
         fs::create_dir(&unfinished).map_err(TrainError::io("create", &unfinished))?;
-        let written = write(&unfinished).and_then(|()| sync_files(&unfinished)).and_then(|()| {
+        let written = write(&unfinished).and_then(|()| sync_files(&unfinished, trouble)).and_then(|()| {
             if target.exists() {
                 // A checkpoint of this step that could not be used, or that an earlier run went beyond.
-                hide_and_remove(&target)?;
+                remove_hidden(&hide(&target)?, trouble);
             }
             fs::rename(&unfinished, &target).map_err(TrainError::io("write", &target))
         });
@@ -93,29 +110,52 @@ impl RunLock {
             drop(fs::remove_dir_all(&unfinished));
             return Err(error);
         }
-        sync_directory(&directory)?;
-        point_latest(&directory, &name)?;
-        self.prune(step, keep)?;
+        try_sync(&directory, trouble);
+        latest::point(&directory, &name, trouble);
+        self.prune(step, keep, trouble);
         Ok(target)
     }
 
-    fn prune(&self, newest: u64, keep: usize) -> Result<()> {
-        let mut checkpoints = list(&self.run_dir)?;
+    fn prune(&self, newest: u64, keep: usize, trouble: &mut Trouble<'_>) {
+        let mut checkpoints = match list(&self.run_dir) {
+            Ok(checkpoints) => checkpoints,
+            Err(error) => return trouble(STAYS, error),
+        };
         // The one just written stays even where later ones of an abandoned course are there.
         checkpoints.retain(|(step, _)| *step != newest);
         let surplus = (checkpoints.len() + 1).saturating_sub(keep.max(1));
-        checkpoints.iter().take(surplus).try_for_each(|(_, path)| hide_and_remove(path))
+        for (_, path) in checkpoints.iter().take(surplus) {
+            match hide(path) {
+                Ok(hidden) => remove_hidden(&hidden, trouble),
+                Err(error) => trouble(STAYS, error),
+            }
+        }
     }
 
-    fn remove_leftovers(&self) -> Result<()> {
+    fn remove_leftovers(&self, trouble: &mut Trouble<'_>) -> Result<()> {
         let directory = self.run_dir.join(DIRECTORY);
         for path in entries(&directory)? {
             if file_name(&path).starts_with(HIDDEN_PREFIX) {
-                fs::remove_dir_all(&path).map_err(TrainError::io("remove", &path))?;
+                remove_hidden(&path, trouble);
             }
         }
         Ok(())
     }
+}
+
+/// What is told when something old cannot be removed.
+const STAYS: &str = "something that is not needed any more stays in the run's directory";
+
+fn name_of(step: u64) -> String {
+    format!("{PREFIX}{step:08}")
+}
+
+/// Finds out before the first step whether a checkpoint can be written.
+fn probe(directory: &Path) -> Result<()> {
+    let probe = directory.join(format!("{HIDDEN_PREFIX}probe-{}", process::id()));
+    let written = fs::create_dir(&probe).and_then(|()| fs::write(probe.join(STATE_FILE), [b' '; 4096]));
+    drop(fs::remove_dir_all(&probe));
+    written.map_err(TrainError::io("write", directory))
 }
 
 /// The run's checkpoints, oldest first, with their steps.
@@ -189,35 +229,40 @@ pub fn verify(path: &Path) -> Result<State> {
     State::read(path)
 }
 
-fn sync_files(directory: &Path) -> Result<()> {
+fn sync_files(directory: &Path, trouble: &mut Trouble<'_>) -> Result<()> {
     for name in FILES {
         let path = directory.join(name);
         if !path.is_file() {
             return Err(TrainError::Internal(format!("the checkpoint was written without its `{name}`")));
         }
-        File::open(&path).and_then(|file| file.sync_all()).map_err(TrainError::io("sync", &path))?;
+        File::open(&path).and_then(|file| sync_file(&file)).map_err(TrainError::io("sync", &path))?;
     }
-    Ok(sync_directory(directory)?)
+    try_sync(directory, trouble);
+    Ok(())
 }
 
-/// Points `latest` to a checkpoint: a new link is renamed over the old.
-fn point_latest(directory: &Path, name: &str) -> Result<()> {
-    let latest = directory.join(LATEST);
-    let link = directory.join(format!(".{LATEST}.new"));
-    let io = || TrainError::io("write", &latest);
-    if link.symlink_metadata().is_ok() {
-        fs::remove_file(&link).map_err(io())?;
+fn try_sync(directory: &Path, trouble: &mut Trouble<'_>) {
+    if let Err(error) = sync_directory(directory) {
+        trouble("a power cut could take back the newest checkpoint", error.into());
     }
-    symlink(name, &link).and_then(|()| fs::rename(&link, &latest)).map_err(io())?;
-    Ok(sync_directory(directory)?)
 }
 
-/// Removes a checkpoint so that it is never seen half-removed.
-fn hide_and_remove(path: &Path) -> Result<()> {
+/// Gives a checkpoint that is to be removed a hidden name, so that it is never seen half-removed.
+fn hide(path: &Path) -> Result<PathBuf> {
     let hidden = path.with_file_name(format!(".{}.old-{}", file_name(path), process::id()));
-    fs::rename(path, &hidden)
-        .and_then(|()| fs::remove_dir_all(&hidden))
-        .map_err(TrainError::io("remove", path))
+    // One of before that could not be removed.
+    drop(fs::remove_dir_all(&hidden));
+    fs::rename(path, &hidden).map_err(TrainError::io("remove", path))?;
+    Ok(hidden)
+}
+
+/// Removes what has a hidden name, whatever it is; what stays goes at the next start.
+fn remove_hidden(path: &Path, trouble: &mut Trouble<'_>) {
+    let is_directory = path.symlink_metadata().is_ok_and(|there| there.is_dir());
+    let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    if let Err(error) = removed {
+        trouble(STAYS, TrainError::io("remove", path)(error));
+    }
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {

@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::STATE_FILE;
+use crate::data::DataIdentity;
 use crate::error::{Result, TrainError};
 use crate::loss_scale::LossScale;
+use crate::trainer::Origin;
 
 /// The content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -18,8 +20,11 @@ pub struct State {
     pub format_version: u32,
     /// Optimizer steps done.
     pub step: u64,
-    /// Optimizer steps the run was planned for; decaying schedules depend on it.
+    /// Optimizer steps the run was planned for.
     pub total_steps: u64,
+    /// The step at which its learning rate has decayed, of a run whose rate decays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decay_steps: Option<u64>,
     /// Training images seen.
     pub images_seen: u64,
     /// Passes over the data that are complete.
@@ -35,6 +40,12 @@ pub struct State {
     /// The factor on the loss, of a run in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
+    /// The data set that it was trained on; none in checkpoints from before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataIdentity>,
+    /// The weights that the run began with, where it did not draw them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Role, learning-rate factor and init of each parameter.
     pub mup: Value,
 }

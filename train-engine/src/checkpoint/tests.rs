@@ -16,6 +16,9 @@ fn state(step: u64) -> State {
         elapsed_seconds: 0.1 + 0.2,
         config_hash: "abc".into(),
         loss_scale: Some(crate::loss_scale::LossScale::starting_at(512.0)),
+        decay_steps: None,
+        data: None,
+        origin: None,
         mup: serde_json::json!({"z": {"role": "hidden"}, "a": {"role": "input"}}),
     }
 }
@@ -35,9 +38,9 @@ fn write_all(step: u64) -> impl FnOnce(&Path) -> Result<()> {
 
 fn run_with(steps: &[u64], keep: usize) -> (tempfile::TempDir, RunLock) {
     let dir = tempfile::tempdir().unwrap();
-    let lock = RunLock::acquire(dir.path()).unwrap();
+    let lock = RunLock::acquire(dir.path(), &mut no_trouble).unwrap();
     for &step in steps {
-        lock.save(step, keep, write_all(step)).unwrap();
+        lock.save(step, keep, &mut no_trouble, write_all(step)).unwrap();
     }
     (dir, lock)
 }
@@ -52,6 +55,11 @@ fn names(run: &Path) -> Vec<String> {
         entries(&run.join(DIRECTORY)).unwrap().iter().map(|path| file_name(path).to_owned()).collect();
     names.sort();
     names
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "shape of a trouble")]
+fn no_trouble(what: &'static str, error: TrainError) {
+    panic!("{what}: {error}");
 }
 
 fn never(line: &str) {
@@ -81,12 +89,12 @@ fn nothing_there_is_none() {
 #[test]
 fn a_failed_write_leaves_the_old_ones_and_no_half_one() {
     let (dir, lock) = run_with(&[1], 3);
-    let full = lock.save(2, 3, |directory| {
+    let full = lock.save(2, 3, &mut no_trouble, |directory| {
         fs::write(directory.join(MODEL_FILE), b"half").unwrap();
         Err(TrainError::io("write", directory)(std::io::ErrorKind::StorageFull.into()))
     });
     assert!(full.unwrap_err().to_string().contains("free some space"));
-    let partial = lock.save(2, 3, |directory| state(2).write(directory));
+    let partial = lock.save(2, 3, &mut no_trouble, |directory| state(2).write(directory));
     assert!(partial.unwrap_err().to_string().contains("without its `config.json`"));
     assert_eq!(names(dir.path()), ["latest", "step-00000001"]);
     assert_eq!(latest_valid(dir.path(), &never).unwrap().unwrap().1.step, 1);
@@ -96,7 +104,7 @@ fn a_failed_write_leaves_the_old_ones_and_no_half_one() {
 fn saving_a_step_again_replaces_it() {
     let (dir, lock) = run_with(&[1, 2], 3);
     fs::write(dir.path().join("checkpoints/step-00000002/state.json"), "damaged").unwrap();
-    lock.save(2, 3, write_all(2)).unwrap();
+    lock.save(2, 3, &mut no_trouble, write_all(2)).unwrap();
     assert_eq!(latest_valid(dir.path(), &never).unwrap().unwrap().1.step, 2);
     assert_eq!(names(dir.path()), ["latest", "step-00000001", "step-00000002"]);
 }
@@ -104,9 +112,9 @@ fn saving_a_step_again_replaces_it() {
 #[test]
 fn the_one_just_written_is_never_removed() {
     let (dir, lock) = run_with(&[10, 20, 30], 3);
-    lock.save(15, 1, write_all(15)).unwrap();
+    lock.save(15, 1, &mut no_trouble, write_all(15)).unwrap();
     assert_eq!(steps(dir.path()), [15]);
-    lock.save(16, 0, write_all(16)).unwrap();
+    lock.save(16, 0, &mut no_trouble, write_all(16)).unwrap();
     assert_eq!(steps(dir.path()), [16]);
 }
 
@@ -120,16 +128,16 @@ fn leftovers_of_a_killed_process_go_at_the_next_start() {
         fs::write(path.join(MODEL_FILE), b"half").unwrap();
     }
     assert_eq!(steps(dir.path()), [1]);
-    let _lock = RunLock::acquire(dir.path()).unwrap();
+    let _lock = RunLock::acquire(dir.path(), &mut no_trouble).unwrap();
     assert_eq!(names(dir.path()), ["latest", "step-00000001"]);
 }
 
 #[test]
 fn a_second_process_is_refused() {
     let (dir, lock) = run_with(&[], 3);
-    assert!(matches!(RunLock::acquire(dir.path()), Err(TrainError::Locked { .. })));
+    assert!(matches!(RunLock::acquire(dir.path(), &mut no_trouble), Err(TrainError::Locked { .. })));
     drop(lock);
-    assert!(RunLock::acquire(dir.path()).is_ok());
+    assert!(RunLock::acquire(dir.path(), &mut no_trouble).is_ok());
 }
 
 #[test]
@@ -167,4 +175,68 @@ fn a_checkpoint_is_found_by_itself_and_by_its_run() {
     assert_eq!(find(&newest, &never).unwrap(), newest);
     let latest = dir.path().join("checkpoints/latest");
     assert_eq!(find(&latest, &never).unwrap(), latest);
+}
+
+/// Makes of a run what the tools leave that copy it; gives what is wrong with it, if anything is told.
+type Copied = (&'static str, fn(&Path), Option<&'static str>);
+
+#[test]
+fn nothing_fails_for_what_is_a_convenience() {
+    let copies: [Copied; 7] = [
+        ("a link-following copy", |at| copy_of_newest(&at.join("latest")), None),
+        ("a file with the link's text", |at| fs::write(at.join("latest"), "step-00000002").unwrap(), None),
+        ("a link to nowhere", |at| std::os::unix::fs::symlink("gone", at.join("latest")).unwrap(), None),
+        ("half a copy", |at| fs::create_dir(at.join("latest")).unwrap(), None),
+        ("a copied new link", |at| copy_of_newest(&at.join(".latest.new")), None),
+        ("a copied hidden link", |at| fs::write(at.join(".step-00000001.old-3"), "").unwrap(), None),
+        (
+            "somebody's own",
+            |at| {
+                fs::create_dir(at.join("latest")).unwrap();
+                fs::write(at.join("latest/notes.txt"), "mine").unwrap();
+            },
+            Some("notes.txt"),
+        ),
+    ];
+    for (what, spoil, told) in copies {
+        let (dir, lock) = run_with(&[1, 2], 3);
+        drop(lock);
+        let at = dir.path().join(DIRECTORY);
+        fs::remove_file(at.join("latest")).unwrap();
+        spoil(&at);
+        let mut troubles = Vec::new();
+        let mut trouble = |_: &'static str, error: TrainError| troubles.push(error.to_string());
+        let lock = RunLock::acquire(dir.path(), &mut trouble).unwrap();
+        lock.save(3, 3, &mut trouble, write_all(3)).unwrap();
+        assert_eq!(steps(dir.path()), [1, 2, 3], "{what}");
+        assert_eq!(troubles.len(), usize::from(told.is_some()), "{what}: {troubles:?}");
+        if let Some(part) = told {
+            assert!(troubles[0].contains(part) && troubles[0].contains("move it away"), "{troubles:?}");
+            assert_eq!(fs::read(at.join("latest/notes.txt")).unwrap(), b"mine");
+        } else {
+            assert_eq!(fs::read_link(at.join("latest")).unwrap(), Path::new("step-00000003"), "{what}");
+        }
+        assert!(names(dir.path()).iter().all(|name| !name.starts_with('.')), "{what}");
+    }
+}
+
+fn copy_of_newest(to: &Path) {
+    fs::create_dir(to).unwrap();
+    for name in FILES {
+        fs::copy(to.with_file_name("step-00000002").join(name), to.join(name)).unwrap();
+    }
+}
+
+#[test]
+fn a_checkpoint_that_was_copied_as_latest_alone_is_not_lost() {
+    let (dir, lock) = run_with(&[1, 2], 3);
+    drop(lock);
+    let at = dir.path().join(DIRECTORY);
+    fs::remove_file(at.join("latest")).unwrap();
+    copy_of_newest(&at.join("latest"));
+    fs::remove_dir_all(at.join("step-00000001")).unwrap();
+    // Of the same step there is a damaged one.
+    fs::write(at.join("step-00000002").join(STATE_FILE), "damaged").unwrap();
+    let _lock = RunLock::acquire(dir.path(), &mut no_trouble).unwrap();
+    assert_eq!(latest_valid(dir.path(), &never).unwrap().unwrap().1.step, 2);
 }

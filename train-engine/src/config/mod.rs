@@ -9,12 +9,12 @@ mod sections;
 mod validate;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, absolute};
 
 use serde::{Deserialize, Serialize};
 
 pub use sections::{
-    CheckpointSection, DataKind, DataSection, LogSection, ModelSection, MupSection, ObjectiveSection,
+    CheckpointSection, DataKind, DataSection, LogSection, ModelSection, MupSection, ObjectiveSection, Orient,
     SampleSection, Schedule, TimeSampling, TrainSection,
 };
 
@@ -43,8 +43,11 @@ pub struct TrainConfig {
 }
 
 /// Keys that may change when a run is resumed: none of them changes what the steps already done computed.
-const FREE_ON_RESUME: [&str; 12] = [
+const FREE_ON_RESUME: [&str; 14] = [
     "train.steps",
+    // What it comes to with `train.steps` stands in the checkpoint's state.
+    "train.decay_steps",
+    "train.from",
     "train.recompute",
     "train.provider",
     "train.threads",
@@ -78,6 +81,24 @@ impl TrainConfig {
         })?;
         keys::refuse_unknown(&table, origin)?;
         Self::resolve(table, origin, overrides)
+    }
+
+    /// The same with every path made absolute, so that it means the same files from any directory.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] when the system does not tell the working directory.
+    pub fn anchored(&self) -> Result<Self> {
+        let mut anchored = self.clone();
+        let paths = [
+            &mut anchored.model.config,
+            &mut anchored.data.path,
+            &mut anchored.data.labels,
+            &mut anchored.train.from,
+        ];
+        for path in paths.into_iter().flatten() {
+            *path = absolute(&*path).map_err(TrainError::io("find", path))?;
+        }
+        Ok(anchored)
     }
 
     /// This configuration with overrides on top, checked.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use graph_builder::Precision;
-use models::{InitScheme, Objective, Recompute, SolverKind};
+use models::{InitScheme, Objective, Recompute, Solver, SolverKind};
 use runtime::Provider;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -163,6 +163,25 @@ pub enum DataKind {
     Latents,
 }
 
+/// What is done about the orientation that cameras note in EXIF data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Orient {
+    /// Images are read as they are stored, as the reference's loader does.
+    #[default]
+    Off,
+    /// Images are turned as viewers show them.
+    Apply,
+}
+
+impl Orient {
+    /// Unset keys are not written, so that configurations keep their bytes.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature serde calls")]
+    fn is_off(&self) -> bool {
+        *self == Self::Off
+    }
+}
+
 /// `[data]`: the images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -178,6 +197,9 @@ pub struct DataSection {
     /// Side of the image in pixels: `folder` crops to it, the other kinds must already have it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
+    /// `folder` only: `off` or `apply`, for images whose EXIF data say how to turn them.
+    #[serde(skip_serializing_if = "Orient::is_off")]
+    pub orient: Orient,
     /// Whether each image is mirrored with probability one half.
     pub flip: bool,
     /// Batches read ahead of the training step.
@@ -193,6 +215,7 @@ impl Default for DataSection {
             path: None,
             labels: None,
             image_size: None,
+            orient: Orient::default(),
             flip: true,
             prefetch: 2,
             workers: 1,
@@ -219,6 +242,10 @@ pub enum Schedule {
 pub struct TrainSection {
     /// Optimizer steps of the whole run.
     pub steps: u64,
+    /// What a new run takes its first parameters from: a checkpoint's directory, a run's, or a `.safetensors` file. The
+    /// moving average where there is one; the optimizer starts anew. A run that goes on does not read it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<PathBuf>,
     /// Images of one optimizer step.
     pub batch_size: usize,
     /// Micro-batches an optimizer step is split into; divides `batch_size`.
@@ -239,6 +266,9 @@ pub struct TrainSection {
     pub learning_rate: f64,
     /// `constant`, `linear` or `cosine`.
     pub schedule: Schedule,
+    /// The step at which a decaying learning rate has reached its end, where it stays; `steps` where none is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_steps: Option<u64>,
     /// Learning rate at the end over the one after the warm-up.
     pub final_fraction: f64,
     /// Steps over which the learning rate rises from 0; under muP the same number at every width.
@@ -262,10 +292,18 @@ pub struct TrainSection {
     pub label_drop: Option<f64>,
 }
 
+impl TrainSection {
+    /// The step at which a decaying learning rate has reached its end; none where it stays.
+    pub fn decay_end(&self) -> Option<u64> {
+        (self.schedule != Schedule::Constant).then(|| self.decay_steps.unwrap_or(self.steps))
+    }
+}
+
 impl Default for TrainSection {
     fn default() -> Self {
         Self {
             steps: 400_000,
+            from: None,
             batch_size: 256,
             accumulate: 1,
             recompute: Recompute::None,
@@ -275,6 +313,7 @@ impl Default for TrainSection {
             threads: 0,
             learning_rate: 1e-4,
             schedule: Schedule::default(),
+            decay_steps: None,
             final_fraction: 0.0,
             warmup_steps: 0,
             weight_decay: 0.0,
@@ -348,11 +387,12 @@ impl Default for SampleSection {
 }
 
 impl SampleSection {
-    /// The solver that samples models of an objective.
-    pub fn solver(&self, objective: Objective) -> SolverKind {
-        self.sampler.unwrap_or(match objective {
+    /// The solver that pictures of models of an objective are made with.
+    pub fn solver(&self, objective: Objective) -> Solver {
+        let kind = self.sampler.unwrap_or(match objective {
             Objective::Ddpm => SolverKind::Ddim,
             Objective::Flow => SolverKind::Euler,
-        })
+        });
+        Solver::new(kind, self.steps)
     }
 }

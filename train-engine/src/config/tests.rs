@@ -31,7 +31,7 @@ fn a_file_overrides_defaults_and_set_overrides_the_file() {
     )
     .unwrap();
     assert_eq!((config.train.steps, config.train.batch_size), (7, 32));
-    assert_eq!(config.sample.solver(config.objective.kind), models::SolverKind::Euler);
+    assert_eq!(config.sample.solver(config.objective.kind).kind, models::SolverKind::Euler);
     assert_eq!(config.train.beta2, 0.999);
     assert_eq!(config.objective.time, TimeSampling::Uniform);
     assert_eq!(config.data.path.as_deref(), Some(Path::new("/some where/x")));
@@ -168,6 +168,12 @@ fn values_out_of_range_name_key_value_and_range() {
         "checkpoint.every_seconds=0",
         "log.every_steps=0",
         "sample.per_class=0",
+        "sample.per_class=100000000000000",
+        "train.threads=4294967296",
+        "train.threads=100000",
+        "train.decay_steps=10",
+        "data.workers=100000000000000",
+        "data.prefetch=100000000000000",
         "sample.steps=0",
         "sample.guidance=inf",
         "sample.sampler=ddim",
@@ -201,6 +207,7 @@ fn the_hash_covers_what_a_step_computes_and_nothing_else() {
     assert_eq!(hash.len(), 64);
     for free in [
         "train.steps=200",
+        "train.from=elsewhere",
         "train.recompute=blocks",
         "train.threads=3",
         "train.provider=cuda",

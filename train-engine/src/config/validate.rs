@@ -3,13 +3,16 @@
 use std::fmt::Display;
 
 use models::SolverKind;
+use runtime::session::MAX_THREADS;
 
-use super::{DataKind, TrainConfig};
+use super::{DataKind, Orient, TrainConfig};
 use crate::error::{Result, TrainError};
 use crate::random::Stream;
 
 /// The largest seed TOML can hold.
 const MAX_SEED: u64 = i64::MAX as u64;
+/// More rows than anybody looks at, and few enough for memory.
+const MAX_PER_CLASS: usize = 1000;
 
 impl TrainConfig {
     /// Checks every value's range and the values that belong together.
@@ -84,6 +87,9 @@ impl TrainConfig {
                 "the side in pixels that `folder` images are cropped to",
             ));
         }
+        if data.orient != Orient::Off && data.kind != DataKind::Folder {
+            return Err(bad("data.orient", "apply", "left out unless `data.kind` is `folder`"));
+        }
         if let Some(size) = data.image_size {
             check("data.image_size", size, (1..=16_384).contains(&size), "from 1 to 16384 pixels")?;
         }
@@ -104,6 +110,17 @@ impl TrainConfig {
         probability("train.final_fraction", train.final_fraction)?;
         let allowed = format!("at most `train.steps` ({})", train.steps);
         check("train.warmup_steps", train.warmup_steps, train.warmup_steps <= train.steps, &allowed)?;
+        if let Some(decay) = train.decay_steps {
+            if train.decay_end().is_none() {
+                let allowed = "left out where `train.schedule` is `constant`: nothing decays";
+                return Err(bad("train.decay_steps", decay, allowed));
+            }
+            let within = (train.warmup_steps.max(1)..Stream::MAX_STEP).contains(&decay);
+            let allowed = format!("from `train.warmup_steps` ({}) to 2^40 - 1", train.warmup_steps.max(1));
+            check("train.decay_steps", decay, within, &allowed)?;
+        }
+        let allowed = format!("at most {MAX_THREADS}; 0 is one a core");
+        check("train.threads", train.threads, train.threads <= MAX_THREADS, &allowed)?;
         not_negative("train.weight_decay", train.weight_decay)?;
         for (key, beta) in
             [("train.beta1", train.beta1), ("train.beta2", train.beta2), ("train.ema_decay", train.ema_decay)]
@@ -117,7 +134,8 @@ impl TrainConfig {
 
     fn validate_sample(&self) -> Result<()> {
         let sample = &self.sample;
-        check("sample.per_class", sample.per_class, sample.per_class >= 1, "at least 1 picture")?;
+        let fits = (1..=MAX_PER_CLASS).contains(&sample.per_class);
+        check("sample.per_class", sample.per_class, fits, &format!("from 1 to {MAX_PER_CLASS} pictures"))?;
         check("sample.steps", sample.steps, sample.steps >= 1, "at least 1")?;
         finite("sample.guidance", sample.guidance)?;
         match sample.sampler {
@@ -127,9 +145,18 @@ impl TrainConfig {
                 let names: Vec<String> = fitting.map(|solver| format!("`{solver}`")).collect();
                 let allowed =
                     format!("one of {}, as `objective.kind` is `{}`", names.join(", "), self.objective.kind);
-                Err(bad("sample.sampler", sampler, &allowed))
+                return Err(bad("sample.sampler", sampler, &allowed));
             }
-            _ => Ok(()),
+            _ => {}
+        }
+        // The first picture may come after days of training.
+        let (objective, solver) = (self.objective.kind, sample.solver(self.objective.kind));
+        match solver.plan(objective, false) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let allowed = format!("a number of steps that the solver `{}` takes: {error}", solver.kind);
+                Err(bad("sample.steps", sample.steps, &allowed))
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::GzDecoder;
 
-use super::{Dataset, check_read, pixel};
+use super::{Dataset, Stored, check_read, pixel};
 use crate::error::{Result, TrainError};
 use crate::random::Stream;
 
@@ -95,6 +95,15 @@ impl Dataset for IdxImages {
         &self.class_names
     }
 
+    fn label(&self, index: usize) -> i64 {
+        i64::from(self.labels[index])
+    }
+
+    fn stored(&self, into: &mut Stored) -> Result<()> {
+        into.content(&self.pixels);
+        Ok(())
+    }
+
     fn read(&self, index: usize, flip: bool, _: &mut Stream, out: &mut [f32]) -> Result<i64> {
         check_read(self, index, out)?;
         let size = self.image_len();
@@ -104,7 +113,7 @@ impl Dataset for IdxImages {
                 *value = pixel(row[if flip { self.width - 1 - x } else { x }]);
             }
         }
-        Ok(i64::from(self.labels[index]))
+        Ok(self.label(index))
     }
 }
 
@@ -113,7 +122,8 @@ pub(super) fn find_pair(path: &Path, labels: Option<&Path>) -> Result<(PathBuf, 
     if let Some(labels) = labels {
         return Ok((path.to_path_buf(), labels.to_path_buf()));
     }
-    if path.is_dir() {
+    let found = path.metadata().map_err(TrainError::io("read", path))?;
+    if found.is_dir() {
         return Ok((find(path, "train-images-idx3-ubyte")?, find(path, "train-labels-idx1-ubyte")?));
     }
     Err(TrainError::BadValue {
@@ -141,7 +151,10 @@ fn read_idx<const AXES: usize>(path: &Path, magic: u32) -> Result<([usize; AXES]
             path,
             "magic number",
             format!("{magic:#010x}"),
-            format!("{found:#010x}"),
+            match runtime::file_kind::told(path) {
+                Some(kind) => format!("{found:#010x}: {kind}"),
+                None => format!("{found:#010x}"),
+            },
         ));
     }
     let mut sizes = [0; AXES];

@@ -9,8 +9,8 @@ use rayon::iter::{IndexedParallelIterator as _, ParallelIterator as _};
 use rayon::slice::ParallelSliceMut as _;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::Dataset;
 use super::plan::{BatchPlan, Cursor};
+use super::{Dataset, read_finite};
 use crate::error::{Result, TrainError};
 
 /// What one optimizer step trains on.
@@ -117,7 +117,7 @@ fn read_batch(
     let mut x0 = vec![0.0; size * indices.len()];
     let read = |(row, image): (usize, &mut [f32])| {
         let flip = flip && plan.is_flipped(step, row);
-        dataset.read(indices[row], flip, &mut plan.draw(step, row), image)
+        read_finite(dataset, indices[row], flip, &mut plan.draw(step, row), image)
     };
     let y: Result<Vec<i64>> = match pool {
         None => x0.chunks_exact_mut(size).enumerate().map(read).collect(),
@@ -164,6 +164,9 @@ mod tests {
         }
         fn class_names(&self) -> &[String] {
             &[]
+        }
+        fn label(&self, index: usize) -> i64 {
+            index as i64 % 3
         }
         fn read(&self, index: usize, flip: bool, draw: &mut Stream, out: &mut [f32]) -> Result<i64> {
             self.reads.fetch_add(1, Ordering::SeqCst);

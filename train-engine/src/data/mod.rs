@@ -4,10 +4,12 @@
 //! draw a latent gets come from the caller, so any order of reads gives the same batches.
 
 mod center_crop;
+mod classes;
 mod deb;
 pub mod fashion_mnist;
 mod folder;
 mod gaussian;
+mod identity;
 mod idx;
 mod latents;
 mod loader;
@@ -18,6 +20,7 @@ use std::sync::Arc;
 
 pub use folder::ImageFolder;
 pub use gaussian::GaussianImages;
+pub use identity::{DataIdentity, Stored};
 pub use idx::IdxImages;
 pub use latents::Latents;
 pub use loader::{Batch, Loader};
@@ -42,6 +45,27 @@ pub trait Dataset: Send + Sync {
     fn num_classes(&self) -> usize;
     /// Names of the classes, as many as there are.
     fn class_names(&self) -> &[String];
+
+    /// What reading the images so far has shown that a user should know.
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Where sample `index` lies, in words for an error.
+    fn place(&self, index: usize) -> String {
+        format!("image {index}")
+    }
+
+    /// The class of image `index`.
+    fn label(&self, index: usize) -> i64;
+
+    /// Adds what tells the set's files and images from others to its [`DataIdentity`]; nothing where all of it is made up.
+    ///
+    /// # Errors
+    /// What reading the files gives.
+    fn stored(&self, _into: &mut Stored) -> Result<()> {
+        Ok(())
+    }
 
     /// Whether mirrored images can be read.
     fn can_flip(&self) -> bool {
@@ -95,7 +119,7 @@ pub fn open(data: &DataSection, offline: bool, progress: &dyn Fn(&str)) -> Resul
                 value: "unset".into(),
                 allowed: "the side in pixels that images are cropped to".into(),
             })?;
-            Arc::new(ImageFolder::open(path.ok_or_else(unset)?, size, progress)?)
+            Arc::new(ImageFolder::open(path.ok_or_else(unset)?, size, data.orient, progress)?)
         }
         DataKind::Latents => Arc::new(Latents::open(path.ok_or_else(unset)?)?),
     };
@@ -132,6 +156,24 @@ fn check_read(set: &dyn Dataset, index: usize, out: &[f32]) -> Result<()> {
         return Ok(());
     }
     Err(TrainError::BadRead { len, size, index, got: out.len() })
+}
+
+/// Reads a sample and looks at its values, before a loss or a gradient can be blamed for one that is not finite.
+///
+/// # Errors
+/// [`TrainError::BadSample`]; as [`Dataset::read`].
+pub fn read_finite(
+    set: &dyn Dataset,
+    index: usize,
+    flip: bool,
+    draw: &mut Stream,
+    out: &mut [f32],
+) -> Result<i64> {
+    let label = set.read(index, flip, draw, out)?;
+    match out.iter().position(|value| !value.is_finite()) {
+        None => Ok(label),
+        Some(at) => Err(TrainError::BadSample { place: set.place(index), value: out[at], at }),
+    }
 }
 
 /// The value of a byte pixel: 0 … 255 to -1 … 1.

@@ -1,13 +1,15 @@
 //! What happened in a sweep: append-only files of JSON lines, one a worker, and the locks on trials.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
-use runtime::file::sync_directory;
+use runtime::file::{sync_directory, sync_file};
+use runtime::lock::{Holder, Lock, Tried};
 use serde::{Deserialize, Serialize};
 
+use crate::data::DataIdentity;
 use crate::error::{Result, TrainError};
 
 const JOURNALS: &str = "journal";
@@ -21,6 +23,8 @@ pub enum Status {
     Finished,
     /// The loss or a gradient was not finite, or the loss ran away; what is left of the steps was not done.
     Diverged,
+    /// It could not be run: its step does not compile, or does not fit into memory.
+    Failed,
 }
 
 /// The result of a trial.
@@ -32,7 +36,10 @@ pub struct TrialResult {
     pub trial: usize,
     /// How it ended.
     pub status: Status,
-    /// Mean loss over the last share of the steps; none when diverged.
+    /// Why it failed; none otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Mean loss over the last share of the steps; none when diverged or failed.
     pub loss: Option<f64>,
     /// Steps done.
     pub steps: u64,
@@ -68,6 +75,8 @@ impl TrialResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub enum Event {
+    /// The data set that the results after it are of.
+    Data(DataIdentity),
     /// A step was compiled.
     Compiled {
         /// Its shape.
@@ -176,6 +185,28 @@ impl Journals {
         })
     }
 
+    /// Refuses another data set than the results so far are of; whether any has been noted.
+    ///
+    /// # Errors
+    /// [`TrainError::OtherData`] naming what differs.
+    pub fn check_data(&self, data: &DataIdentity) -> Result<bool> {
+        let noted = self.events.iter().find_map(|event| match event {
+            Event::Data(before) => Some(before),
+            _ => None,
+        });
+        let differences = noted.map_or(Vec::new(), |before| data.differences(before));
+        if differences.is_empty() {
+            return Ok(noted.is_some());
+        }
+        Err(TrainError::OtherData {
+            path: self.folder.clone(),
+            differences: differences.join("; "),
+            remedy:
+                "results on different data do not compare: bring it back, or choose another folder with --out"
+                    .into(),
+        })
+    }
+
     /// Number of compilations, over all workers.
     pub fn compilations(&self) -> usize {
         self.events.iter().filter(|event| matches!(event, Event::Compiled { .. })).count()
@@ -201,7 +232,8 @@ impl Writer {
             let path = directory.join(format!("worker-{number:04}.jsonl"));
             match File::options().append(true).create_new(true).open(&path) {
                 Ok(file) => {
-                    sync_directory(&directory)?;
+                    // Whether a power cut can take an empty journal back is no matter.
+                    drop(sync_directory(&directory));
                     return Ok(Self { path, file });
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
@@ -220,7 +252,7 @@ impl Writer {
             .map_err(|e| TrainError::Internal(format!("an event does not serialise: {e}")))?;
         self.file.write_all(format!("{text}\n").as_bytes()).map_err(TrainError::io("write", &self.path))?;
         if matches!(event, Event::Ended(_) | Event::Told { .. }) {
-            self.file.sync_data().map_err(TrainError::io("sync", &self.path))?;
+            sync_file(&self.file).map_err(TrainError::io("sync", &self.path))?;
         }
         Ok(())
     }
@@ -229,25 +261,38 @@ impl Writer {
 /// The right to run one trial; ends when dropped or when the process ends, however it ends.
 #[derive(Debug)]
 pub struct Claim {
-    _file: File,
+    /// None where nobody else can be at the trial.
+    lock: Option<Lock>,
+}
+
+/// How an attempt to claim a trial ended.
+#[derive(Debug)]
+pub enum Claimed {
+    /// It is ours.
+    Ours(Claim),
+    /// Another worker has it.
+    Elsewhere(Holder),
 }
 
 impl Claim {
-    /// Claims a trial; none when another worker has it.
+    /// Claims a trial. Where the file system has no locks, a worker that shares the trials `by_number` heeds no other: one
+    /// that held it before was its own forerunner, perhaps on another machine.
     ///
     /// # Errors
-    /// [`TrainError::Io`], also where the file system has no locks.
-    pub fn take(folder: &Path, id: &str) -> Result<Option<Self>> {
+    /// [`TrainError::Io`].
+    pub fn take(folder: &Path, id: &str, by_number: bool) -> Result<Claimed> {
         let directory = folder.join(LOCKS);
         fs::create_dir_all(&directory).map_err(TrainError::io("create", &directory))?;
-        let path = directory.join(id);
-        let file = File::options().write(true).create(true).truncate(false).open(&path);
-        let file = file.map_err(TrainError::io("open", &path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(Self { _file: file })),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(TrainError::io("lock", &path)(error)),
-        }
+        Ok(match Lock::take(&directory.join(id))? {
+            Tried::Ours(lock) => Claimed::Ours(Self { lock: Some(lock) }),
+            Tried::Held(holder) if by_number && holder.is_written() => Claimed::Ours(Self { lock: None }),
+            Tried::Held(holder) => Claimed::Elsewhere(holder),
+        })
+    }
+
+    /// What stands in for the lock of a file system that has none.
+    pub fn stand_in(&self) -> Option<String> {
+        self.lock.as_ref()?.stand_in()
     }
 }
 
@@ -262,6 +307,7 @@ mod tests {
             id: id.to_owned(),
             trial: 0,
             status: Status::Finished,
+            reason: None,
             loss: losses.last().copied().flatten(),
             steps: 10 * losses.len() as u64,
             seconds: 2.0,
@@ -309,11 +355,11 @@ mod tests {
     #[test]
     fn a_trial_is_claimed_once_at_a_time() {
         let dir = tempfile::tempdir().unwrap();
-        let claim = Claim::take(dir.path(), "a").unwrap().unwrap();
-        assert!(Claim::take(dir.path(), "a").unwrap().is_none());
-        assert!(Claim::take(dir.path(), "b").unwrap().is_some());
+        let free = |id: &str| matches!(Claim::take(dir.path(), id, false).unwrap(), Claimed::Ours(_));
+        let Claimed::Ours(claim) = Claim::take(dir.path(), "a", false).unwrap() else { panic!("it is free") };
+        assert!(!free("a") && free("b"));
         drop(claim);
-        assert!(Claim::take(dir.path(), "a").unwrap().is_some());
+        assert!(free("a"));
     }
 
     #[test]

@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::spec::{Overrides, SweepSpec};
 use crate::config::TrainConfig;
-use crate::data::Dataset;
+use crate::data::{BatchPlan, Dataset};
 use crate::error::{Result, TrainError};
 use crate::step::StepShape;
+use crate::trainer::refuse_precision;
 
 /// File of the trials in a sweep's folder.
 pub const TRIALS_FILE: &str = "trials.jsonl";
@@ -70,8 +71,8 @@ impl Plan {
     /// refused here.
     ///
     /// # Errors
-    /// What [`TrainConfig::with_overrides`] and [`TrainConfig::model_config`] give; [`TrainError::ConfigSyntax`] for a
-    /// width that the head size does not divide.
+    /// What [`TrainConfig::with_overrides`] gives; [`TrainError::BadTrial`] for one that the data set, the model or this
+    /// machine cannot run; [`TrainError::BadValue`] for a width that the head size does not divide.
     pub fn new(spec: &SweepSpec, base: &TrainConfig, data: &dyn Dataset) -> Result<Self> {
         let none = Overrides::new();
         let variants: Vec<(&str, &Overrides)> = if spec.variants.is_empty() {
@@ -85,7 +86,7 @@ impl Plan {
                 let mut all = own.clone();
                 all.extend(point.clone());
                 let config = resolve(base, &all, spec.head_size)?;
-                let model = config.model_config(data)?;
+                let model = fitting(&config, data).map_err(|error| refused(&all, error))?;
                 let shape = StepShape::of(&config, &model);
                 let id = id(&config, &model)?;
                 trials.push(Trial {
@@ -153,6 +154,37 @@ impl Plan {
     }
 }
 
+/// The model of a trial that can run: everything is asked that a run asks before its first step.
+fn fitting(config: &TrainConfig, data: &dyn Dataset) -> Result<Model> {
+    if config.train.from.is_some() {
+        return Err(TrainError::BadValue {
+            key: "train.from",
+            value: "set".into(),
+            allowed: "left out: the trials of a sweep draw their first parameters".into(),
+        });
+    }
+    let model = config.model_config(data)?;
+    refuse_precision(config)?;
+    BatchPlan::new(config.train.seed, data.len(), config.train.batch_size)?;
+    if config.data.flip && !data.can_flip() {
+        return Err(TrainError::BadValue {
+            key: "data.flip",
+            value: "true".into(),
+            allowed: "false: the data set holds no mirrored images".into(),
+        });
+    }
+    Ok(model)
+}
+
+/// Tells which trial an error is of.
+fn refused(set: &Overrides, error: TrainError) -> TrainError {
+    if set.is_empty() {
+        return error;
+    }
+    let set: Vec<String> = set.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    TrainError::BadTrial { set: set.join(" "), source: Box::new(error) }
+}
+
 /// The run `base` with overrides, and heads of the asked size.
 ///
 /// # Errors
@@ -185,9 +217,12 @@ pub fn step_cost(config: &TrainConfig, model: &Model) -> Result<StepCost> {
     Ok(StepCost { flops: cost.flops as f64 * config.train.accumulate as f64, parameters })
 }
 
-/// Everything that decides a trial's losses: the run without its paths, its length, its model.
+/// Everything that decides a trial's losses: the run without its paths, its length and its decay's where that is
+/// another, its model.
 fn id(config: &TrainConfig, model: &Model) -> Result<String> {
-    let text = format!("{} {} {}", config.hash()?, config.train.steps, model.to_json());
+    let (train, decay) = (&config.train, config.train.decay_end());
+    let decay = decay.filter(|end| *end != train.steps).map_or_else(String::new, |end| format!(" to {end}"));
+    let text = format!("{} {}{decay} {}", config.hash()?, train.steps, model.to_json());
     Ok(sha256_bytes(text.as_bytes()).chars().take(16).collect())
 }
 
@@ -234,6 +269,25 @@ mod tests {
         assert!(plan.trials.iter().all(|t| t.model.network.head_size() == 12));
         assert_eq!(plan.trials[0].id, self::plan("head_size = 12").unwrap().trials[0].id);
         assert_eq!(plan.varied(), ["model.hidden_size", "train.learning_rate", "train.seed"]);
+    }
+
+    #[test]
+    fn a_trial_that_the_data_cannot_feed_is_refused_by_its_settings() {
+        let data = GaussianImages::new(16, 1, 8, 4);
+        for (key, values, parts) in [
+            ("train.batch_size", "[4, 17, 8]", &["train.batch_size=17", "16 images"][..]),
+            ("train.precision", "[\"f32\", \"bf16\"]", &["train.precision=\"bf16\"", "`f32` on the CPU"]),
+            ("model.input_size", "[8, 16]", &["model.input_size=16", "8 in the data"]),
+            ("model.num_classes", "[4, 3]", &["model.num_classes=3", "4 in the data"]),
+            ("train.from", "[\"run\"]", &["train.from=\"run\"", "left out"]),
+        ] {
+            let text = SPEC.split("[parameters]").next().unwrap().replace("head_size = 12", "");
+            let spec = format!("{text}[parameters]\n\"{key}\" = {{ values = {values} }}\n");
+            let spec = SweepSpec::parse(&spec, "a").unwrap();
+            let base = TrainConfig::parse(&spec.run.clone().unwrap().to_string(), "a", &[]).unwrap();
+            let error = Plan::new(&spec, &base, &data).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub struct Point {
     pub mean: Option<f64>,
     /// Standard deviation over them; 0 with one.
     pub sd: f64,
-    /// Seeds that diverged.
+    /// Seeds that diverged or failed.
     pub diverged: usize,
     /// Seeds without a result yet.
     pub missing: usize,
@@ -89,7 +89,7 @@ pub fn curves(plan: &Plan, journals: &Journals, x_key: &str, metric: Metric<'_>)
             }
             let Some(point) = points.iter_mut().find(|p| p.x == x) else { continue };
             match results.get(trial.id.as_str()) {
-                Some(result) if result.status == Status::Diverged => point.diverged += 1,
+                Some(result) if result.status != Status::Finished => point.diverged += 1,
                 Some(result) => match metric.of(result, journals, plan.spec.tail) {
                     Some(value) => drop(point.seeds.insert(trial.config.train.seed, value)),
                     None => point.missing += 1,
@@ -132,7 +132,7 @@ pub struct Ranked {
     pub sd: f64,
     /// Seeds that finished.
     pub seeds: usize,
-    /// Seeds that diverged.
+    /// Seeds that diverged or failed.
     pub diverged: usize,
 }
 
@@ -152,7 +152,7 @@ pub fn ranking(plan: &Plan, journals: &Journals, metric: Metric<'_>) -> Vec<Rank
         }
         let Some((one, values)) = ranked.get_mut(at) else { continue };
         match result.status {
-            Status::Diverged => one.diverged += 1,
+            Status::Diverged | Status::Failed => one.diverged += 1,
             Status::Finished => values.extend(metric.of(result, journals, plan.spec.tail)),
         }
     }

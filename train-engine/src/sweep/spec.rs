@@ -10,6 +10,9 @@ use crate::config::TrainConfig;
 use crate::error::{Result, TrainError};
 use crate::random::{Purpose, Stream};
 
+/// Most trials that are planned: each costs some memory before the first has run.
+const MOST_TRIALS: f64 = 1e6;
+
 /// How values are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -168,7 +171,24 @@ impl SweepSpec {
         for (key, parameter) in &spec.parameters {
             parameter.check(spec.method).map_err(|reason| bad(format!("parameters.\"{key}\": {reason}")))?;
         }
+        let trials = spec.trials();
+        if trials > MOST_TRIALS {
+            let reason = format!(
+                "it makes {trials} trials, at most {MOST_TRIALS:.0} are planned: vary less, or draw at random"
+            );
+            return Err(bad(reason));
+        }
         Ok(spec)
+    }
+
+    /// How many trials there will be, before any is made. A number, as it may be beyond all integers.
+    fn trials(&self) -> f64 {
+        let drawn = |parameter: &ParameterSpec| self.method == Method::Random && !parameter.each;
+        let draws = if self.parameters.values().any(drawn) { self.run_cap as f64 } else { 1.0 };
+        let longest = self.parameters.values().map(ParameterSpec::count).fold(1.0, f64::max);
+        let crossed =
+            self.parameters.values().filter(|parameter| !drawn(parameter)).map(ParameterSpec::count);
+        longest.max(draws * crossed.product::<f64>() * self.variants.len().max(1) as f64)
     }
 
     /// All combinations of values, keys by name: the last changes first.
@@ -227,12 +247,19 @@ impl ParameterSpec {
         Ok(())
     }
 
+    /// How many values a list has.
+    fn count(&self) -> f64 {
+        let Some([from, to]) = self.octaves else { return self.values.len() as f64 };
+        ((to - from) * f64::from(self.per_octave.unwrap_or(1)) + 1e-9).floor() + 1.0
+    }
+
     /// The values of a list.
     pub fn listed(&self) -> Vec<toml::Value> {
-        let Some([from, to]) = self.octaves else { return self.values.clone() };
+        let Some([from, _]) = self.octaves else { return self.values.clone() };
         let per_octave = f64::from(self.per_octave.unwrap_or(1));
-        let count = ((to - from) * per_octave + 1e-9).floor() as usize;
-        (0..=count).map(|k| toml::Value::Float((from + k as f64 / per_octave).exp2())).collect()
+        (0..self.count() as usize)
+            .map(|k| toml::Value::Float((from + k as f64 / per_octave).exp2()))
+            .collect()
     }
 
     fn draw(&self, stream: &mut Stream) -> toml::Value {
@@ -303,6 +330,15 @@ mod tests {
                 "no range",
             ),
             ("tail = 0.0", "tail"),
+            (
+                "[parameters]\n\"train.seed\" = { octaves = [0, 1e12] }",
+                "1000000000001 trials, at most 1000000",
+            ),
+            ("[parameters]\n\"train.seed\" = { octaves = [0, 9], per_octave = 4000000000 }", "trials"),
+            (
+                "method = \"random\"\nrun_cap = 100000000000000\n[parameters]\n\"a.b\" = { values = [1] }",
+                "100000000000000 trials",
+            ),
         ] {
             let error = SweepSpec::parse(text, "`s.toml`").unwrap_err().to_string();
             assert!(error.contains(part) && error.contains("`s.toml`"), "{text}: {error}");

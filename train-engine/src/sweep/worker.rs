@@ -1,14 +1,16 @@
 //! Running the trials of a sweep that have no result yet.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use runtime::{Recording, Runtime};
+use runtime::lock::Holder;
+use runtime::{Recording, Runtime, RuntimeError};
 
-use super::journal::{Claim, Event, Journals, Status, TrialResult, Writer};
+use super::journal::{Claim, Claimed, Event, Journals, Status, TrialResult, Writer};
 use super::plan::{Plan, StepCost, Trial, step_cost};
-use crate::data::{BatchPlan, Dataset, Loader};
+use crate::data::{BatchPlan, DataIdentity, Dataset, Loader};
 use crate::error::{Result, TrainError};
 use crate::signals::StopSignal;
 use crate::step::StepShape;
@@ -30,6 +32,10 @@ pub enum News<'a> {
     Planned(&'a MemoryPlan),
     /// The step's runs are not recorded as CUDA graphs, though that was asked for: why.
     Unrecorded(&'a str),
+    /// The file system has no locks; what keeps other workers from a trial instead.
+    Unlocked(&'a str),
+    /// A trial is left alone for what the file of another worker says, which may be gone.
+    Held(&'a Trial, &'a Holder),
     /// A trial begins.
     Started(&'a Trial),
     /// A step of it is done; its loss.
@@ -63,6 +69,8 @@ pub struct Summary {
     pub ended: usize,
     /// Those of them that diverged.
     pub diverged: usize,
+    /// Those of them that could not be run.
+    pub failed: usize,
     /// Trials that other workers were at when it had nothing left.
     pub elsewhere: usize,
     /// Steps that it compiled.
@@ -89,28 +97,54 @@ impl Work<'_> {
     /// Runs trials until none is left that no other worker is at.
     ///
     /// # Errors
-    /// What files, data and sessions give. A trial that diverges is a result, not an error.
+    /// [`TrainError::OtherData`] when the results so far are of another data set; what files, data and sessions give. A
+    /// trial that diverges, or that cannot be run by itself, is a result, not an error.
     pub fn run(&self, news: &mut dyn FnMut(News<'_>)) -> Result<Summary> {
         let start = Instant::now();
         let mut summary = Summary::default();
         let mut journals = Journals::open(self.folder)?;
+        let data = DataIdentity::of(self.dataset.as_ref())?;
+        let noted = journals.check_data(&data)?;
         let mut writer = Writer::create(self.folder)?;
+        if !noted {
+            writer.append(&Event::Data(data))?;
+        }
         let mut compiled: Option<Compiled> = None;
+        let (mut told_unlocked, mut told_held) = (false, BTreeSet::new());
         loop {
             let (mut ran, mut elsewhere) = (false, 0);
             for trial in self.plan.trials.iter().filter(|t| t.index % self.of.max(1) == self.index) {
                 if journals.has(&trial.id) {
                     continue;
                 }
-                let Some(claim) = Claim::take(self.folder, &trial.id)? else {
-                    elsewhere += 1;
-                    continue;
+                let claim = match Claim::take(self.folder, &trial.id, self.of > 1)? {
+                    Claimed::Ours(claim) => claim,
+                    Claimed::Elsewhere(holder) => {
+                        elsewhere += 1;
+                        if holder.is_written() && told_held.insert(&trial.id) {
+                            news(News::Held(trial, &holder));
+                        }
+                        continue;
+                    }
                 };
+                if let Some(stand_in) =
+                    claim.stand_in().filter(|_| !std::mem::replace(&mut told_unlocked, true))
+                {
+                    news(News::Unlocked(&stand_in));
+                }
                 journals.refresh()?;
                 if journals.has(&trial.id) {
                     continue; // whoever had the claim before has finished it
                 }
-                let outcome = self.trial(trial, &mut compiled, &mut writer, &mut summary, news)?;
+                let outcome = match self.trial(trial, &mut compiled, &mut writer, &mut summary, news) {
+                    Err(error) if is_of_the_trial(&error) => {
+                        compiled = None; // its memory, and whatever it left half done
+                        let result = failed(trial, &error);
+                        writer.append(&Event::Ended(result.clone()))?;
+                        Some(result)
+                    }
+                    outcome => outcome?,
+                };
                 let Some(result) = outcome else {
                     summary.stopped = true;
                     summary.seconds = start.elapsed().as_secs_f64();
@@ -119,6 +153,7 @@ impl Work<'_> {
                 drop(claim);
                 summary.ended += 1;
                 summary.diverged += usize::from(result.status == Status::Diverged);
+                summary.failed += usize::from(result.status == Status::Failed);
                 summary.step_seconds += result.step_seconds;
                 news(News::Ended(trial, &result));
                 ran = true;
@@ -225,6 +260,7 @@ impl Work<'_> {
             id: trial.id.clone(),
             trial: trial.index,
             status: if diverged { Status::Diverged } else { Status::Finished },
+            reason: None,
             loss: (!diverged).then(|| mean(&losses[losses.len().saturating_sub(tail)..])),
             steps: done,
             seconds: step_seconds, // the caller adds what is around the steps
@@ -234,6 +270,41 @@ impl Work<'_> {
             images: done * train.batch_size as u64,
             curve: curve.collect(),
         }))
+    }
+}
+
+/// Whether other trials may well run though this one cannot: what fails is its model, its settings or its size.
+fn is_of_the_trial(error: &TrainError) -> bool {
+    match error {
+        TrainError::Model(_)
+        | TrainError::BadValue { .. }
+        | TrainError::DataMismatch { .. }
+        | TrainError::DatasetTooSmall { .. } => true,
+        TrainError::Runtime(error) => matches!(
+            error,
+            RuntimeError::OutOfMemory { .. }
+                | RuntimeError::GpuOutOfMemory { .. }
+                | RuntimeError::Load { .. }
+                | RuntimeError::Run { .. }
+        ),
+        _ => false,
+    }
+}
+
+fn failed(trial: &Trial, error: &TrainError) -> TrialResult {
+    TrialResult {
+        id: trial.id.clone(),
+        trial: trial.index,
+        status: Status::Failed,
+        reason: Some(error.to_string()),
+        loss: None,
+        steps: 0,
+        seconds: 0.0,
+        step_seconds: 0.0,
+        flops: 0.0,
+        parameters: 0,
+        images: 0,
+        curve: Vec::new(),
     }
 }
 
@@ -294,6 +365,24 @@ mod tests {
         assert_eq!(ends_at(2.0, (0..60).map(|i| 1.0 / f64::from(i + 1))), None);
         assert_eq!(ends_at(0.0, [1.0, 1e9, 1e20]), None, "0 waits for what is not finite");
         assert_eq!(ends_at(0.0, [1.0, f64::INFINITY]), Some(1));
+    }
+
+    #[test]
+    fn what_ends_a_trial_and_what_the_sweep() {
+        let runtime = |error: RuntimeError| TrainError::Runtime(error);
+        let memory = RuntimeError::OutOfMemory { bytes: 1, what: "x".into() };
+        let load = RuntimeError::Load { program: "p".into(), reason: "r".into() };
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        for (error, of_the_trial) in [
+            (runtime(memory), true),
+            (runtime(load), true),
+            (TrainError::DatasetTooSmall { images: 1, batch_size: 2 }, true),
+            (TrainError::Io { action: "write", path: "x".into(), source: full }, false),
+            (TrainError::BadImage { path: "x".into(), reason: "cut".into() }, false),
+            (TrainError::Internal("x".into()), false),
+        ] {
+            assert_eq!(is_of_the_trial(&error), of_the_trial, "{error}");
+        }
     }
 
     #[test]

@@ -5,7 +5,10 @@
 
 mod draws;
 mod given;
+mod going;
 mod memory;
+mod resume;
+mod start;
 mod state;
 mod whole_run;
 
@@ -29,6 +32,7 @@ use crate::step::{CompiledStep, NOISE, StepArenas, StepInputs, StepLoss, StepSha
 
 use draws::{draw, fill_noise, noise};
 pub use memory::MemoryPlan;
+pub use start::Origin;
 use state::OptimizerSettings;
 pub(crate) use state::{Part, TrainingState};
 pub use whole_run::{Observer, Outcome, RUN_CONFIG_FILE, RunInfo, StepReport, run};
@@ -397,7 +401,7 @@ impl Trainer {
 }
 
 /// The CPU provider computes in f32.
-fn refuse_precision(config: &TrainConfig) -> Result<()> {
+pub(crate) fn refuse_precision(config: &TrainConfig) -> Result<()> {
     let precision = config.train.precision;
     if precision == Precision::F32 || config.train.provider.is_gpu() {
         return Ok(());

@@ -10,6 +10,13 @@ use train_engine::random::{Purpose, Stream};
 use super::client::{Answer, Client};
 use crate::Usage;
 
+/// Most requests at a time: each is a connection.
+pub(super) const MOST_WORKERS: usize = 50_000;
+/// Most requests of a run.
+const MOST_REQUESTS: usize = 10_000_000;
+/// Most steps, and most images, of a request: beyond all that a server takes, and their product is a number.
+const MOST: u64 = 1_000_000;
+
 /// When requests are sent.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -32,12 +39,26 @@ pub(super) enum Arrivals {
 
 impl Arrivals {
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        let positive = |x: f64| x.is_finite() && x > 0.0;
-        let good = match self {
-            Self::Poisson { rate, seconds } => positive(*rate) && positive(*seconds) && rate * seconds < 1e7,
-            Self::Closed { workers, requests } => *workers > 0 && *requests > 0,
+        let (good, expected) = match self {
+            Self::Poisson { rate, seconds } => {
+                let count = rate * seconds;
+                let good = *rate > 0.0 && *seconds > 0.0 && count <= MOST_REQUESTS as f64;
+                (
+                    good,
+                    format!(
+                        "--rate and --duration must be above 0 and make at most {MOST_REQUESTS} requests"
+                    ),
+                )
+            }
+            Self::Closed { workers, requests } => {
+                let good = (1..=MOST_WORKERS).contains(workers) && (1..=MOST_REQUESTS).contains(requests);
+                let text = format!(
+                    "--concurrency must be from 1 to {MOST_WORKERS} and --requests from 1 to {MOST_REQUESTS}"
+                );
+                (good, text)
+            }
         };
-        if good { Ok(()) } else { Err(Usage("rates, durations and counts must be above 0".into()).into()) }
+        if good { Ok(()) } else { Err(Usage(expected).into()) }
     }
 }
 
@@ -78,6 +99,9 @@ impl Mix {
     ) -> anyhow::Result<Self> {
         if steps.is_empty() || cfg.is_empty() || images.is_empty() {
             return Err(Usage("--steps, --cfg and --images need at least one value".into()).into());
+        }
+        if let Some(wrong) = steps.iter().chain(images).find(|n| !(1..=MOST).contains(*n)) {
+            return Err(Usage(format!("--steps and --images must be from 1 to {MOST}, got {wrong}")).into());
         }
         Ok(Self { steps: steps.to_vec(), cfg: cfg.to_vec(), images: images.to_vec(), model, seed })
     }

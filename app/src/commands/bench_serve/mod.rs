@@ -8,9 +8,10 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 
+use super::serve::seconds;
 use crate::console;
 use client::Client;
-use load::{Arrivals, Mix};
+use load::{Arrivals, MOST_WORKERS, Mix};
 use report::Report;
 
 /// Where the server's key stands, so that it is in no process list.
@@ -29,7 +30,7 @@ pub struct BenchServeArgs {
     #[arg(long, value_delimiter = ',', conflicts_with = "concurrency")]
     rate: Vec<f64>,
     /// Seconds of each rate.
-    #[arg(long, default_value_t = 30.0)]
+    #[arg(long, default_value_t = 30.0, value_parser = seconds)]
     duration: f64,
     /// Instead of rates: so many requests at a time, the next one when one is answered.
     #[arg(long, value_delimiter = ',')]
@@ -50,7 +51,7 @@ pub struct BenchServeArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// A request that is not answered after this many seconds is lost.
-    #[arg(long, default_value_t = 120.0)]
+    #[arg(long, default_value_t = 120.0, value_parser = seconds)]
     timeout: f64,
     /// Print a JSON report.
     #[arg(long)]
@@ -69,12 +70,12 @@ impl BenchServeArgs {
         }
         if runs.is_empty() {
             runs.push(Arrivals::Closed { workers: 1, requests: self.requests });
-            runs.push(Arrivals::Closed { workers: self.requests, requests: self.requests });
+            runs.push(Arrivals::Closed { workers: self.requests.min(MOST_WORKERS), requests: self.requests });
         }
         runs.iter().try_for_each(Arrivals::check)?;
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         tokio.block_on(async {
-            let key = std::env::var(KEY_VARIABLE).ok();
+            let key = std::env::var(KEY_VARIABLE).ok().filter(|key| !key.is_empty());
             let client = Client::new(&self.url, key.as_deref(), self.timeout)?;
             client.metrics().await.with_context(|| format!("no server answers at {}", self.url))?;
             let mut reports = Vec::new();

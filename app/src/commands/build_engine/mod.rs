@@ -10,15 +10,15 @@ mod trial;
 mod validation;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use graph_builder::{OnnxProgram, Precision, Weights};
 use models::{Guidance, HYPERPARAMETERS, Model, ProgramKind, ProgramSpec};
 use runtime::cuda::kernels::Architecture;
-use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, WeightsFile};
-use runtime::file::Placement;
+use runtime::engine::{EngineDraft, EngineKey, EngineNotes, FileStamp, KeyDifference, MANIFEST, WeightsFile};
+use runtime::file::{Placement, check_writable};
 use runtime::{Engine, EngineManifest, Provider};
 use serde_json::json;
 use train_engine::mup::MupTable;
@@ -29,9 +29,8 @@ use self::parameters::Source;
 use self::programs::{Planned, initializers, place};
 use self::stages::Stage;
 use self::validation::Report;
-use super::{Machine, triton};
+use super::{Machine, triton, weights};
 use crate::Usage;
-use crate::built::BuiltEngine;
 use crate::console;
 use crate::sampler::{channels, channels_text};
 
@@ -46,13 +45,15 @@ enum Export {
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 pub struct BuildEngineArgs {
-    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint directory, or an engine of the model.
+    /// A preset such as `DiT-XL/2` or `DiT-S/2@8x8x4:10`, a config.json, a checkpoint or run directory, or an engine of the
+    /// model.
     #[arg(long)]
     model: String,
     /// Programs to build: denoise, denoise-cfg, step, step-rows, loss, train-step.
     #[arg(long = "program", required = true, value_delimiter = ',')]
     programs: Vec<ProgramKind>,
-    /// Parameters (safetensors) for the programs that carry them.
+    /// Parameters (safetensors or a PyTorch file) for the programs that carry them; left out, those of the checkpoint or run
+    /// that --model names, the moving average where there is one.
     #[arg(long)]
     weights: Option<PathBuf>,
     /// Samples of one run.
@@ -107,12 +108,10 @@ pub struct BuildEngineArgs {
 impl BuildEngineArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let start = Instant::now();
-        let target = self.check()?;
-        let model = model(&self.model)?;
-        let weights = match &self.weights {
-            Some(file) => Some(Source::open(&model, file, self.precision)?),
-            None => None,
-        };
+        let weights = self.weights_path()?;
+        let target = self.check(weights.is_some())?;
+        let model = weights::model(&self.model)?;
+        let weights = weights.map(|file| Source::open(&model, &file, self.precision)).transpose()?;
         let planned = self.plan(&model)?;
         let open = self.plan_open(&model, &target)?;
         let carried = weights.as_ref().filter(|_| planned.iter().any(|p| !p.kind.feeds_parameters()));
@@ -127,6 +126,7 @@ impl BuildEngineArgs {
         if let (Some(engine), Some([])) = (&known, differences.as_deref()) {
             return self.tell_nothing_to_do(engine, start.elapsed().as_secs_f64());
         }
+        check_writable(self.out.join(MANIFEST))?;
         let mut stages = self.stages(&planned, carried, &target);
         let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
         let built = self.emit(&planned, parameters.as_ref(), &mut stages)?;
@@ -134,8 +134,8 @@ impl BuildEngineArgs {
         let programs: Vec<(usize, &OnnxProgram)> = built.iter().map(|(n, p)| (*n, p)).collect();
         let file = parameters.as_ref().map(|w| w.file.as_path());
         let placement = self.placement();
-        let weights = file.zip(stamp).map(|(file, source)| WeightsFile { file, source, placement });
-        let mut draft = EngineDraft::new(&self.out, &programs, weights, self.notes(&model, key)?)?;
+        let placed = file.zip(stamp).map(|(file, source)| WeightsFile { file, source, placement });
+        let mut draft = EngineDraft::new(&self.out, &programs, placed, self.notes(&model, key)?)?;
         for program in &open {
             draft.add_open(&self.emitted_open(program, initializers(parameters.as_ref()))?)?;
         }
@@ -143,7 +143,7 @@ impl BuildEngineArgs {
             stages.begin(Stage::Kernels, &format!("for {architecture}"));
             Target::compile_kernels(architecture, &mut draft, self.machine.offline)?;
         }
-        let reports = self.try_out(&target, &model, &mut draft, &mut stages)?;
+        let reports = self.try_out(&target, &model, weights.as_ref(), &mut draft, &mut stages)?;
         stages.finish();
         if !reports.is_empty()
             && let Some(extra) = draft.manifest_mut().extra.as_object_mut()
@@ -175,8 +175,17 @@ impl BuildEngineArgs {
         ))
     }
 
+    /// The weights file: the one given, else, where a program carries parameters, that of the checkpoint that `--model`
+    /// names.
+    fn weights_path(&self) -> anyhow::Result<Option<PathBuf>> {
+        if self.weights.is_some() || self.programs.iter().all(|p| p.feeds_parameters()) {
+            return Ok(self.weights.clone());
+        }
+        weights::beside(&self.model)
+    }
+
     /// Refuses what cannot be built here before any work is done.
-    fn check(&self) -> anyhow::Result<Target> {
+    fn check(&self, has_weights: bool) -> anyhow::Result<Target> {
         if let (Some(_), Some(kind)) = (self.export, self.programs.iter().find(|p| p.feeds_parameters())) {
             let text =
                 format!("{kind} takes the parameters as inputs; a model repository is for sampling programs");
@@ -191,9 +200,9 @@ impl BuildEngineArgs {
         }
         let carrying: Vec<_> =
             self.programs.iter().filter(|p| !p.feeds_parameters()).map(ToString::to_string).collect();
-        if self.weights.is_none() && !carrying.is_empty() {
+        if !has_weights && !carrying.is_empty() {
             let text = format!(
-                "{} carries the model's parameters: give them with --weights FILE.safetensors",
+                "{} carries the model's parameters: give them with --weights FILE.safetensors, or a checkpoint or a run as --model",
                 carrying.join(", ")
             );
             return Err(Usage(text).into());
@@ -271,6 +280,7 @@ impl BuildEngineArgs {
         carried: Option<&Source<'_>>,
         target: &Target,
     ) -> anyhow::Result<()> {
+        check_writable(self.out.join("models"))?;
         let mut stages = self.stages(planned, carried, target);
         let parameters = carried.map(|source| place(source, &mut stages)).transpose()?;
         let built = self.emit(planned, parameters.as_ref(), &mut stages)?;
@@ -311,16 +321,6 @@ impl BuildEngineArgs {
             }),
         })
     }
-}
-
-/// The model that is meant; an engine knows its own.
-fn model(text: &str) -> anyhow::Result<Model> {
-    let place = Path::new(text);
-    Ok(if BuiltEngine::is_at(place) {
-        BuiltEngine::open(place)?.model().clone()
-    } else {
-        Model::resolve(text)?
-    })
 }
 
 /// The ONNX Runtime that loads the programs: the pinned version, or a library that the user names.

@@ -13,7 +13,8 @@ use runtime::{ArenaLayout, Engine, HostData, HostTensor, write_safetensors_file}
 use train_engine::mup::check_stamp;
 use train_engine::step::parameter_layout;
 
-use crate::commands::weights;
+use crate::commands::weights::{self, Which};
+use crate::commands::weights_file::WeightsFile;
 use crate::external::tensors;
 
 /// Name of a weights file that had to be converted.
@@ -22,7 +23,7 @@ const CONVERTED: &str = "weights.safetensors";
 /// A weights file that holds a model's parameters.
 pub(super) struct Source<'a> {
     model: &'a Model,
-    path: &'a Path,
+    file: WeightsFile,
     reader: SafetensorsReader,
     layout: std::sync::Arc<ArenaLayout>,
     /// Types that the programs take, by parameter.
@@ -40,17 +41,23 @@ pub(super) struct Parameters {
 
 impl<'a> Source<'a> {
     /// Checks a file's header against the model.
-    pub(super) fn open(model: &'a Model, path: &'a Path, precision: Precision) -> anyhow::Result<Self> {
+    pub(super) fn open(model: &'a Model, path: &Path, precision: Precision) -> anyhow::Result<Self> {
+        let file = WeightsFile::open(model, path, Which::Ema)?;
         let graph = model.program(&ProgramSpec::new(ProgramKind::Denoise, 1))?;
         let layout = parameter_layout(graph.parameters())?;
         let graph = graph.optimised()?.in_precision(precision)?;
         let dtypes = graph.parameters().iter().map(|p| (p.name.clone(), p.dtype)).collect();
-        let reader = SafetensorsReader::open(path)?;
+        let reader = SafetensorsReader::open(file.path())?;
         check_stamp(&reader.metadata(), model, path)?;
         layout
             .expect(&reader, false)
             .with_context(|| format!("`{}` does not hold this model's parameters", path.display()))?;
-        Ok(Self { model, path, reader, layout, dtypes })
+        Ok(Self { model, file, reader, layout, dtypes })
+    }
+
+    /// The safetensors file that holds them.
+    pub(super) fn path(&self) -> &Path {
+        self.file.path()
     }
 
     fn dtype(&self, name: &str) -> DType {
@@ -73,14 +80,14 @@ impl<'a> Source<'a> {
     pub(super) fn place(&self) -> anyhow::Result<Parameters> {
         let dtype = |name: &str| self.dtype(name);
         if self.fits() {
-            let file = self.path.to_path_buf();
+            let file = self.file.path().to_path_buf();
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let tensors = tensors(&self.reader, &self.layout, dtype)?;
             return Ok(Parameters { file, name, tensors, _converted: None });
         }
         let directory = tempfile::tempdir().context("a place for the converted weights")?;
         let path = directory.path().join(CONVERTED);
-        let values = weights::read(self.model, self.path)?;
+        let values = weights::read(self.model, self.file.path())?;
         let converted = values
             .iter()
             .map(|(name, entry, values)| Ok((name.to_owned(), narrowed(&entry.shape, values, dtype(name))?)))
@@ -93,7 +100,7 @@ impl<'a> Source<'a> {
     /// What the file is; its hash is that of an earlier build where size and time are the same.
     pub(super) fn stamp(&self, known: Option<&Engine>) -> anyhow::Result<FileStamp> {
         let weights = known.and_then(|engine| engine.manifest().weights.as_ref());
-        Ok(FileStamp::of(self.path, weights.and_then(|w| w.source.as_ref()))?)
+        Ok(FileStamp::of(self.file.given(), weights.and_then(|w| w.source.as_ref()))?)
     }
 }
 

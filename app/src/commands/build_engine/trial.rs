@@ -12,6 +12,7 @@ use runtime::{Engine, Provider, Session, SessionOptions};
 use super::BuildEngineArgs;
 use super::built_for::Target;
 use super::open::profiles;
+use super::parameters::Source;
 use super::stages::{Stage, Stages};
 use super::validation::{Case, Report};
 
@@ -34,6 +35,7 @@ impl BuildEngineArgs {
         &self,
         target: &Target,
         model: &Model,
+        weights: Option<&Source<'_>>,
         draft: &mut EngineDraft,
         stages: &mut Stages,
     ) -> anyhow::Result<Vec<Report>> {
@@ -72,7 +74,7 @@ impl BuildEngineArgs {
                     batch: p.batch,
                     guidance: self.guidance(model),
                     precision: self.precision,
-                    weights: self.weights.as_deref(),
+                    weights: weights.map(Source::path),
                 };
                 stages.begin(Stage::Validate, &p.file);
                 let place = || format!("trying {}", p.file);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
-use runtime::file::{sha256_file, write_atomically};
+use runtime::file::{check_writable, sha256_file, write_atomically};
 use serde_json::{Value, json};
 
 use super::super::{Machine, Target};
@@ -72,13 +72,14 @@ impl CalcArgs {
         {
             return self.of_statistics(Path::new(input));
         }
-        let choice = self.network.choice()?;
+        let choice = self.network.choice();
         let execution = self.target.execution(self.machine)?;
+        check_writable(&self.out)?;
         let images = self.images(&execution)?;
         let reference = self.reference.as_deref().map(Other::read).transpose()?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let mut source = set::open(&images, &runtime, self.machine.offline)?;
-        check_count(Side::Samples, source.count(), self.set.few)?;
+        let warnings = set::check(Side::Samples, source.as_ref(), &self.set, KEPT_SAMPLES)?;
         let mut network = network::open(&choice, &runtime, &execution, self.machine.offline)?;
         if let Some(reference) = &reference {
             reference.fits(network.describe())?;
@@ -93,7 +94,7 @@ impl CalcArgs {
             return set::tell_shard(&part, self.json);
         };
         let features = set::alone(part)?;
-        let how = How { choice: Some(choice), few: self.set.few, execution };
+        let how = How { choice: Some(choice), few: self.set.few, execution, warnings };
         let report = judge(&features, &reference, self.scoring, how)?;
         finish(&report, &self.out, self.json)?;
         if self.set.keep_work { Ok(()) } else { features.remove() }
@@ -136,7 +137,6 @@ impl CalcArgs {
         let count = self
             .set
             .count
-            .filter(|n| *n > 0)
             .ok_or_else(|| Usage("-n says how many samples are made, such as -n 50000".into()))?;
         Ok(Images::Checkpoint(Box::new(self.checkpoint.recipe(path, count, execution)?)))
     }
@@ -189,6 +189,8 @@ pub(super) struct How {
     pub(super) choice: Option<NetworkChoice>,
     pub(super) few: bool,
     pub(super) execution: Execution,
+    /// What was seen of the samples before; else the check of their number.
+    pub(super) warnings: Vec<String>,
 }
 
 /// All metrics of features against a reference.
@@ -214,8 +216,9 @@ pub(super) fn judge_with(
 ) -> anyhow::Result<Report> {
     let plan = features.plan();
     let about = reference.describe()?;
-    let mut warnings = Vec::new();
-    warnings.extend(check_count(Side::Samples, plan.count, how.few)?);
+    let few = check_count(Side::Samples, plan.count, how.few)?;
+    let mut warnings = how.warnings;
+    warnings.extend(few.filter(|f| !warnings.contains(f)));
     if let Some(count) = about.images {
         warnings.extend(check_count(Side::Reference, count, how.few)?);
     }
@@ -233,14 +236,16 @@ pub(super) fn judge_with(
         warnings
             .push(format!("{} of {} images have another size than the first", seen.other_sizes, seen.images));
     }
+    warnings.extend(features.constant(&reference.statistics)?);
     let settings = Settings::usual(splits, plan.kept.min(about.kept) as usize);
     console::note("computing the metrics");
     let metrics = features.metrics(&reference.statistics, &settings)?;
+    warnings.extend(metrics.inception_score.and_then(|s| s.warning()));
     Ok(Report {
         metrics,
         warnings,
         samples: plan.clone(),
-        seen: Seen { blocks: Vec::new(), ..seen.clone() },
+        seen: Seen { blocks: Vec::new(), stamps: Vec::new(), ..seen.clone() },
         pixels_sha256: features.pixels_sha256(),
         reference: about,
         network_choice: how.choice,

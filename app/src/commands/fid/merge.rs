@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use runtime::file::check_writable;
 
 use super::calc::{self, How, Other, Scoring};
 use super::network::NetworkArgs;
@@ -46,12 +47,15 @@ impl MergeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let parts = self.parts.iter().map(|p| Part::finished(p)).collect::<anyhow::Result<Vec<_>>>()?;
         let features = Features::of(parts)?;
-        match features.plan().side {
+        let side = features.plan().side;
+        let name = if side == Side::Reference { "reference.npz" } else { "fid.json" };
+        let out = self.out.unwrap_or_else(|| name.into());
+        check_writable(&out)?;
+        match side {
             Side::Reference => {
-                let warning = check_count(Side::Reference, features.plan().count, self.few)?;
+                let warnings = check_count(Side::Reference, features.plan().count, self.few)?;
                 let statistics = features.statistics(env!("CARGO_PKG_VERSION"))?;
-                let out = self.out.unwrap_or_else(|| "reference.npz".into());
-                reference::write(&features, &statistics, &out, warning, self.json)?;
+                reference::write(&features, &statistics, &out, warnings.into_iter().collect(), self.json)?;
             }
             Side::Samples => {
                 let path = self
@@ -59,10 +63,10 @@ impl MergeArgs {
                     .ok_or_else(|| Usage("shards of samples need the reference: give --ref".into()))?;
                 let other = Other::read(&path)?;
                 other.fits(&features.plan().network)?;
-                let choice = Some(self.network.choice()?);
-                let how = How { choice, few: self.few, execution: Execution::default() };
+                let choice = Some(self.network.choice());
+                let how =
+                    How { choice, few: self.few, execution: Execution::default(), warnings: Vec::new() };
                 let report = calc::judge(&features, &other, self.scoring, how)?;
-                let out = self.out.unwrap_or_else(|| "fid.json".into());
                 calc::finish(&report, &out, self.json)?;
             }
         }

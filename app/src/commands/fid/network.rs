@@ -36,7 +36,7 @@ pub(super) struct NetworkArgs {
     #[arg(long, value_name = "R,G,B", value_parser = by_channel, default_value = "0.5,0.5,0.5")]
     onnx_std: [f32; 3],
     /// Images that the network is given at once.
-    #[arg(long, default_value_t = NetworkChoice::BATCH)]
+    #[arg(long, default_value_t = NetworkChoice::BATCH, value_parser = batch)]
     batch: usize,
 }
 
@@ -45,14 +45,20 @@ fn by_channel(text: &str) -> Result<[f32; 3], String> {
     numbers.and_then(|n| n.try_into().ok()).ok_or("expected three numbers: R,G,B".into())
 }
 
+/// Largest batch: far beyond what a network gains from.
+const MOST_AT_ONCE: usize = 4096;
+
+/// A number of images that are worked on at once.
+pub(super) fn batch(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|n| (1..=MOST_AT_ONCE).contains(n));
+    number.ok_or_else(|| format!("expected a whole number from 1 to {MOST_AT_ONCE}"))
+}
+
 impl NetworkArgs {
     /// The choice as it is written into results.
-    pub(super) fn choice(&self) -> anyhow::Result<NetworkChoice> {
-        if self.batch == 0 {
-            return Err(Usage("--batch must be 1 or more".into()).into());
-        }
+    pub(super) fn choice(&self) -> NetworkChoice {
         let onnx = self.network.as_ref().is_some_and(|p| p.extension().is_some_and(|e| e == "onnx"));
-        Ok(NetworkChoice {
+        NetworkChoice {
             preset: (!onnx).then_some(self.preset),
             file: self.network.clone(),
             onnx_input: self.onnx_input.clone(),
@@ -60,7 +66,7 @@ impl NetworkArgs {
             onnx_mean: self.onnx_mean,
             onnx_std: self.onnx_std,
             batch: self.batch,
-        })
+        }
     }
 }
 

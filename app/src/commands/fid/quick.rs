@@ -48,7 +48,13 @@ pub(in super::super) fn distances(
     let count = recipe.count;
     let mut judge = Judge { runtime, network, work: run.join("fid.part"), machine };
     let place = data.map_or(String::new(), |d| format!("@{}", d.display()));
-    let files = |name: String, first| Images::Files { inputs: vec![name], column: None, first };
+    let files = |name: String, first| Images::Files {
+        inputs: vec![name],
+        column: None,
+        first,
+        spread: false,
+        scale: None,
+    };
     let test = judge.features(Side::Reference, files(format!("{FASHION}test{place}"), None))?;
     let reference = run.join("reference.npz");
     test.statistics(env!("CARGO_PKG_VERSION"))?.write(&reference)?;
@@ -56,7 +62,12 @@ pub(in super::super) fn distances(
     let reference = Other::read(&reference)?;
     let mut report = |images| -> anyhow::Result<_> {
         let features = judge.features(Side::Samples, images)?;
-        let how = How { choice: Some(choice.clone()), few: true, execution: execution.clone() };
+        let how = How {
+            choice: Some(choice.clone()),
+            few: true,
+            execution: execution.clone(),
+            warnings: Vec::new(),
+        };
         let report = calc::judge_with(&features, &reference, Splits::ADM, how)?;
         features.remove()?;
         Ok(report)

@@ -5,18 +5,18 @@ use std::path::{Path, PathBuf};
 use anyhow::ensure;
 use clap::Args;
 use runtime::Provider;
-use runtime::file::sha256_file;
+use runtime::file::{check_writable, sha256_file};
 use serde_json::json;
 
 use super::super::Machine;
 use super::network::{self, NetworkArgs};
 use super::set::{self, SetArgs};
+use crate::Usage;
 use crate::console;
 use crate::execution::Execution;
 use crate::fid::evaluation::{Features, KEPT_REFERENCE};
 use crate::fid::plan::{Plan, Shard, Side};
-use crate::fid::report::check_count;
-use crate::fid::statistics::{MomentsOf, Statistics};
+use crate::fid::statistics::{MAX_FEATURES, MomentsOf, Statistics};
 
 /// Arguments of `mudit fid ref`.
 #[derive(Debug, Args)]
@@ -46,14 +46,20 @@ pub(super) struct RefArgs {
 
 impl RefArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let choice = self.network.choice()?;
+        let choice = self.network.choice();
         let execution = Execution { provider: self.provider.clone(), ..Execution::cpu(self.machine.threads) };
         execution.check()?;
+        check_writable(&self.out)?;
         let runtime = self.machine.runtime_for(&execution.provider)?;
         let images = self.set.images();
         let mut source = set::open(&images, &runtime, self.machine.offline)?;
-        let warning = check_count(Side::Reference, source.count(), self.set.few)?;
+        let mut warnings = set::check(Side::Reference, source.as_ref(), &self.set, self.keep)?;
         let mut network = network::open(&choice, &runtime, &execution, self.machine.offline)?;
+        let kept = self.keep.min(source.count());
+        let most = MAX_FEATURES / network.describe().pool as u64;
+        if kept > most {
+            return Err(Usage(format!("--keep {kept}: features of up to {most} images are kept")).into());
+        }
         let plan = Plan::new(
             Side::Reference,
             images,
@@ -72,8 +78,10 @@ impl RefArgs {
         let mut statistics = features.statistics(env!("CARGO_PKG_VERSION"))?;
         if let Some(path) = &self.statistics {
             replace(&mut statistics, path)?;
+            // The moments are of another set.
+            warnings.clear();
         }
-        write(&features, &statistics, &self.out, warning.filter(|_| self.statistics.is_none()), self.json)?;
+        write(&features, &statistics, &self.out, warnings, self.json)?;
         if self.set.keep_work { Ok(()) } else { features.remove() }
     }
 }
@@ -103,15 +111,19 @@ pub(super) fn write(
     features: &Features,
     statistics: &Statistics,
     out: &Path,
-    warning: Option<String>,
+    mut warnings: Vec<String>,
     json: bool,
 ) -> anyhow::Result<()> {
+    if statistics.pool.is_nearly_constant(None) {
+        warnings.push("all reference images are (nearly) equal".to_owned());
+    }
     statistics.write(out)?;
     let (plan, kept) = (features.plan(), statistics.features.len() / statistics.pool.mean.len());
     if json {
         return console::json(&json!({
             "reference": out, "images": plan.count, "kept": kept, "preset": plan.network.preset,
-            "pixels_sha256": features.pixels_sha256(), "sha256": sha256_file(out)?, "warning": warning,
+            "pixels_sha256": features.pixels_sha256(), "sha256": sha256_file(out)?,
+            "warning": (!warnings.is_empty()).then(|| warnings.join("; ")),
         }));
     }
     console::out(&format!(
@@ -120,5 +132,5 @@ pub(super) fn write(
         plan.count,
         plan.network.preset
     ))?;
-    warning.map_or(Ok(()), |w| console::out(&format!("warning: {w}")))
+    warnings.iter().try_for_each(|w| console::out(&format!("warning: {w}")))
 }

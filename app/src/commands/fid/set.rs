@@ -7,35 +7,46 @@ use clap::Args;
 use models::{Solver, SolverKind, Spacing};
 use runtime::Runtime;
 use runtime::file::sha256_file;
-use train_engine::signals::StopSignal;
 
-use super::super::sample;
+use super::super::listen;
 use super::super::solving::Solving;
 use super::super::weights::{self, Loaded, Which};
-use crate::Usage;
+use super::network;
 use crate::console;
 use crate::execution::{Execution, Placed};
 use crate::fid::evaluation::Features;
 use crate::fid::extractor::Extractor;
 use crate::fid::part::Part;
 use crate::fid::pass::{self, Outcome};
-use crate::fid::plan::{Images, Plan, Recipe, Shard};
+use crate::fid::plan::{BLOCK, Images, MOST_IMAGES, Plan, Recipe, Shard, Side};
+use crate::fid::report::check_count;
+use crate::fid::resuming;
+use crate::fid::source::part_of::{PartOf, groups_of_first};
 use crate::fid::source::sampled::{Classes, Sampled};
-use crate::fid::source::{self, First, OpenOptions, Source};
+use crate::fid::source::scale::Scale;
+use crate::fid::source::{self, OpenOptions, Source};
 use crate::render::progress::{Job, Progress};
 use crate::sampler::{Sampler, Settings, channels, channels_text};
+use crate::{Stopped, Usage};
 
 /// Options of every command that reads images.
+#[allow(clippy::struct_excessive_bools, reason = "independent switches of a command line")]
 #[derive(Clone, Debug, Args)]
 pub(super) struct SetArgs {
-    /// Images: .npz (`arr_0`), folders, .zip, .tar, .parquet, `fashion-mnist:test`; several are one set.
+    /// Images: .npz (`arr_0`), .npy, folders, .zip, .tar, .parquet, `fashion-mnist:test`; several are one set.
     pub(super) inputs: Vec<String>,
+    /// Range of the pixels of arrays (.npz, .npy). Default: bytes, and arrays that look like another one are refused.
+    #[arg(long, value_enum)]
+    scale: Option<Scale>,
     /// Column of the images in a .parquet file.
     #[arg(long)]
     column: Option<String>,
-    /// Number of images; default all.
-    #[arg(short = 'n', long)]
+    /// Number of images, from the first on; default all.
+    #[arg(short = 'n', long, value_parser = clap::value_parser!(u64).range(1..=MOST_IMAGES))]
     pub(super) count: Option<u64>,
+    /// Take the images of -n evenly from all that are there, as the first ones of sorted folders are of few classes.
+    #[arg(long, requires = "count", requires = "inputs")]
+    spread: bool,
     /// Allow images of different sizes; each is resized on its own.
     #[arg(long)]
     pub(super) mixed_sizes: bool,
@@ -56,7 +67,13 @@ pub(super) struct SetArgs {
 impl SetArgs {
     /// The files as they are written into results.
     pub(super) fn images(&self) -> Images {
-        Images::Files { inputs: self.inputs.clone(), column: self.column.clone(), first: self.count }
+        Images::Files {
+            inputs: self.inputs.clone(),
+            column: self.column.clone(),
+            first: self.count,
+            spread: self.spread,
+            scale: self.scale,
+        }
     }
 
     /// Where the work is kept.
@@ -84,29 +101,26 @@ pub(super) struct CheckpointArgs {
     weights: Which,
     #[command(flatten)]
     solving: Solving,
-    /// Classes in turn, by number or name; default drawn at random, all alike.
-    #[arg(long, value_delimiter = ',')]
+    /// Classes in turn, by name or number, separated by commas; `@2` is number 2 whatever the names are. Default drawn
+    /// at random, all alike.
+    #[arg(long)]
     classes: Vec<String>,
     /// Seed of noise and classes; image i of a seed is always the same.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Samples made at once.
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50, value_parser = network::batch)]
     sample_batch: usize,
 }
 
 impl CheckpointArgs {
     /// All that decides about the samples, looked up in the checkpoint.
     pub(super) fn recipe(&self, path: &Path, count: u64, execution: &Execution) -> anyhow::Result<Recipe> {
-        if self.sample_batch == 0 {
-            return Err(Usage("--sample-batch must be 1 or more".into()).into());
-        }
         let loaded = weights::open(path, self.weights)?;
         let model = &loaded.model;
         let solver = self.solving.solver(model);
         solver.plan(model.objective, model.learns_variance())?;
-        let classes =
-            self.classes.iter().map(|text| sample::class(text, model)).collect::<anyhow::Result<Vec<_>>>()?;
+        let classes: Vec<i64> = model.classes(&self.classes)?.into_iter().map(|class| class as i64).collect();
         let settings = Settings {
             solver,
             guidance: self.solving.cfg,
@@ -152,6 +166,33 @@ pub(in super::super) fn recipe(
     })
 }
 
+/// Refuses sets that are too small or too large, and shards that are not there, before anything is computed; tells what
+/// a user should know of the images, and gives it for the result. Features of `kept` images are kept.
+///
+/// # Errors
+/// As [`check_count`] and [`Shard::range`].
+pub(super) fn check(
+    side: Side,
+    source: &dyn Source,
+    args: &SetArgs,
+    kept: u64,
+) -> anyhow::Result<Vec<String>> {
+    let count = source.count();
+    let few = check_count(side, count, args.few)?;
+    args.shard.unwrap_or(Shard::WHOLE).range(count, BLOCK)?;
+    let mut remarks = source.remarks();
+    if let Some((some, all)) = groups_of_first(source, kept) {
+        remarks.push(format!(
+            "features of {kept} images are kept, from {some} of {all} folders or files only: precision, recall and KID are of \
+             these"
+        ));
+    }
+    for remark in &remarks {
+        console::note(&format!("warning: {remark}"));
+    }
+    Ok(few.into_iter().chain(remarks).collect())
+}
+
 /// Opens what a plan's images are.
 pub(super) fn open(
     images: &Images,
@@ -159,11 +200,11 @@ pub(super) fn open(
     offline: bool,
 ) -> anyhow::Result<Box<dyn Source>> {
     match images {
-        Images::Files { inputs, column, first } => {
-            let options = OpenOptions { column: column.clone(), offline };
+        Images::Files { inputs, column, first, spread, scale } => {
+            let options = OpenOptions { column: column.clone(), scale: *scale, offline };
             let source = source::open(inputs, &options, &console::note)?;
             Ok(match first {
-                Some(count) => Box::new(First::of(source, *count)?),
+                Some(count) => Box::new(PartOf::new(source, *count, *spread)?),
                 None => source,
             })
         }
@@ -215,11 +256,12 @@ pub(super) fn run(
 ) -> anyhow::Result<Part> {
     let range = plan.shard(shard)?;
     let mut part = Part::open(work, plan, range.clone())?;
+    resuming::settle(&mut part, source, &console::note)?;
     let (done, total) = (part.seen.images, range.end - range.start);
     if done > 0 {
         console::note(&format!("going on after {done} of {total} images, found in {}", work.display()));
     }
-    let stop = StopSignal::install()?;
+    let stop = listen("group of images")?;
     let mut progress = Progress::new(Job {
         name: "features".into(),
         first_step: done,
@@ -229,11 +271,29 @@ pub(super) fn run(
     });
     let outcome = pass::run(&mut part, source, network, &|| stop.is_set(), &mut |n| progress.update(n, None));
     progress.finish();
+    if part.seen.images == 0 && !matches!(outcome, Ok(Outcome::Finished)) {
+        // What never began is nothing to go on with.
+        part.remove()?;
+        return match outcome {
+            Err(error) => Err(error),
+            Ok(_) => anyhow::bail!(
+                "stopped before the first {} of {total} images were done",
+                plan.block.min(total)
+            ),
+        };
+    }
+    if outcome.is_err() {
+        console::note(&format!(
+            "features of {} of {total} images are kept in {}; the same command goes on from there",
+            part.seen.images,
+            work.display()
+        ));
+    }
     if outcome? == Outcome::Stopped {
-        anyhow::bail!(
-            "stopped and saved after {} of {total} images; the same command goes on from there",
-            part.seen.images
-        );
+        let done = part.seen.images;
+        let text =
+            format!("stopped and saved after {done} of {total} images; the same command goes on from there");
+        return Err(Stopped(text).into());
     }
     Ok(part)
 }

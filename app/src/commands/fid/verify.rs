@@ -85,7 +85,7 @@ impl VerifyArgs {
         let part = set::run(&plan, Shard::WHOLE, &work, source.as_mut(), &mut extractor)?;
         let features = set::alone(part)?;
         let pixels = features.pixels_sha256();
-        let how = How { choice: None, few: true, execution };
+        let how = How { choice: None, few: true, execution, warnings: Vec::new() };
         let again = calc::judge_with(&features, &other, said.settings.splits, how)?;
         features.remove()?;
         let rows = rows(&said, &again, self.tolerance);

@@ -49,7 +49,8 @@ impl CollectArgs {
         let results = journals.results();
         let done = plan.trials.iter().filter(|t| results.contains_key(t.id.as_str())).count();
         let of_trial = |t: &&train_engine::sweep::Trial| results.get(t.id.as_str()).map(|r| r.status);
-        let diverged = plan.trials.iter().filter(|t| of_trial(t) == Some(Status::Diverged)).count();
+        let ended = |status| plan.trials.iter().filter(|t| of_trial(t) == Some(status)).count();
+        let (diverged, failed) = (ended(Status::Diverged), ended(Status::Failed));
         let csv = folder.join("trials.csv");
         let table = csv_table(plan, &journals, metric);
         write_atomically(&csv, |out| out.write_all(table.as_bytes()))?;
@@ -73,7 +74,7 @@ impl CollectArgs {
         }
         .save(&svg)?;
         let report = json!({
-            "trials": plan.trials.len(), "done": done, "diverged": diverged, "metric": self.metric,
+            "trials": plan.trials.len(), "done": done, "diverged": diverged, "failed": failed, "metric": self.metric,
             "over": self.over, "at_step": self.at_step, "compilations": journals.compilations(),
             "warnings": warnings, "best": ranked.first(), "curves": curves,
         });
@@ -91,7 +92,7 @@ impl CollectArgs {
             }
         }
         console::out(&format!(
-            "{done} of {} trials have results, {diverged} of them diverged; {} compilations",
+            "{done} of {} trials have results, {diverged} of them diverged and {failed} failed; {} compilations",
             plan.trials.len(),
             journals.compilations()
         ))?;
@@ -175,7 +176,11 @@ fn csv_table(plan: &Plan, journals: &Journals, metric: Metric<'_>) -> String {
         let _ = match results.get(trial.id.as_str()) {
             Some(r) => {
                 let value = metric.of(r, journals, plan.spec.tail).map_or(String::new(), |v| v.to_string());
-                let status = if r.status == Status::Finished { "finished" } else { "diverged" };
+                let status = match r.status {
+                    Status::Finished => "finished",
+                    Status::Diverged => "diverged",
+                    Status::Failed => "failed",
+                };
                 writeln!(
                     row,
                     ",{status},{value},{},{:.3},{:.3},{:.3},{},{}",

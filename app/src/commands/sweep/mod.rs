@@ -103,7 +103,7 @@ impl Which {
             base.train.precision = precision;
         }
         spec.config = None;
-        spec.run = Some(base.to_toml()?.parse()?);
+        spec.run = Some(base.anchored()?.to_toml()?.parse()?);
         // Each worker's own.
         self.target.apply(&mut base, machine);
         of_training(&base).can_train()?;

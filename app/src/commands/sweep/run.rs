@@ -9,11 +9,11 @@ use train_engine::signals::StopSignal;
 use train_engine::sweep::worker::News;
 use train_engine::sweep::{Journals, Status, Summary, Work};
 
-use super::super::of_training;
+use super::super::{listen, of_training};
 use super::{Machine, Opened, Which, number};
-use crate::Usage;
 use crate::console;
 use crate::render::progress::{Job, Progress, duration};
+use crate::{Stopped, Usage};
 
 /// Arguments of `mudit sweep run`.
 #[derive(Debug, Args)]
@@ -42,15 +42,16 @@ impl RunArgs {
         let opened = self.which.open(self.machine, true)?;
         of_training(&opened.base).check()?;
         let runtime = self.machine.runtime_for(&opened.base.train.provider)?;
-        let stop = StopSignal::install()?;
+        let stop = listen("step")?;
         let summary = work(&opened, &runtime, &stop, index, of)?;
         let journals = Journals::open(&opened.folder)?;
         let results = journals.results();
         let done = opened.plan.trials.iter().filter(|t| results.contains_key(t.id.as_str())).count();
         let all = opened.plan.trials.len();
         if summary.stopped {
-            // A failure, so that a cluster starts the worker again.
-            anyhow::bail!("stopped by a signal with {done} of {all} trials done; the same command goes on");
+            let text =
+                format!("stopped by a signal with {done} of {all} trials done; the same command goes on");
+            return Err(Stopped(text).into());
         }
         if self.json {
             return console::json(&json!({
@@ -59,14 +60,15 @@ impl RunArgs {
             }));
         }
         console::out(&format!(
-            "{} trials ended here ({} diverged), {} compilations, {} in all, {:.1} % of it outside steps and compiling",
+            "{} trials ended here ({} diverged, {} failed), {} compilations, {} in all, {:.1} % of it outside steps and compiling",
             summary.ended,
             summary.diverged,
+            summary.failed,
             summary.compilations,
             duration(summary.seconds),
             100.0 * summary.overhead()
         ))?;
-        let folder = opened.folder.display();
+        let folder = console::quoted(&opened.folder);
         if summary.elsewhere > 0 {
             console::out(&format!("{} trials are in the hands of other workers", summary.elsewhere))?;
         }
@@ -117,6 +119,12 @@ pub(in crate::commands) fn work(
         News::Unrecorded(reason) => {
             progress.say(&format!("the training step is not recorded as a CUDA graph: {reason}"));
         }
+        News::Unlocked(stand_in) => progress.say(&format!(
+            "warning: {stand_in}; workers on several machines better share the trials by number, with --index and --of"
+        )),
+        News::Held(trial, holder) => {
+            progress.say(&format!("warning: trial {} is left to {holder}", trial.index));
+        }
         News::Started(_) => in_trial = 0,
         News::Stepped(_, loss) => {
             in_trial += 1;
@@ -131,6 +139,9 @@ pub(in crate::commands) fn work(
             });
             let outcome = match (result.status, result.loss) {
                 (Status::Finished, Some(loss)) => format!("loss {loss:.4}"),
+                (Status::Failed, _) => {
+                    format!("failed: {}", result.reason.as_deref().unwrap_or("no reason kept"))
+                }
                 _ => format!("diverged at step {}", result.steps),
             };
             let set = set.collect::<Vec<_>>().join(" ");

@@ -6,8 +6,8 @@ use clap::Args;
 use runtime::file::write_atomically;
 
 use super::{Machine, Which};
-use crate::Usage;
 use crate::console;
+use crate::{STOPPED, Usage};
 
 /// Arguments of `mudit sweep submit`.
 #[derive(Debug, Args)]
@@ -60,7 +60,7 @@ impl SubmitArgs {
             Some(path) => {
                 write_atomically(path, |out| out.write_all(text.as_bytes()))?;
                 let submit = if self.slurm { "sbatch" } else { "kubectl apply -f" };
-                console::out(&format!("{submit} {}", path.display()))
+                console::out(&format!("{submit} {}", console::quoted(path)))
             }
         }
     }
@@ -78,16 +78,23 @@ impl SubmitArgs {
              #SBATCH --time={time}\n\
              #SBATCH --requeue\n\
              #SBATCH --open-mode=append\n\
-             #SBATCH --signal=TERM@60\n\
-             #SBATCH --output={folder}/slurm-%A_%a.out\n\
+             #SBATCH --signal=USR1@120\n\
+             #SBATCH --output=\"{output}/slurm-%A_%a.out\"\n\
              # A task that is started again goes on with the trials that have no result; no trial is ever done twice.\n\
-             srun mudit sweep run --offline --out {quoted}{provider} --threads {cpus} --index \"$SLURM_ARRAY_TASK_ID\" --of {tasks} && exit 0\n\
-             # Stopped at the time limit, or failed.\n\
-             [ \"${{SLURM_RESTART_COUNT:-0}}\" -lt 20 ] && scontrol requeue \"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}\"\n",
+             srun mudit sweep run --offline --out {quoted}{provider} --threads {cpus} --index \"$SLURM_ARRAY_TASK_ID\" --of {tasks}\n\
+             code=$?\n\
+             # {STOPPED} is stopped, before the time limit or by a preemption: it goes on. 2 is wrong usage: again would be the same.\n\
+             if [ \"$code\" -eq {STOPPED} ] ||\n\
+             \x20   {{ [ \"$code\" -ne 0 ] && [ \"$code\" -ne 2 ] && [ \"${{SLURM_RESTART_COUNT:-0}}\" -lt 20 ]; }}; then\n\
+             \x20   scontrol requeue \"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}\"\n\
+             fi\n\
+             exit \"$code\"\n",
             last = tasks - 1,
             cpus = self.cpus,
             time = self.time,
-            quoted = shell_quoted(folder),
+            quoted = console::quoted(folder),
+            // In a pattern `%` begins a number of the job.
+            output = folder.replace('%', "%%"),
             provider = self.provider(),
         )
     }
@@ -112,6 +119,16 @@ spec:
   completions: {tasks}
   parallelism: {tasks}
   backoffLimitPerIndex: 10
+  podFailurePolicy:
+    rules:
+      # Stopped by a signal, or its node went: started again, which is no failure.
+      - action: Ignore
+        onExitCodes: {{containerName: worker, operator: In, values: [{STOPPED}]}}
+      - action: Ignore
+        onPodConditions: [{{type: DisruptionTarget}}]
+      # Wrong usage: again would be the same.
+      - action: FailIndex
+        onExitCodes: {{containerName: worker, operator: In, values: [2]}}
   template:
     spec:
       restartPolicy: Never
@@ -138,7 +155,7 @@ spec:
             mount = q(folder)?,
             run = q(&format!(
                 "exec mudit sweep run --offline --out {}{} --threads {} --index \"$JOB_COMPLETION_INDEX\" --of {tasks}",
-                shell_quoted(folder),
+                console::quoted(folder),
                 self.provider(),
                 self.cpus
             ))?,
@@ -151,8 +168,4 @@ impl SubmitArgs {
     fn provider(&self) -> String {
         self.which.target.provider.as_ref().map_or(String::new(), |p| format!(" --provider {p}"))
     }
-}
-
-fn shell_quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
 }

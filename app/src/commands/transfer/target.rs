@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use models::Model;
 use runtime::Runtime;
-use runtime::file::write_atomically;
+use runtime::file::{check_writable, write_atomically};
 use serde_json::json;
 use train_engine::config::TrainConfig;
 use train_engine::metrics::{self, MetricsLog};
@@ -19,9 +19,10 @@ use train_engine::sweep::verdict::Work;
 use train_engine::trainer::{self, Outcome};
 use train_engine::{checkpoint, data::Dataset};
 
+use crate::Stopped;
 use crate::commands::observer::Console;
 use crate::commands::sweep::{Opened, Which, number, work};
-use crate::commands::{Machine, of_training};
+use crate::commands::{Machine, listen, of_training};
 use crate::console;
 use crate::render::plot::LinePlot;
 
@@ -53,9 +54,10 @@ pub(super) fn run(which: &Which, out: &Path, machine: Machine, as_json: bool) ->
         spec.target.clone().context("the sweep's file has no [target]: which model is it for?")?;
     of_training(&opened.base).check()?;
     let runtime = machine.runtime_for(&opened.base.train.provider)?;
-    let stop = StopSignal::install()?;
+    check_writable(out.join("transfer.json"))?;
+    let stop = listen("step")?;
     let searched = work(&opened, &runtime, &stop, 0, 1)?;
-    let stopped = || anyhow::bail!("stopped by a signal; the same command goes on");
+    let stopped = || Err(Stopped("stopped by a signal; the same command goes on".into()).into());
     if searched.stopped {
         return stopped();
     }

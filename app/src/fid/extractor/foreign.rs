@@ -7,11 +7,12 @@ use anyhow::{bail, ensure};
 use graph_builder::DType;
 use ndarray::Array2;
 use rayon::prelude::*;
-use runtime::file::sha256_file;
 use runtime::{ForeignModel, Port, Runtime};
 
+use super::beside::sha256_of_model;
 use super::resize::{Filter, Plan};
 use super::{Description, Features, ImageBatch, Options};
+use crate::fid::metrics::moments::WIDEST;
 
 /// Where channels stand among the axes of the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +41,6 @@ pub(super) struct ForeignNetwork {
 
 /// Side of the images that tell how long the features of a model are which takes any size.
 const PROBE: usize = 224;
-/// Longest features: their covariance has this many rows and columns.
-const MAX_WIDTH: usize = 1 << 14;
 
 impl ForeignNetwork {
     pub(super) fn open(
@@ -86,8 +85,9 @@ impl ForeignNetwork {
         let [h, w] = size.map(|d| d.unwrap_or(PROBE));
         this.width = this.run(vec![0.0; batch * channels * h * w], [h, w])?.len() / batch;
         ensure!(
-            (1..=MAX_WIDTH).contains(&this.width),
-            "output `{}` of {} holds {} values an image, expected 1 to {MAX_WIDTH}",
+            (1..=WIDEST).contains(&this.width),
+            "output `{}` of {} holds {} values an image; 1 to {WIDEST} can be summed: name an output of fewer by \
+             --onnx-output, or pool it in the network",
             this.output,
             path.display(),
             this.width
@@ -96,7 +96,7 @@ impl ForeignNetwork {
             preset: "onnx".to_owned(),
             network,
             weights: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            weights_sha256: sha256_file(path)?,
+            weights_sha256: sha256_of_model(path)?,
             preprocessing: words,
             precision: "f32".to_owned(),
             runtime: super::runtime_in_words(runtime, &options.execution)?,

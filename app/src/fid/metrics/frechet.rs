@@ -9,7 +9,7 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt_pivoting::factor as pivoted;
 use faer::{Mat, Side, Spec};
 
-use super::moments::Gaussian;
+use super::moments::{Gaussian, ROUNDING};
 
 /// Slack in given statistics, relative to their largest entry: asymmetry, and what is left by the factors.
 const SLACK: f64 = 1e-4;
@@ -31,13 +31,9 @@ pub fn distance(a: &Gaussian, b: &Gaussian) -> anyhow::Result<f64> {
     );
     let means: f64 = a.mean.iter().zip(&b.mean).map(|(x, y)| (x - y) * (x - y)).sum();
     let (left, right) = (factor(a)?, factor(b)?);
-    let apart = means + trace(&a.covariance) + trace(&b.covariance);
+    let apart = means + a.spread() + b.spread();
     ensure!(apart.is_finite(), "the Fréchet distance overflows: the statistics are too large");
     Ok((apart - 2.0 * sum_of_singular_values(&(left.transpose() * &right), apart)?).max(0.0))
-}
-
-fn trace(of: &Mat<f64>) -> f64 {
-    (0..of.nrows()).map(|i| of[(i, i)]).sum()
 }
 
 /// `F` (D, rank) with `F·Fᵀ` the covariance: Cholesky's factor with pivots, so that a zero is seen as one.
@@ -57,23 +53,42 @@ fn factor(of: &Gaussian) -> anyhow::Result<Mat<f64>> {
         return Ok(Mat::zeros(n, 0));
     }
     let no_covariance = || anyhow!("the matrix is no covariance: it has negative eigenvalues");
-    ensure!((0..n).all(|i| matrix[(i, i)] >= 0.0) && trace(matrix) > 0.0, no_covariance());
+    ensure!((0..n).all(|i| matrix[(i, i)] >= 0.0) && of.spread() > 0.0, no_covariance());
     let mut lower = matrix.clone();
     let (mut order, mut inverse) = (vec![0usize; n], vec![0usize; n]);
     let par = faer::get_global_parallelism();
     let mut memory =
         MemBuffer::new(pivoted::cholesky_in_place_scratch::<usize, f64>(n, par, Spec::default()));
     let stack = MemStack::new(&mut memory);
-    let (info, _) =
+    if let Ok((info, _)) =
         pivoted::cholesky_in_place(lower.as_mut(), &mut order, &mut inverse, par, stack, Spec::default())
-            .map_err(|_| no_covariance())?;
-    let factor =
-        Mat::from_fn(n, info.rank, |i, j| if j <= inverse[i] { lower[(inverse[i], j)] } else { 0.0 });
-    // A matrix with negative eigenvalues leaves a rest, which a vector without symmetries shows.
-    let probe = Mat::from_fn(n, 1, |i, _| 1.0 + (i as f64 * 0.618).fract());
-    let rest = matrix * &probe - &factor * (factor.transpose() * &probe);
-    ensure!(rest.norm_max() <= SLACK * trace(matrix), no_covariance());
-    Ok(factor)
+    {
+        let factor =
+            Mat::from_fn(n, info.rank, |i, j| if j <= inverse[i] { lower[(inverse[i], j)] } else { 0.0 });
+        // A matrix with negative eigenvalues leaves a rest, which a vector without symmetries shows.
+        let probe = Mat::from_fn(n, 1, |i, _| 1.0 + (i as f64 * 0.618).fract());
+        let rest = matrix * &probe - &factor * (factor.transpose() * &probe);
+        if rest.norm_max() <= SLACK * of.spread() {
+            return Ok(factor);
+        }
+    }
+    nearest_factor(of)?.ok_or_else(no_covariance)
+}
+
+/// The factor of the nearest covariance, if what is negative is the rounding of the sums that the matrix is from: so it is
+/// where nearly nothing varies.
+fn nearest_factor(of: &Gaussian) -> anyhow::Result<Option<Mat<f64>>> {
+    let eigen = of
+        .covariance
+        .self_adjoint_eigen(Side::Lower)
+        .map_err(|e| anyhow!("internal: the eigenvalues did not converge: {e:?}"))?;
+    let (vectors, values) = (eigen.U(), eigen.S().column_vector());
+    let rounding = ROUNDING * (0..of.mean.len()).map(|i| of.square(i)).sum::<f64>();
+    if values.iter().any(|v| *v < -rounding) {
+        return Ok(None);
+    }
+    let root = |i: usize, j: usize| vectors[(i, j)] * values[j].max(0.0).sqrt();
+    Ok(Some(Mat::from_fn(vectors.nrows(), vectors.ncols(), root)))
 }
 
 /// Of a matrix whose sum counts in a distance of `apart` less twice the sum.
@@ -102,6 +117,8 @@ fn sum_of_singular_values(matrix: &Mat<f64>, apart: f64) -> anyhow::Result<f64> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::Rows;
+    use super::super::moments::Moments;
     use super::super::numpy_random::Mt19937;
     use super::*;
 
@@ -146,6 +163,43 @@ mod tests {
         let nothing = gaussian(&[0.0; 60], Mat::zeros(60, 60));
         assert!((distance(&same, &nothing).unwrap() - 6.0).abs() < 1e-13);
         assert!(distance(&nothing, &nothing).unwrap() == 0.0);
+    }
+
+    #[test]
+    fn sets_in_which_nearly_nothing_varies_have_a_distance() {
+        // Moments of vectors around a mean of 1 that differ by so much; and one that differs in one row alone.
+        let width = 40;
+        let set = |n: usize, step: f32, alone: bool| {
+            let mut random = Mt19937::new(9);
+            let mut values = vec![1.0f32; n * width];
+            for x in values.iter_mut().take(if alone { width } else { n * width }) {
+                *x += step * (random.u32() as f32 / 2f32.powi(32) - 0.5);
+            }
+            let mut moments = Moments::new(width);
+            for rows in values.chunks(250 * width) {
+                moments.add_block(Rows::new(rows, width).unwrap()).unwrap();
+            }
+            moments.gaussian().unwrap()
+        };
+        let wide = gaussian(&vec![0.0; width], rotated(&vec![2.0; width], 5));
+        for (step, alone) in [
+            (0.0, false),
+            (1e-6, false),
+            (1e-6, true),
+            (1e-5, true),
+            (1e-4, true),
+            (1e-3, false),
+            (1e-3, true),
+        ] {
+            let narrow = set(600, step, alone);
+            // ‖Δμ‖² + tr Σ + tr Σ', less at most twice the root of the two traces' product.
+            let most = width as f64 * 3.0;
+            for found in [distance(&narrow, &wide), distance(&wide, &narrow)].map(Result::unwrap) {
+                let room = 3.0 * (width as f64) * f64::from(step) + 1e-4;
+                assert!((found - most).abs() <= room, "{step} {alone}: {found} of {most}");
+            }
+            assert!(distance(&narrow, &narrow).unwrap() < 1e-9, "{step} {alone}");
+        }
     }
 
     #[test]

@@ -58,25 +58,129 @@ pub struct InceptionScore {
     pub mean: f64,
     /// Deviation over splits, divided by their number.
     pub std: f64,
+    /// Score of all images as one split.
+    #[serde(default)]
+    pub unsplit: Option<f64>,
+    /// What the order of the images does to consecutive splits, if there are several.
+    #[serde(default)]
+    pub order: Option<Order>,
+}
+
+/// What the order of the images does to the score.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Order {
+    /// Mean over splits of the same sizes, of shuffled images.
+    pub shuffled: f64,
+    /// Deviation over these.
+    pub shuffled_std: f64,
+    /// Part of the images whose likeliest class is also that of the image before.
+    pub repeats: f64,
+    /// That part if the order were by chance.
+    pub by_chance: f64,
+}
+
+/// A score this much below the one of shuffled images is not that by chance …
+const FALL: f64 = 0.05;
+/// … nor one further below than so many deviations of its mean.
+const DEVIATIONS: f64 = 3.0;
+/// So many more neighbours of one class are an order.
+const MORE_REPEATS: f64 = 0.1;
+/// Seed of the shuffled splits.
+const SEED: u32 = 2020;
+
+impl InceptionScore {
+    /// A warning if the images are sorted by class, so that consecutive splits have few classes each.
+    pub fn warning(&self) -> Option<String> {
+        let order = self.order?;
+        let chance = DEVIATIONS * order.shuffled_std;
+        let falls = order.shuffled - self.mean > chance.max(FALL * order.shuffled);
+        if !falls && order.repeats - order.by_chance <= MORE_REPEATS {
+            return None;
+        }
+        Some(format!(
+            "the samples seem to be sorted by class ({:.0} % follow one of the same class, by chance {:.0} %), so that each \
+             split has few: IS is {:.4} in this order and {:.4} shuffled; shuffle them, or say --is-splits torch-fidelity",
+            100.0 * order.repeats,
+            100.0 * order.by_chance,
+            self.mean,
+            order.shuffled
+        ))
+    }
+}
+
+/// Sums of the images of each split: their number, `Σ p` and `Σ p·ln p`.
+#[derive(Debug)]
+struct Sums {
+    split: Vec<u32>,
+    sums: Vec<(u64, Vec<f64>, f64)>,
+}
+
+impl Sums {
+    fn new(split: Vec<u32>, count: usize, classes: usize) -> Self {
+        Self { split, sums: vec![(0, vec![0.0; classes], 0.0); count] }
+    }
+
+    fn add(&mut self, image: usize, probabilities: &[f64], logs: &[f64]) {
+        let (count, sum, entropy) = &mut self.sums[self.split[image] as usize];
+        for ((p, log), sum) in probabilities.iter().zip(logs).zip(sum) {
+            *sum += p;
+            *entropy += p * log;
+        }
+        *count += 1;
+    }
+
+    /// Mean and population deviation of `exp(mean KL(p ‖ mean p))` over the splits.
+    fn scores(&self) -> (f64, f64) {
+        let score = |(count, sum, entropy): &(u64, Vec<f64>, f64)| {
+            let n = *count as f64;
+            let marginal: f64 = sum.iter().map(|s| s / n).filter(|q| *q > 0.0).map(|q| q * q.ln()).sum();
+            (entropy / n - marginal).exp()
+        };
+        let scores: Vec<f64> = self.sums.iter().map(score).collect();
+        let n = scores.len() as f64;
+        let mean = scores.iter().sum::<f64>() / n;
+        (mean, (scores.iter().map(|s| (s - mean) * (s - mean)).sum::<f64>() / n).sqrt())
+    }
 }
 
 /// Collects the class scores of images in order; memory grows with the splits only.
 #[derive(Debug)]
 pub struct Scores {
-    split: Vec<u32>,
+    splits: Sums,
+    /// All images as one split.
+    whole: Sums,
+    /// The same splits of shuffled images, where the order counts.
+    shuffled: Option<Sums>,
     seen: usize,
     classes: usize,
-    /// For each split: images, `Σ p` and `Σ p·ln p`.
-    sums: Vec<(u64, Vec<f64>, f64)>,
+    /// Images by likeliest class, the class of the last one, and how many followed one of their own.
+    likeliest: Vec<u64>,
+    last: Option<usize>,
+    repeats: u64,
     probabilities: Vec<f64>,
+    logs: Vec<f64>,
 }
 
 impl Scores {
     /// For `n` images and `classes` classes.
     pub fn new(splits: Splits, n: usize, classes: usize) -> Self {
         let (split, count) = splits.assign(n);
-        let sums = vec![(0, vec![0.0; classes], 0.0); count];
-        Self { split, seen: 0, classes, sums, probabilities: vec![0.0; classes] }
+        let shuffled = (matches!(splits, Splits::Consecutive { .. }) && count > 1).then(|| {
+            let order = Mt19937::new(SEED).permutation(n as u32);
+            Sums::new(order.iter().map(|i| split[*i as usize]).collect(), count, classes)
+        });
+        Self {
+            splits: Sums::new(split, count, classes),
+            whole: Sums::new(vec![0; n], 1, classes),
+            shuffled,
+            seen: 0,
+            classes,
+            likeliest: vec![0; classes],
+            last: None,
+            repeats: 0,
+            probabilities: vec![0.0; classes],
+            logs: vec![0.0; classes],
+        }
     }
 
     /// Adds the scores before the softmax (classes) of the next image.
@@ -84,11 +188,11 @@ impl Scores {
     /// # Errors
     /// More images or other classes than announced, a value that is not finite.
     pub fn add(&mut self, logits: &[f32]) -> anyhow::Result<()> {
+        let images = self.splits.split.len();
         ensure!(
-            self.seen < self.split.len() && logits.len() == self.classes,
-            "internal: image {} of {} with {} classes of {}",
+            self.seen < images && logits.len() == self.classes,
+            "internal: image {} of {images} with {} classes of {}",
             self.seen,
-            self.split.len(),
             logits.len(),
             self.classes
         );
@@ -104,13 +208,21 @@ impl Scores {
             total += *p;
         }
         let log_total = total.ln();
-        let (count, sum, entropy) = &mut self.sums[self.split[self.seen] as usize];
-        for ((p, x), sum) in self.probabilities.iter().zip(logits).zip(sum) {
-            let p = p / total;
-            *sum += p;
-            *entropy += p * (f64::from(*x) - f64::from(most) - log_total);
+        for ((p, log), x) in self.probabilities.iter_mut().zip(&mut self.logs).zip(logits) {
+            *p /= total;
+            *log = f64::from(*x) - f64::from(most) - log_total;
         }
-        *count += 1;
+        for sums in
+            [Some(&mut self.splits), Some(&mut self.whole), self.shuffled.as_mut()].into_iter().flatten()
+        {
+            sums.add(self.seen, &self.probabilities, &self.logs);
+        }
+        let class = logits.iter().position(|x| *x == most);
+        self.repeats += u64::from(class.is_some() && class == self.last);
+        if let Some(class) = class {
+            self.likeliest[class] += 1;
+        }
+        self.last = class;
         self.seen += 1;
         Ok(())
     }
@@ -120,22 +232,16 @@ impl Scores {
     /// # Errors
     /// Fewer images than announced, or none.
     pub fn finish(self) -> anyhow::Result<InceptionScore> {
-        ensure!(
-            self.seen == self.split.len() && self.seen > 0,
-            "internal: {} of {} images",
-            self.seen,
-            self.split.len()
-        );
-        let score = |(count, sum, entropy): &(u64, Vec<f64>, f64)| {
-            let n = *count as f64;
-            let marginal: f64 = sum.iter().map(|s| s / n).filter(|q| *q > 0.0).map(|q| q * q.ln()).sum();
-            (entropy / n - marginal).exp()
-        };
-        let scores: Vec<f64> = self.sums.iter().map(score).collect();
-        let n = scores.len() as f64;
-        let mean = scores.iter().sum::<f64>() / n;
-        let std = (scores.iter().map(|s| (s - mean) * (s - mean)).sum::<f64>() / n).sqrt();
-        Ok(InceptionScore { mean, std })
+        let images = self.splits.split.len();
+        ensure!(self.seen == images && images > 0, "internal: {} of {images} images", self.seen);
+        let (mean, std) = self.splits.scores();
+        let part = |count: u64| count as f64 / images as f64;
+        let order = self.shuffled.map(|sums| {
+            let (shuffled, shuffled_std) = sums.scores();
+            let by_chance = self.likeliest.iter().map(|n| part(*n) * part(*n)).sum();
+            Order { shuffled, shuffled_std, repeats: part(self.repeats), by_chance }
+        });
+        Ok(InceptionScore { mean, std, unsplit: Some(self.whole.scores().0), order })
     }
 }
 
@@ -163,6 +269,40 @@ mod tests {
         assert!((mixed.std - (2.0f64 / 9.0).sqrt()).abs() < 1e-12, "{mixed:?}");
         let unsure = score(chunks, &[[3.0, 3.0]; 4]);
         assert!((unsure.mean - 1.0).abs() < 1e-12, "{unsure:?}");
+    }
+
+    #[test]
+    fn the_order_of_the_images_is_seen() {
+        // 4 sure classes, 400 images, splits of 100.
+        let score = |class: fn(usize) -> usize, splits: Splits| {
+            let mut scores = Scores::new(splits, 400, 4);
+            for i in 0..400 {
+                let mut row = [0.0; 4];
+                row[class(i)] = 9.0;
+                scores.add(&row).unwrap();
+            }
+            scores.finish().unwrap()
+        };
+        let consecutive = Splits::Consecutive { size: 100 };
+        let sorted = score(|i| i / 100, consecutive);
+        let turns = score(|i| i % 4, consecutive);
+        // Classes come in runs, but all of them in each split.
+        let runs = score(|i| i / 5 % 4, consecutive);
+        let chance = score(|i| (i * i * 31 + i * 7) / 13 % 4, consecutive);
+        assert!(sorted.mean < 1.1 && sorted.unsplit.unwrap() > 3.9, "{sorted:?}");
+        let warning = sorted.warning().unwrap();
+        assert!(warning.contains("sorted by class (99 %") && warning.contains("25 %"), "{warning}");
+        assert!(
+            runs.warning().is_some() && turns.warning().is_none() && chance.warning().is_none(),
+            "{chance:?}"
+        );
+        for alone in [Splits::Consecutive { size: 400 }, Splits::TORCH_FIDELITY] {
+            let score = score(|i| i / 100, alone);
+            assert!(score.warning().is_none() && score.unsplit == sorted.unsplit, "{score:?}");
+        }
+        // One class, as a collapsed generator has, is no order.
+        let one = score(|_| 2, consecutive);
+        assert!((one.mean - 1.0).abs() < 1e-12 && one.warning().is_none(), "{one:?}");
     }
 
     #[test]

@@ -185,7 +185,8 @@ impl<'a> Set<'a> {
         found.sort_by(f64::total_cmp);
         let complete = list.entries.len() + 1 == self.rows.len();
         let border = list.entries.last().map_or(0.0, |(about, _)| f64::from(*about) - error);
-        if complete || found.get(k - 1).is_some_and(|radius| *radius <= border) {
+        // No distance is below 0, so a radius of 0, as equal vectors have, is right whatever the others are.
+        if complete || found.get(k - 1).is_some_and(|radius| *radius <= border.max(0.0)) {
             return found[k - 1];
         }
         // The list may have missed one: all others are looked at.

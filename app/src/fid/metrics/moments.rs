@@ -20,6 +20,15 @@ const TILE: usize = 256;
 const GRID: f64 = 18_446_744_073_709_551_616.0; // 2⁶⁴
 /// Largest magnitude of one block's sum: 2²⁰ such blocks still fit into 128 bits.
 const LARGEST: f64 = 8_796_093_022_208.0; // 2⁴³
+/// Most features whose covariance is kept: its sums take 1 GB then.
+pub const WIDEST: usize = 8192;
+/// Rounding of sums of squares, relative to them: a block's 250 terms, each rounded by half an `ε`, in `Σx²` and twice in `(Σx)²`.
+pub const ROUNDING: f64 = 1e-13;
+
+/// A set varies nearly nothing when its variances are so small beside its mean …
+const NEARLY: f64 = 1e-8;
+/// … or beside the other set's variances.
+const BESIDE: f64 = 1e-3;
 
 /// Count, sum and sum of outer products of feature vectors.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +62,35 @@ impl Gaussian {
             n * n,
             covariance.len()
         );
-        Ok(Self { mean, covariance: Mat::from_fn(n, n, |i, j| covariance[i * n + j]) })
+        Ok(Self { mean, covariance: Mat::from_fn(n, n, |i, j| covariance[i * n + j]) }.settled())
+    }
+
+    /// Mean square of a feature, whose sum is what a variance is rounded by.
+    pub fn square(&self, feature: usize) -> f64 {
+        self.mean[feature] * self.mean[feature] + self.covariance[(feature, feature)].abs()
+    }
+
+    /// Sum of the variances.
+    pub fn spread(&self) -> f64 {
+        (0..self.covariance.nrows()).map(|i| self.covariance[(i, i)]).sum()
+    }
+
+    /// Whether nearly nothing varies, beside the mean or beside the other set: what a collapsed generator makes.
+    pub fn is_nearly_constant(&self, beside: Option<&Self>) -> bool {
+        let (own, length) = (self.spread(), self.mean.iter().map(|m| m * m).sum::<f64>());
+        own <= NEARLY * length || beside.is_some_and(|other| own <= BESIDE * other.spread())
+    }
+
+    /// A feature whose variance is below the rounding of its sums does not vary: its row and column become 0.
+    fn settled(mut self) -> Self {
+        let n = self.mean.len().min(self.covariance.nrows());
+        for i in 0..n {
+            if self.covariance[(i, i)].abs() <= ROUNDING * self.square(i) {
+                self.covariance.row_mut(i).fill(0.0);
+                self.covariance.col_mut(i).fill(0.0);
+            }
+        }
+        self
     }
 }
 
@@ -145,7 +182,7 @@ impl Moments {
                 }
             }
         }
-        Ok(Gaussian { mean, covariance })
+        Ok(Gaussian { mean, covariance }.settled())
     }
 
     /// Writes the sums as they are.
@@ -253,6 +290,26 @@ mod tests {
                 assert!((covariance[(i, j)] - c).abs() < 1e-11, "{} {c}", covariance[(i, j)]);
             }
         }
+    }
+
+    #[test]
+    fn a_feature_that_does_not_vary_has_no_variance() {
+        // Equal rows, of which one feature is 0; and one feature that varies beside constant ones.
+        let (n, width) = (1000, 7);
+        let row: Vec<f32> = (0..width).map(|i| i as f32 * 0.377).collect();
+        let mut values = row.repeat(n);
+        let constant = of_blocks(&values, width, 250).gaussian().unwrap();
+        assert!(constant.covariance.norm_max() == 0.0 && constant.is_nearly_constant(None));
+        for (k, x) in values.iter_mut().skip(3).step_by(width).enumerate() {
+            *x += (k % 5) as f32;
+        }
+        let one = of_blocks(&values, width, 250).gaussian().unwrap();
+        assert!((one.covariance[(3, 3)] - 2000.0 / 999.0).abs() < 1e-6, "{}", one.covariance[(3, 3)]);
+        assert_eq!(one.spread(), one.covariance[(3, 3)]);
+        assert!(!one.is_nearly_constant(None) && constant.is_nearly_constant(Some(&one)));
+        // What another tool wrote of equal vectors is judged alike.
+        let given = Gaussian::new(vec![1.0, 2.0], &[-3e-15, 1e-16, 1e-16, 4.0]).unwrap();
+        assert_eq!((given.covariance[(0, 0)], given.covariance[(0, 1)], given.spread()), (0.0, 0.0, 4.0));
     }
 
     #[test]

@@ -6,9 +6,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use train_engine::picture::{self, LeftOut, MAX_ENCODED};
 use zip::ZipArchive;
 
-use super::picture::MAX_ENCODED;
+use super::trace::Trace;
 use super::{Picture, Pictures, Source, inside, open_file};
 
 /// A zip file; its directory is read, its pictures one at a time.
@@ -25,16 +26,18 @@ impl Zip {
     ///
     /// # Errors
     /// No zip, no pictures in it, pictures of a format that cannot be read.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
+    pub fn open(path: &Path, progress: &dyn Fn(&str)) -> anyhow::Result<Self> {
         let unusable = || format!("{} is no usable zip file", path.display());
         let archive = ZipArchive::new(open_file(path)?).with_context(unusable)?;
-        let mut entries = Vec::new();
+        let (mut entries, mut left_out) = (Vec::new(), LeftOut::default());
         for (index, name) in archive.file_names().enumerate() {
             let name = name.with_context(unusable)?.into_owned();
-            if super::is_picture(&name).with_context(|| path.display().to_string())? {
+            // Directories end with a slash.
+            if !name.ends_with('/') && left_out.sort(picture::kind(&name), &name) {
                 entries.push((name, index));
             }
         }
+        super::tell_left_out(&left_out, path, progress)?;
         ensure!(!entries.is_empty(), "{} has no PNG or JPEG file", path.display());
         entries.sort();
         Ok(Self { archive, path: path.to_owned(), entries })
@@ -55,6 +58,21 @@ impl Source for Zip {
             Picture::decode(&name, &whole(entry, &name)?)
         })
     }
+
+    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        let failed = || format!("cannot read {}", self.path.display());
+        trace.times(&std::fs::metadata(&self.path).with_context(failed)?);
+        for index in range {
+            let entry = self.archive.by_index_data(self.entries[index as usize].1).with_context(failed)?;
+            trace.content(&entry.crc32().to_le_bytes());
+            trace.content(&entry.size().to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn group(&self, number: u64) -> Option<String> {
+        Some(folder_of(&self.entries[number as usize].0))
+    }
 }
 
 /// An uncompressed tar file; its headers are read, its pictures one at a time.
@@ -71,12 +89,12 @@ impl Tar {
     ///
     /// # Errors
     /// No tar, a damaged header, an entry beyond the file's end, no pictures in it.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
+    pub fn open(path: &Path, progress: &dyn Fn(&str)) -> anyhow::Result<Self> {
         let unusable = || format!("{} is no usable tar file", path.display());
         let file = open_file(path)?;
         let length = file.metadata().with_context(unusable)?.len();
         let mut archive = tar::Archive::new(file);
-        let mut entries = Vec::new();
+        let (mut entries, mut left_out) = (Vec::new(), LeftOut::default());
         for entry in archive.entries_with_seek().with_context(unusable)? {
             let entry = entry.with_context(unusable)?;
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
@@ -87,10 +105,11 @@ impl Tar {
                 path.display()
             );
             let regular = entry.header().entry_type().is_file();
-            if regular && super::is_picture(&name).with_context(|| path.display().to_string())? {
+            if regular && left_out.sort(picture::kind(&name), &name) {
                 entries.push((name, start, size));
             }
         }
+        super::tell_left_out(&left_out, path, progress)?;
         ensure!(!entries.is_empty(), "{} has no PNG or JPEG file", path.display());
         Ok(Self { file: archive.into_inner(), path: path.to_owned(), entries })
     }
@@ -110,6 +129,27 @@ impl Source for Tar {
             Picture::decode(&name, &whole(file.by_ref().take(*size), &name)?)
         })
     }
+
+    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        let failed = || format!("cannot read {}", self.path.display());
+        trace.times(&self.file.metadata().with_context(failed)?);
+        for index in range {
+            let (_, start, size) = &self.entries[index as usize];
+            trace.content(&size.to_le_bytes());
+            if trace.wants_contents() {
+                trace.tail(&mut self.file, start + size, *size).with_context(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, number: u64) -> Option<String> {
+        Some(folder_of(&self.entries[number as usize].0))
+    }
+}
+
+fn folder_of(name: &str) -> String {
+    name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned()
 }
 
 /// All bytes of an entry, however many its header promises.
@@ -153,15 +193,15 @@ mod tests {
         }
         writer.finish().unwrap();
         builder.into_inner().unwrap();
-        assert_eq!(found(&mut Zip::open(&zip).unwrap()), [1, 2, 3].map(|i| Values::U8(vec![i])));
-        assert_eq!(found(&mut Tar::open(&tar).unwrap()), [2, 1, 3].map(|i| Values::U8(vec![i])));
-        let last = Tar::open(&tar).unwrap().pictures(2..3).next().unwrap().unwrap();
+        assert_eq!(found(&mut Zip::open(&zip, &|_| ()).unwrap()), [1, 2, 3].map(|i| Values::U8(vec![i])));
+        assert_eq!(found(&mut Tar::open(&tar, &|_| ()).unwrap()), [2, 1, 3].map(|i| Values::U8(vec![i])));
+        let last = Tar::open(&tar, &|_| ()).unwrap().pictures(2..3).next().unwrap().unwrap();
         assert!(last.name.ends_with("a.tar: c.png"), "{}", last.name);
 
         // Cut in the middle of the last picture.
         let bytes = std::fs::read(&tar).unwrap();
         std::fs::write(&tar, &bytes[..bytes.len() - 1024 - 500]).unwrap();
-        let error = format!("{:#}", Tar::open(&tar).err().unwrap());
+        let error = format!("{:#}", Tar::open(&tar, &|_| ()).err().unwrap());
         assert!(error.contains("a.tar") && error.contains("cut short"), "{error}");
         for (path, text) in [(&zip, "zip"), (&tar, "tar")] {
             std::fs::write(path, [b'x'; 2000]).unwrap();

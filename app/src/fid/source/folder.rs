@@ -5,12 +5,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use train_engine::picture::{self, Listing};
 
-use super::picture::MAX_ENCODED;
+use super::trace::Trace;
 use super::{Picture, Pictures, Source};
-
-/// Depth of sub-directories that are searched; a loop of links ends there.
-const MAX_DEPTH: usize = 16;
 
 /// Picture files below a directory.
 #[derive(Debug)]
@@ -19,31 +17,16 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Lists `path`; hidden files and those of other kinds are left out.
+    /// Lists `path`; `progress` gets a line for what is left out: hidden files and directories, files of other kinds.
     ///
     /// # Errors
     /// A directory that cannot be listed or has no pictures, pictures of a format that cannot be read.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
-        let mut files = Vec::new();
-        list(path, 0, &mut files)?;
+    pub fn open(path: &Path, progress: &dyn Fn(&str)) -> anyhow::Result<Self> {
+        let Listing { files, left_out } = picture::list(path)?;
+        super::tell_left_out(&left_out, path, progress)?;
         ensure!(!files.is_empty(), "`{}` has no PNG or JPEG file", path.display());
-        files.sort_by(|a, b| a.as_os_str().as_encoded_bytes().cmp(b.as_os_str().as_encoded_bytes()));
         Ok(Self { files })
     }
-}
-
-fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
-    ensure!(depth < MAX_DEPTH, "`{}`: directories are nested too deep", folder.display());
-    let entries = fs::read_dir(folder).with_context(|| format!("cannot list `{}`", folder.display()))?;
-    for entry in entries {
-        let path = entry.with_context(|| format!("cannot list `{}`", folder.display()))?.path();
-        if path.is_dir() {
-            list(&path, depth + 1, files)?;
-        } else if super::is_picture(&path.to_string_lossy())? {
-            files.push(path);
-        }
-    }
-    Ok(())
 }
 
 impl Source for Folder {
@@ -52,23 +35,32 @@ impl Source for Folder {
     }
 
     fn pictures(&mut self, range: Range<u64>) -> Pictures<'_> {
-        super::one_by_one(range, |index| {
+        super::side_by_side(range, |index| Picture::read(&self.files[index as usize]))
+    }
+
+    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        for index in range {
             let path = &self.files[index as usize];
-            let read = || -> std::io::Result<Vec<u8>> {
-                let size = fs::metadata(path)?.len();
-                if size > MAX_ENCODED {
-                    return Err(std::io::Error::other(format!("{size} bytes are no picture")));
-                }
-                fs::read(path)
-            };
-            let bytes = read().with_context(|| format!("cannot read `{}`", path.display()))?;
-            Picture::decode(&path.display().to_string(), &bytes)
-        })
+            let failed = || format!("cannot read `{}`", path.display());
+            let metadata = fs::metadata(path).with_context(failed)?;
+            trace.picture(&metadata);
+            if trace.wants_contents() {
+                let mut file = fs::File::open(path).with_context(failed)?;
+                trace.tail(&mut file, metadata.len(), metadata.len()).with_context(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, number: u64) -> Option<String> {
+        Some(self.files[number as usize].parent()?.to_string_lossy().into_owned())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::Values;
     use super::*;
 
@@ -81,7 +73,7 @@ mod tests {
             image::GrayImage::from_pixel(1, 1, image::Luma([i as u8])).save(path).unwrap();
         }
         fs::write(dir.path().join("notes.txt"), "x").unwrap();
-        let mut folder = Folder::open(dir.path()).unwrap();
+        let mut folder = Folder::open(dir.path(), &|_| ()).unwrap();
         let found: Vec<Values> = folder.pictures(0..3).map(|p| p.unwrap().values).collect();
         assert_eq!(found, [1, 2, 0].map(|i| Values::U8(vec![i])));
         assert_eq!(folder.count(), 4);
@@ -93,8 +85,8 @@ mod tests {
     #[test]
     fn a_folder_without_pictures_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(Folder::open(dir.path()).unwrap_err().to_string().contains("no PNG or JPEG"));
+        assert!(Folder::open(dir.path(), &|_| ()).unwrap_err().to_string().contains("no PNG or JPEG"));
         fs::write(dir.path().join("x.webp"), "x").unwrap();
-        assert!(Folder::open(dir.path()).unwrap_err().to_string().contains("x.webp"));
+        assert!(Folder::open(dir.path(), &|_| ()).unwrap_err().to_string().contains("x.webp"));
     }
 }

@@ -2,16 +2,20 @@
 //!
 //! | module | reads |
 //! |---|---|
-//! | [`mod@array`] | `.npz` with `arr_0`, streamed |
+//! | [`mod@array`] | `.npz` with `arr_0`, and `.npy`, streamed |
+//! | [`scale`] | what the values of arrays mean |
 //! | [`folder`] | a directory of picture files |
 //! | [`archive`] | picture files in a zip or a tar |
 //! | [`table`] | encoded pictures in a column of a Parquet file |
 //! | [`labelled`] | a training data set |
 //! | [`noise`] | noise |
 //! | [`sampled`] | a model's samples, made when they are asked for |
+//! | [`part_of`] | some of another source's images |
 //!
-//! Every source knows its length before the first image is read, keeps one image (or one batch of samples) in memory, and
-//! names the file and the image in each error.
+//! [`trace`] is what images are known by without decoding them.
+//!
+//! Every source knows its length before the first image is read, keeps one image (of files of their own one a thread, of
+//! samples one batch) in memory, and names the file and the image in each error.
 
 pub mod archive;
 pub mod array;
@@ -19,18 +23,25 @@ pub mod folder;
 pub mod labelled;
 pub mod noise;
 pub(crate) mod npy;
+pub mod part_of;
 pub mod picture;
 pub mod sampled;
+pub mod scale;
 pub mod table;
+pub mod trace;
 
 use std::fmt::Display;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
+use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
+use train_engine::picture::LeftOut;
 
 pub use picture::{Picture, Values};
 
+use self::scale::Scale;
+use self::trace::Trace;
 use crate::Usage;
 
 /// Images of a known number, in a fixed order.
@@ -40,16 +51,48 @@ pub trait Source {
 
     /// The images of `range`, in order; `range` is within `0..count()`.
     fn pictures(&mut self, range: Range<u64>) -> Pictures<'_>;
+
+    /// The images of ascending numbers. Sources that can only be read from the front go on from one to the next.
+    fn picked<'a>(&'a mut self, numbers: Numbers<'a>) -> Pictures<'a> {
+        Box::new(numbers.map(move |number| {
+            let found = self.pictures(number..number + 1).next();
+            found.unwrap_or_else(|| bail!("internal: image {number} is missing"))
+        }))
+    }
+
+    /// Notes what the images of `range` are known by.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    fn trace(&mut self, _range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        trace.unknown();
+        Ok(())
+    }
+
+    /// The folder or the file that an image is in, by which sets of classes are sorted; none where images have none.
+    fn group(&self, _number: u64) -> Option<String> {
+        None
+    }
+
+    /// What a user should know of the images beside the numbers.
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Images one after the other; an error names the file and the image.
 pub type Pictures<'a> = Box<dyn Iterator<Item = anyhow::Result<Picture>> + 'a>;
+
+/// Numbers of images, ascending.
+pub type Numbers<'a> = Box<dyn Iterator<Item = u64> + 'a>;
 
 /// What Parquet columns are read, when it is not the only candidate.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// Name of the column of encoded images.
     pub column: Option<String>,
+    /// Range of the pixels of arrays; without one they must be of 0 … 255.
+    pub scale: Option<Scale>,
     /// Forbids fetching.
     pub offline: bool,
 }
@@ -63,6 +106,9 @@ pub fn open(
     options: &OpenOptions,
     progress: &dyn Fn(&str),
 ) -> anyhow::Result<Box<dyn Source>> {
+    if options.scale.is_some() && !inputs.iter().any(|i| is_array(&ending(Path::new(i)))) {
+        return Err(Usage("--scale is of arrays, and no input is one (.npz, .npy)".into()).into());
+    }
     let mut parts = Vec::with_capacity(inputs.len());
     for input in inputs {
         parts.push(open_one(input, options, progress)?);
@@ -83,20 +129,27 @@ fn open_one(input: &str, options: &OpenOptions, progress: &dyn Fn(&str)) -> anyh
     }
     let path = PathBuf::from(input);
     if path.is_dir() {
-        return Ok(Box::new(folder::Folder::open(&path)?));
+        return Ok(Box::new(folder::Folder::open(&path, progress)?));
     }
     if !path.is_file() {
         return Err(Usage(format!("`{input}` is no file and no directory")).into());
     }
-    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let ending = ending(&path);
     Ok(match ending.as_str() {
-        "npz" => Box::new(array::Array::open(&path)?),
-        "zip" => Box::new(archive::Zip::open(&path)?),
-        "tar" => Box::new(archive::Tar::open(&path)?),
+        _ if is_array(&ending) => Box::new(array::Array::open(&path, options.scale)?),
+        "zip" => Box::new(archive::Zip::open(&path, progress)?),
+        "tar" => Box::new(archive::Tar::open(&path, progress)?),
         "parquet" => Box::new(table::Table::open(&path, options.column.as_deref())?),
+        "pkl" | "pickle" | "pt" | "pth" => {
+            return Err(Usage(format!(
+                "`{input}` is a pickle, which only Python can open: load it there and save its images by \
+                 numpy.savez(\"images.npz\", images)"
+            ))
+            .into());
+        }
         _ => {
             return Err(Usage(format!(
-                "`{input}`: its ending says no kind of images: .npz, .zip, .tar, .parquet, a directory, or \
+                "`{input}`: its ending says no kind of images: .npz, .npy, .zip, .tar, .parquet, a directory, or \
                  {}test",
                 labelled::FASHION
             ))
@@ -105,9 +158,29 @@ fn open_one(input: &str, options: &OpenOptions, progress: &dyn Fn(&str)) -> anyh
     })
 }
 
+fn ending(path: &Path) -> String {
+    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
+}
+
+fn is_array(ending: &str) -> bool {
+    ending == "npz" || ending == "npy"
+}
+
 /// Several sources as one.
 struct Chain {
     parts: Vec<Box<dyn Source>>,
+}
+
+impl Chain {
+    /// The parts, each with the numbers of its images in the whole.
+    fn placed(&mut self) -> impl Iterator<Item = (Range<u64>, &mut Box<dyn Source>)> {
+        let mut first = 0;
+        self.parts.iter_mut().map(move |part| {
+            let own = first..first + part.count();
+            first = own.end;
+            (own, part)
+        })
+    }
 }
 
 impl Source for Chain {
@@ -116,13 +189,7 @@ impl Source for Chain {
     }
 
     fn pictures(&mut self, range: Range<u64>) -> Pictures<'_> {
-        let mut first = 0;
-        let parts = self.parts.iter_mut().map(move |part| {
-            let own = first..first + part.count();
-            first = own.end;
-            (own, part)
-        });
-        Box::new(parts.flat_map(move |(own, part)| {
+        Box::new(self.placed().flat_map(move |(own, part)| {
             let (start, end) = (range.start.max(own.start), range.end.min(own.end));
             if start < end {
                 part.pictures(start - own.start..end - own.start)
@@ -131,37 +198,40 @@ impl Source for Chain {
             }
         }))
     }
-}
 
-/// The first `count` images of another source.
-pub struct First {
-    /// The source.
-    pub source: Box<dyn Source>,
-    /// Number of its images that are taken.
-    pub count: u64,
-}
-
-impl First {
-    /// Takes the first `count` images.
-    ///
-    /// # Errors
-    /// The source has fewer.
-    pub fn of(source: Box<dyn Source>, count: u64) -> anyhow::Result<Self> {
-        ensure!(
-            (1..=source.count()).contains(&count),
-            Usage(format!("{count} images are asked for, the input has {}", source.count()))
-        );
-        Ok(Self { source, count })
-    }
-}
-
-impl Source for First {
-    fn count(&self) -> u64 {
-        self.count
+    fn picked<'a>(&'a mut self, numbers: Numbers<'a>) -> Pictures<'a> {
+        let mut numbers = numbers.peekable();
+        Box::new(self.placed().flat_map(move |(own, part)| {
+            let mut here = Vec::new();
+            while let Some(number) = numbers.next_if(|n| own.contains(n)) {
+                here.push(number - own.start);
+            }
+            part.picked(Box::new(here.into_iter()))
+        }))
     }
 
-    fn pictures(&mut self, range: Range<u64>) -> Pictures<'_> {
-        self.source.pictures(range)
+    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        for (own, part) in self.placed() {
+            let (start, end) = (range.start.max(own.start), range.end.min(own.end));
+            if start < end {
+                part.trace(start - own.start..end - own.start, trace)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, mut number: u64) -> Option<String> {
+        for (index, part) in self.parts.iter().enumerate() {
+            if number < part.count() {
+                return Some(format!("{index}/{}", part.group(number).unwrap_or_default()));
+            }
+            number -= part.count();
+        }
+        None
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        self.parts.iter().flat_map(|p| p.remarks()).collect()
     }
 }
 
@@ -170,18 +240,27 @@ fn one_by_one<'a>(range: Range<u64>, read: impl FnMut(u64) -> anyhow::Result<Pic
     Box::new(range.map(read))
 }
 
-/// Whether a file's name ends as pictures do; those that cannot be decoded here are an error.
-fn is_picture(name: &str) -> anyhow::Result<bool> {
-    let hidden = name.rsplit('/').next().is_some_and(|n| n.starts_with('.')) || name.starts_with("__MACOSX/");
-    let ending = name.rsplit_once('.').map_or("", |(_, e)| e).to_ascii_lowercase();
-    match ending.as_str() {
-        _ if hidden => Ok(false),
-        "png" | "jpg" | "jpeg" => Ok(true),
-        "webp" | "bmp" | "gif" | "tif" | "tiff" | "ppm" | "pgm" | "jxl" | "avif" => {
-            bail!("`{name}`: only PNG and JPEG pictures can be read; convert it")
-        }
-        _ => Ok(false),
+/// Pictures of files of their own, decoded by all threads, one each at a time.
+fn side_by_side<'a>(
+    range: Range<u64>,
+    read: impl Fn(u64) -> anyhow::Result<Picture> + Sync + 'a,
+) -> Pictures<'a> {
+    let (end, threads) = (range.end, rayon::current_num_threads().max(1));
+    Box::new(range.step_by(threads).flat_map(move |first| {
+        let group = first..(first + threads as u64).min(end);
+        group.into_par_iter().map(&read).collect::<Vec<_>>()
+    }))
+}
+
+/// Tells what a set leaves out; pictures of formats that cannot be read are an error, for the number would be of other images.
+fn tell_left_out(left_out: &LeftOut, path: &Path, progress: &dyn Fn(&str)) -> anyhow::Result<()> {
+    if let Some(told) = left_out.foreign.told("picture", "pictures") {
+        bail!("{}: only PNG and JPEG pictures can be read; convert {told}", path.display());
     }
+    if let Some(line) = left_out.line(path) {
+        progress(&line);
+    }
+    Ok(())
 }
 
 /// `path: entry`, as errors and messages name a picture inside a file.
@@ -223,23 +302,13 @@ mod tests {
             let expected: Vec<Values> = (start..end).map(|i| Values::U8(vec![i as u8])).collect();
             assert_eq!(found, expected);
         }
-        let mut first = First::of(Box::new(chain), 4).unwrap();
-        assert_eq!((first.count(), first.pictures(0..4).count()), (4, 4));
-        assert!(First::of(Box::new(first), 5).is_err());
-    }
-
-    #[test]
-    fn pictures_are_known_by_their_ending() {
-        for (name, expected) in [
-            ("a/b.PNG", true),
-            ("x.jpeg", true),
-            ("a/.b.png", false),
-            ("__MACOSX/a.png", false),
-            ("labels.txt", false),
-        ] {
-            assert_eq!(is_picture(name).unwrap(), expected, "{name}");
-        }
-        assert!(is_picture("a.webp").unwrap_err().to_string().contains("convert"));
+        let picked: Vec<Values> =
+            chain.picked(Box::new([1, 2, 3, 8].into_iter())).map(|p| p.unwrap().values).collect();
+        assert_eq!(picked, [1, 2, 3, 8].map(|i| Values::U8(vec![i])));
+        assert_eq!(
+            (chain.group(2), chain.group(3), chain.group(8)),
+            (Some("0/".into()), Some("1/".into()), Some("2/".into()))
+        );
     }
 
     #[test]

@@ -1,15 +1,13 @@
 //! The header of an array in an `.npz`, and whole small arrays.
 
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use runtime::npy::Kind;
 use zip::ZipArchive;
 
 use super::{inside, open_file};
-
-/// No header that NumPy writes is longer, in bytes.
-const MAX_HEADER: usize = 1 << 16;
 
 /// Element types that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +33,8 @@ impl Element {
 pub(crate) struct Header {
     pub(crate) element: Element,
     pub(crate) shape: Vec<usize>,
+    /// Whether the first axis is the one that runs fastest (Fortran order).
+    pub(crate) by_columns: bool,
     /// Bytes before the data.
     pub(crate) bytes: u64,
 }
@@ -42,53 +42,26 @@ pub(crate) struct Header {
 impl Header {
     /// Bytes of the data.
     pub(crate) fn data_bytes(&self) -> anyhow::Result<u64> {
-        let product = self.shape.iter().try_fold(self.element.size() as u64, |a, d| a.checked_mul(*d as u64));
-        let product = product.filter(|bytes| *bytes < u64::MAX / 2);
-        product.with_context(|| format!("no file holds an array of shape {:?}", self.shape))
+        Ok(runtime::npy::data_bytes(&self.shape, self.element.size())?)
     }
 }
 
 /// Reads a header and leaves the reader at the data.
 pub(crate) fn header(reader: &mut impl Read) -> anyhow::Result<Header> {
-    let mut bytes = vec![0; 12];
-    reader.read_exact(&mut bytes[..10]).context("it is cut short")?;
-    ensure!(bytes.starts_with(b"\x93NUMPY"), "it is no NumPy array");
-    let (before, length) = if bytes[6] == 1 {
-        (10, u16::from_le_bytes([bytes[8], bytes[9]]) as usize)
-    } else {
-        reader.read_exact(&mut bytes[10..]).context("it is cut short")?;
-        (12, u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]) as usize)
+    let found = runtime::npy::Header::read(reader)?;
+    let element = match (found.kind, found.width) {
+        (Kind::Unsigned, 1) => Element::U8,
+        (Kind::Float, 4) => Element::F32,
+        (Kind::Float, 8) => Element::F64,
+        (kind, width) => {
+            bail!("its elements are {kind:?} of {width} bytes, expected bytes (|u1) or floats (<f4, <f8)")
+        }
     };
-    ensure!(length <= MAX_HEADER, "its header says to have {length} bytes, at most {MAX_HEADER} are read");
-    bytes.resize(before + length, 0);
-    reader.read_exact(&mut bytes[before..]).context("its header is cut short")?;
-    let text = str::from_utf8(&bytes[before..]).context("its header is no text")?;
-    let (element, shape) = description(text)?;
-    Ok(Header { element, shape, bytes: bytes.len() as u64 })
-}
-
-/// Reads `{'descr': '|u1', 'fortran_order': False, 'shape': (4, 8, 8, 3), }`.
-fn description(text: &str) -> anyhow::Result<(Element, Vec<usize>)> {
-    let after = |key: &str| {
-        let found = text.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
-        found.with_context(|| format!("its header has no `{key}`"))
-    };
-    let kind = after("descr")?.split('\'').nth(1).unwrap_or_default();
-    let element = match kind {
-        "|u1" | "<u1" | "u1" => Element::U8,
-        "<f4" => Element::F32,
-        "<f8" => Element::F64,
-        _ => bail!("its elements are `{kind}`, expected bytes (|u1) or little-endian floats (<f4, <f8)"),
-    };
-    ensure!(after("fortran_order")?.starts_with("False"), "it is stored column by column (Fortran order)");
-    let tuple = after("shape")?.strip_prefix('(').and_then(|rest| rest.split_once(')'));
-    let sizes = tuple.map(|(sizes, _)| sizes.split(',').map(str::trim).filter(|s| !s.is_empty()));
-    let shape = sizes.and_then(|sizes| sizes.map(|s| s.parse().ok()).collect::<Option<Vec<usize>>>());
-    Ok((element, shape.context("its shape cannot be read")?))
+    Ok(Header { element, shape: found.shape, by_columns: found.by_columns, bytes: found.before })
 }
 
 /// What an element of a file becomes.
-pub(crate) trait Number: Sized {
+pub(crate) trait Number: Copy {
     fn from_f32(x: f32) -> Self;
     fn from_f64(x: f64) -> Self;
 }
@@ -144,11 +117,74 @@ pub(crate) fn read_floats<T: Number>(
         Element::F32 => data.as_chunks().0.iter().map(|b| T::from_f32(f32::from_le_bytes(*b))).collect(),
         Element::F64 => data.as_chunks().0.iter().map(|b| T::from_f64(f64::from_le_bytes(*b))).collect(),
     };
+    let values = if header.by_columns { by_rows(&header.shape, values) } else { values };
     Ok(Some((header.shape, values)))
+}
+
+/// Values that were stored with the first axis running fastest, with the last one running fastest.
+fn by_rows<T: Copy>(shape: &[usize], values: Vec<T>) -> Vec<T> {
+    if shape.iter().filter(|d| **d > 1).count() < 2 {
+        return values;
+    }
+    let mut steps = vec![1; shape.len()];
+    for axis in 1..shape.len() {
+        steps[axis] = steps[axis - 1] * shape[axis - 1];
+    }
+    let place = |mut index: usize| -> usize {
+        let axes = shape.iter().zip(&steps).rev();
+        axes.map(|(size, step)| {
+            let at = index % size;
+            index /= size;
+            at * step
+        })
+        .sum()
+    };
+    (0..values.len()).map(|i| values[place(i)]).collect()
 }
 
 /// Opens an `.npz`.
 pub(crate) fn open_npz(path: &Path) -> anyhow::Result<ZipArchive<std::fs::File>> {
-    ZipArchive::new(open_file(path)?)
-        .with_context(|| format!("{} is no usable .npz (a zip of NumPy arrays)", path.display()))
+    let mut file = open_file(path)?;
+    let mut head = [0; 8];
+    let read = file.read(&mut head).unwrap_or(0);
+    file.rewind().with_context(|| format!("cannot read {}", path.display()))?;
+    ZipArchive::new(file).with_context(|| {
+        let is = if head[..read].starts_with(b"\x93NUMPY") {
+            "; it is a single array: numpy.savez puts arrays into an .npz"
+        } else if head[0] == 0x80 && (2..=5).contains(&head[1]) {
+            "; it is a pickle, which only Python can open: load it there and save its arrays by numpy.savez"
+        } else if head[..read].starts_with(b"version ") {
+            "; it seems to be a pointer of Git LFS: fetch the file itself by `git lfs pull`"
+        } else {
+            ""
+        };
+        format!("{} is no usable .npz (a zip of NumPy arrays){is}", path.display())
+    })
+}
+
+/// What an `.npz` may hold, and what this one does.
+pub(crate) fn contents(archive: &ZipArchive<std::fs::File>) -> String {
+    let names = archive.file_names().filter_map(Result::ok).map(std::borrow::Cow::into_owned);
+    let mut names: Vec<String> = names.take(9).collect();
+    names.sort();
+    let has = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
+    format!(
+        "it has {has}; an .npz holds images as `arr_0` (N, H, W, C), or statistics as `mu` (D) and `sigma` (D, D): save the \
+         arrays under these names"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_become_rows() {
+        // numpy.asfortranarray(numpy.arange(6).reshape(2, 3)) is stored as 0 3 1 4 2 5.
+        assert_eq!(by_rows(&[2, 3], vec![0, 3, 1, 4, 2, 5]), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(by_rows(&[1, 2, 3], vec![0, 3, 1, 4, 2, 5]), [0, 1, 2, 3, 4, 5]);
+        // numpy.arange(8).reshape(2, 2, 2) is stored as 0 4 2 6 1 5 3 7.
+        assert_eq!(by_rows(&[2, 2, 2], vec![0, 4, 2, 6, 1, 5, 3, 7]), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(by_rows(&[1, 4], vec![1, 2, 3, 4]), [1, 2, 3, 4]);
+    }
 }

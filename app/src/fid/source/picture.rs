@@ -1,16 +1,10 @@
 //! One image, decoded and checked.
 
-use std::io::Cursor;
+use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
-use image::{ColorType, ImageDecoder, ImageFormat, ImageReader};
-
-/// More pixels than any picture that is compared has; a header that says so is spoiled.
-const MAX_PIXELS: u64 = 1 << 26;
-/// Memory that a decoder may take beside the pixels, in bytes.
-const DECODER_MEMORY: u64 = 1 << 30;
-/// Largest encoded picture, in bytes.
-pub(super) const MAX_ENCODED: u64 = 1 << 28;
+use anyhow::bail;
+use image::DynamicImage;
+use train_engine::picture::{self, Decoded};
 
 /// Values of an image on the scale 0..=255.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,36 +36,29 @@ impl Picture {
     /// # Errors
     /// Bytes of neither, cut or damaged ones, pictures with an alpha channel or more than 8 bits, huge ones.
     pub fn decode(name: &str, bytes: &[u8]) -> anyhow::Result<Self> {
-        Self::decode_bytes(name, bytes).with_context(|| format!("cannot decode the image `{name}`"))
+        Self::of(name, picture::decode(Path::new(name), bytes)?)
     }
 
-    fn decode_bytes(name: &str, bytes: &[u8]) -> anyhow::Result<Self> {
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-        match reader.format() {
-            Some(ImageFormat::Png) => {}
-            Some(ImageFormat::Jpeg) => ensure!(ends(bytes), "the JPEG file is cut short"),
-            _ => bail!("it is neither a PNG nor a JPEG"),
-        }
-        let mut limits = image::Limits::default();
-        limits.max_alloc = Some(DECODER_MEMORY);
-        reader.limits(limits);
-        let decoder = reader.into_decoder()?;
-        let (width, height) = decoder.dimensions();
-        let pixels = u64::from(width) * u64::from(height);
-        ensure!(
-            (1..=MAX_PIXELS).contains(&pixels),
-            "it says to be {width} by {height}; at most {MAX_PIXELS} pixels are read"
-        );
-        let channels = match decoder.color_type() {
-            ColorType::L8 => 1,
-            ColorType::Rgb8 => 3,
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode); a file that cannot be read.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        Self::of(&path.display().to_string(), picture::read(path)?)
+    }
+
+    /// Pixels as they are stored: the tools that FID is compared with do not turn them by EXIF either.
+    fn of(name: &str, decoded: Decoded) -> anyhow::Result<Self> {
+        let (width, height) = (decoded.image.width() as usize, decoded.image.height() as usize);
+        let (channels, values) = match decoded.image {
+            DynamicImage::ImageLuma8(image) => (1, image.into_raw()),
+            DynamicImage::ImageRgb8(image) => (3, image.into_raw()),
             other => bail!(
-                "its pixels are {other:?}, expected 8-bit grey or colour without alpha; flatten or convert it"
+                "cannot use the image `{name}`: its pixels are {:?}, expected 8-bit grey or colour without alpha; flatten or \
+                 convert it",
+                other.color()
             ),
         };
-        let mut values = vec![0; pixels as usize * channels];
-        decoder.read_image(&mut values)?;
-        let (height, width) = (height as usize, width as usize);
         Ok(Self { name: name.to_owned(), height, width, channels, values: Values::U8(values) })
     }
 
@@ -118,15 +105,11 @@ fn luma(colour: [u8; 3]) -> u8 {
     ((r * 19_595 + g * 38_470 + b * 7_471 + 0x8000) >> 16) as u8
 }
 
-/// Whether the last scan of a JPEG is followed by the end marker: decoders fill up what is missing, and FID must not.
-fn ends(bytes: &[u8]) -> bool {
-    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|w| w == marker);
-    last([0xFF, 0xD9]) > last([0xFF, 0xDA])
-}
-
 #[cfg(test)]
 mod tests {
-    use image::{DynamicImage, GrayImage, RgbImage, RgbaImage};
+    use std::io::Cursor;
+
+    use image::{GrayImage, ImageFormat, RgbImage, RgbaImage};
 
     use super::*;
 

@@ -6,6 +6,7 @@ use anyhow::ensure;
 use models::{Latent, Model};
 use train_engine::random::{Purpose, Stream};
 
+use super::trace::Trace;
 use super::{Picture, Pictures, Source, Values};
 use crate::fid::plan::BLOCK;
 use crate::render::pixels;
@@ -113,5 +114,10 @@ impl Source for Sampled {
             }
             made.next().map(Ok)
         }))
+    }
+
+    fn trace(&mut self, _range: Range<u64>, _trace: &mut Trace) -> anyhow::Result<()> {
+        // The recipe says all of it, with the hash of the weights.
+        Ok(())
     }
 }

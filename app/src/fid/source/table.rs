@@ -9,9 +9,10 @@ use parquet::basic::Type;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use train_engine::picture::MAX_ENCODED;
 
-use super::picture::MAX_ENCODED;
-use super::{Picture, Pictures, Source, inside, open_file};
+use super::trace::Trace;
+use super::{Numbers, Picture, Pictures, Source, inside, open_file};
 
 /// Names of image columns, the likelier first.
 const USUAL: [&str; 5] = ["image.bytes", "image", "img.bytes", "png", "jpg"];
@@ -73,14 +74,12 @@ impl Table {
         Ok(Self { path: path.to_owned(), column: index, name, level, starts, file })
     }
 
-    /// The rows of one group from `skip` on.
-    fn group(&self, group: usize, skip: u64) -> anyhow::Result<ColumnReaderImpl<ByteArrayType>> {
+    /// The rows of one group.
+    fn group(&self, group: usize) -> anyhow::Result<ColumnReaderImpl<ByteArrayType>> {
         let rows = self.file.get_row_group(group)?;
-        let ColumnReader::ByteArrayColumnReader(mut reader) = rows.get_column_reader(self.column)? else {
+        let ColumnReader::ByteArrayColumnReader(reader) = rows.get_column_reader(self.column)? else {
             anyhow::bail!("internal: column `{}` changed its type", self.name)
         };
-        let skipped = reader.skip_records(skip as usize)?;
-        ensure!(skipped as u64 == skip, "row group {group} has {skipped} rows, fewer than it says");
         Ok(reader)
     }
 
@@ -101,21 +100,44 @@ impl Source for Table {
     }
 
     fn pictures(&mut self, range: Range<u64>) -> Pictures<'_> {
-        let mut open: Option<(usize, ColumnReaderImpl<ByteArrayType>)> = None;
-        super::one_by_one(range, move |row| {
+        self.picked(Box::new(range))
+    }
+
+    fn picked<'a>(&'a mut self, numbers: Numbers<'a>) -> Pictures<'a> {
+        // The row group that is being read, the row it stands at.
+        let mut open: Option<(usize, u64, ColumnReaderImpl<ByteArrayType>)> = None;
+        Box::new(numbers.map(move |row| {
             let name = inside(&self.path, format_args!("{} of row {row}", self.name));
             let group = self.starts.partition_point(|start| *start <= row) - 1;
             let mut read = || -> anyhow::Result<Picture> {
-                let mut reader = match open.take() {
-                    Some((at, reader)) if at == group => reader,
-                    _ => self.group(group, row - self.starts[group])?,
+                let (at, mut reader) = match open.take() {
+                    Some((own, at, reader)) if own == group => (at, reader),
+                    _ => (self.starts[group], self.group(group)?),
                 };
+                let skip = row - at;
+                if skip > 0 {
+                    let skipped = reader.skip_records(skip as usize)? as u64;
+                    ensure!(skipped == skip, "row group {group} has fewer rows than it says");
+                }
                 let picture = self.next(&mut reader, &name);
-                open = Some((group, reader));
+                open = Some((group, row + 1, reader));
                 picture
             };
             read().with_context(|| format!("cannot read `{name}`"))
-        })
+        }))
+    }
+
+    fn trace(&mut self, _range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+        let failed = || format!("cannot read {}", self.path.display());
+        trace.times(&std::fs::metadata(&self.path).with_context(failed)?);
+        // Pages are packed, so the sizes differ where any picture does.
+        for group in self.file.metadata().row_groups() {
+            let column = group.column(self.column);
+            for number in [group.num_rows(), column.compressed_size(), column.uncompressed_size()] {
+                trace.content(&number.to_le_bytes());
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,5 +1,5 @@
 //! How much work is accepted: what fits into a batch, and a queue that is bounded in image-steps; with the time until
-//! there is room from the measured rate.
+//! there is room, from the measured rate and from what others were told before.
 
 use std::time::{Duration, Instant};
 
@@ -9,10 +9,12 @@ use super::order::Refusal;
 const WINDOW: Duration = Duration::from_millis(500);
 /// Weight of a new window in the rate.
 const NEWER: f64 = 0.4;
-/// No client is told to come back sooner.
-const SOONEST: Duration = Duration::from_millis(50);
+/// No client is told to come back sooner: `Retry-After` has whole seconds, and clients of either header shall wait alike.
+const SOONEST: Duration = Duration::from_millis(250);
 /// No client is told to stay away longer.
 const LATEST: Duration = Duration::from_hours(1);
+/// So much time is kept for clients that were sent away. They may not come back, and others shall not wait for that.
+const KEPT: Duration = Duration::from_secs(20);
 
 /// Accepted work of one model.
 #[derive(Debug)]
@@ -27,28 +29,41 @@ pub(super) struct Backlog {
     /// Image-steps a second while there is work for full batches.
     rate: f64,
     window: Option<(Instant, u64)>,
+    /// When there is room for those who were sent away and will come back.
+    promised: Option<Instant>,
 }
 
 impl Backlog {
     /// `rate` is what the step-time curve promises.
     pub(super) fn new(limit: u64, rate: f64, slots: u64) -> Self {
-        Self { limit, waiting: 0, slots, rows: 0, rate, window: None }
+        Self { limit, waiting: 0, slots, rows: 0, rate, window: None, promised: None }
     }
 
     /// Accepts work, or says when it would fit. What finds its rows free in the largest batch waits for nobody, and an
     /// idle engine takes anything.
-    pub(super) fn accept(&mut self, work: u64, rows: u64) -> Result<(), Refusal> {
-        let Self { limit, waiting, rate, .. } = *self;
-        if waiting > 0 && waiting + work > limit && self.rows + rows > self.slots {
-            // What is larger than the limit fits once nothing waits.
-            let excess = (waiting + work - limit).min(waiting);
-            let seconds = excess as f64 / rate.max(f64::MIN_POSITIVE);
-            let retry_after = Duration::try_from_secs_f64(seconds).unwrap_or(LATEST).clamp(SOONEST, LATEST);
-            return Err(Refusal::Full { waiting, work, limit, retry_after });
+    pub(super) fn accept(&mut self, work: u64, rows: u64, now: Instant) -> Result<(), Refusal> {
+        let Self { limit, waiting, .. } = *self;
+        if waiting > 0 && waiting.saturating_add(work) > limit && self.rows + rows > self.slots {
+            return Err(Refusal::Full { waiting, work, limit, retry_after: self.promise(work, now) });
         }
         self.waiting += work;
         self.rows += rows;
         Ok(())
+    }
+
+    /// Keeps a turn for work that does not fit: one after the other, so that those who were sent away do not all come
+    /// back for the same room.
+    fn promise(&mut self, work: u64, now: Instant) -> Duration {
+        let time = |work: u64| {
+            let seconds = work as f64 / self.rate.max(f64::MIN_POSITIVE);
+            Duration::try_from_secs_f64(seconds).unwrap_or(LATEST).min(LATEST)
+        };
+        // What is larger than the limit fits once nothing waits.
+        let excess = self.waiting.saturating_add(work).saturating_sub(self.limit).min(self.waiting);
+        let room = now + time(excess);
+        let turn = self.promised.map_or(room, |promised| promised.clamp(room, room.max(now + KEPT)));
+        self.promised = Some(turn + time(work));
+        (turn - now).clamp(SOONEST, LATEST)
     }
 
     /// Takes back work that will not be done, and the rows of images that are done or given up.
@@ -99,6 +114,10 @@ impl Backlog {
 mod tests {
     use super::*;
 
+    fn accept(backlog: &mut Backlog, work: u64, rows: u64) -> Result<(), Refusal> {
+        backlog.accept(work, rows, Instant::now())
+    }
+
     fn retry(refused: Result<(), Refusal>) -> Duration {
         match refused {
             Err(Refusal::Full { retry_after, .. }) => retry_after,
@@ -109,12 +128,51 @@ mod tests {
     #[test]
     fn the_limit_holds_and_the_wait_follows_the_rate() {
         let mut backlog = Backlog::new(1000, 100.0, 10);
-        backlog.accept(600, 6).unwrap();
-        backlog.accept(400, 4).unwrap();
-        assert_eq!(retry(backlog.accept(200, 2)), Duration::from_secs(2));
+        accept(&mut backlog, 600, 6).unwrap();
+        accept(&mut backlog, 400, 4).unwrap();
+        let now = Instant::now();
+        assert_eq!(retry(backlog.accept(200, 2, now)), Duration::from_secs(2));
         assert_eq!(backlog.waiting(), 1000);
+        // The next one's turn is when the first has had its own; a small one does not jump the queue.
+        assert_eq!(retry(backlog.accept(200, 2, now)), Duration::from_secs(4));
+        assert_eq!(retry(backlog.accept(10, 2, now)), Duration::from_secs(6));
+        // Turns pass, whoever comes …
+        assert_eq!(retry(backlog.accept(200, 2, now + Duration::from_secs(10))), Duration::from_secs(2));
+        // … and no more of them are kept than would be reasonable to wait for.
+        for _ in 0..100 {
+            let wait = retry(backlog.accept(500, 2, now + Duration::from_secs(20)));
+            assert!(wait <= KEPT, "{wait:?}");
+        }
         backlog.release(200, 0);
-        backlog.accept(200, 2).unwrap();
+        accept(&mut backlog, 200, 2).unwrap();
+    }
+
+    #[test]
+    fn obedient_clients_are_served_within_a_few_repeats() {
+        // Thirty orders of a tenth of a second each, a quarter of a second fits. The engine keeps the promised rate, or
+        // half of it; clients come when they are told, or at the next whole second.
+        for (slower, whole_seconds) in [(1.0, false), (1.0, true), (2.0, false), (2.0, true)] {
+            let start = Instant::now();
+            let mut backlog = Backlog::new(250, 1000.0, 1);
+            let mut coming: Vec<(f64, u32)> = (0..30).map(|_| (0.0, 0)).collect();
+            let (mut clock, mut left, mut done, mut served) = (0.0, 0.0, 0_u64, 0);
+            while let Some(next) = (0..coming.len()).min_by(|a, b| coming[*a].0.total_cmp(&coming[*b].0)) {
+                let (at, tries) = coming.swap_remove(next);
+                // The engine works until then.
+                let made = (((at - clock) * 1000.0 / slower).max(0.0) + left).min(backlog.waiting() as f64);
+                backlog.release(made as u64, 0);
+                (clock, left, done) = (at, made.fract(), done + made as u64);
+                match backlog.accept(100, 1, start + Duration::from_secs_f64(at)) {
+                    Ok(()) => served += 1,
+                    Err(Refusal::Full { retry_after, .. }) if tries < 5 => {
+                        let wait = retry_after.as_secs_f64();
+                        coming.push((at + if whole_seconds { wait.ceil() } else { wait }, tries + 1));
+                    }
+                    Err(_) => {}
+                }
+            }
+            assert!(served >= 29, "{served} of 30 at 1/{slower} of the rate, whole seconds: {whole_seconds}");
+        }
     }
 
     #[test]
@@ -122,27 +180,29 @@ mod tests {
         // Long orders: one alone is the whole queue, and the batch has eight rows.
         let mut backlog = Backlog::new(100, 10.0, 8);
         for _ in 0..4 {
-            backlog.accept(500, 2).unwrap();
+            accept(&mut backlog, 500, 2).unwrap();
         }
         assert_eq!(backlog.fill(), 1.0);
-        assert_eq!(retry(backlog.accept(500, 2)), Duration::from_secs(200));
+        let now = Instant::now();
+        assert_eq!(retry(backlog.accept(500, 2, now)), Duration::from_secs(200));
         backlog.release(500, 2);
         assert_eq!(backlog.fill(), 0.75);
-        backlog.accept(500, 2).unwrap();
+        accept(&mut backlog, 500, 2).unwrap();
     }
 
     #[test]
     fn an_empty_queue_takes_more_than_the_limit() {
         let mut backlog = Backlog::new(100, 10.0, 1);
-        backlog.accept(500, 2).unwrap();
+        accept(&mut backlog, 500, 2).unwrap();
         // The larger one waits until nothing else does.
-        assert_eq!(retry(backlog.accept(5000, 1)), Duration::from_secs(50));
+        let now = Instant::now();
+        assert_eq!(retry(backlog.accept(5000, 1, now)), Duration::from_secs(50));
     }
 
     #[test]
     fn the_rate_is_that_of_the_saturated_engine() {
         let mut backlog = Backlog::new(1_000_000, 100.0, 50);
-        backlog.accept(100_000, 60).unwrap();
+        accept(&mut backlog, 100_000, 60).unwrap();
         let start = Instant::now();
         for i in 0..=400 {
             backlog.done(10, start + Duration::from_millis(20 * i));
@@ -151,7 +211,7 @@ mod tests {
         // With little to do, the engine is slow because nobody asks.
         let mut idle = Backlog::new(1000, 100.0, 50);
         for i in 0..100 {
-            idle.accept(1, 1).unwrap();
+            accept(&mut idle, 1, 1).unwrap();
             idle.done(1, start + Duration::from_millis(500 * i));
         }
         assert_eq!(idle.rate(), 100.0);

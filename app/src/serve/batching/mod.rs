@@ -27,7 +27,7 @@ mod worker;
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use backlog::Backlog;
 use curve::Curve;
@@ -300,7 +300,7 @@ impl State {
         if self.activity == Activity::Restarting {
             return Err(Refusal::Loading);
         }
-        self.models[order.model].1.accept(order.work(), order.all_rows())
+        self.models[order.model].1.accept(order.work(), order.all_rows(), Instant::now())
     }
 
     /// Ends an order with a failure and frees what it holds.
@@ -310,6 +310,7 @@ impl State {
         let rows = (live.left * live.order.rows()) as u64;
         self.models[live.order.model].1.release(live.work, rows);
         *self.stats.failed.entry(failure.reason()).or_default() += 1;
+        self.stats.orders.entry(live.order.model).or_default().failed.note(live.accepted.elapsed());
         (live.sink)(Event::Failed(failure));
     }
 
@@ -330,6 +331,7 @@ impl State {
             if live.started.is_none() {
                 live.started = Some(now);
                 self.stats.queued.note(now - live.accepted);
+                self.stats.orders.entry(pick.model).or_default().queued.note(now - live.accepted);
             }
             slot.wants_preview = live.order.previews_at(slot.done + 1).is_some();
             slots.push(slot);
@@ -341,9 +343,7 @@ impl State {
     /// Puts images back after their step.
     fn settle(&mut self, pick: &Pick, bucket: usize, slots: Vec<Slot>, took: Duration) {
         let now = Instant::now();
-        let steps = self.stats.steps.entry((pick.model, bucket)).or_default();
-        steps.count += 1;
-        steps.seconds += took.as_secs_f64();
+        self.stats.steps.entry((pick.model, bucket)).or_default().note(took);
         self.stats.rows_used += pick.rows as u64;
         self.stats.rows_run += bucket as u64;
         for ((id, image), slot) in pick.images.iter().zip(slots) {
@@ -376,6 +376,9 @@ impl State {
         (live.sink)(Event::Image { sample: image, values: slot.x });
         live.left -= 1;
         self.stats.images += 1;
+        let orders = self.stats.orders.entry(live.order.model).or_default();
+        orders.images += 1;
+        orders.last = Some(SystemTime::now());
         if live.left > 0 {
             return;
         }
@@ -387,6 +390,7 @@ impl State {
         };
         (live.sink)(Event::Finished(cost));
         self.stats.finished += 1;
+        orders.finished.note(now - live.accepted);
         self.stats.total.note(now - live.accepted);
         self.live.remove(&id);
         self.schedule.remove(id);

@@ -1,7 +1,7 @@
 //! What the batcher counts; read as a whole by whoever publishes it.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Upper bounds of the histograms' buckets, in seconds.
 pub const BOUNDS: [f64; 16] =
@@ -30,20 +30,45 @@ impl Histogram {
     }
 }
 
-/// Steps of one batch size of one model.
+/// Steps or orders, and their time.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Steps {
+pub struct Times {
     /// How many.
     pub count: u64,
     /// Seconds that they took.
     pub seconds: f64,
 }
 
+impl Times {
+    /// Notes one more.
+    pub fn note(&mut self, time: Duration) {
+        self.count += 1;
+        self.seconds += time.as_secs_f64();
+    }
+}
+
+/// Orders of one model since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Orders {
+    /// Those that got all images, from acceptance to the end.
+    pub finished: Times,
+    /// Those that failed, from acceptance to the end.
+    pub failed: Times,
+    /// Those whose first step was made, from acceptance to it.
+    pub queued: Times,
+    /// Finished images.
+    pub images: u64,
+    /// When an image was finished last.
+    pub last: Option<SystemTime>,
+}
+
 /// Counters since the start, and what is there now.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
     /// Steps by model and rows of the batch.
-    pub steps: BTreeMap<(usize, usize), Steps>,
+    pub steps: BTreeMap<(usize, usize), Times>,
+    /// Orders by model.
+    pub orders: BTreeMap<usize, Orders>,
     /// Rows that belonged to an image; a guided one has two.
     pub rows_used: u64,
     /// Rows of all batches.

@@ -88,12 +88,13 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Json<Value> {
         "threads": app.execution.threads,
         "provider": app.execution.provider.to_string(), "precision": app.execution.precision, "api_key_needed": !app.keys.is_empty(),
         "models": (0..app.sources.len()).map(model).collect::<Vec<_>>(),
+        "ignores_unused_options": limits.ignore_unused,
         "slot_use": stats.rows_used as f64 / (stats.rows_run as f64).max(1.0),
         "limits": {
             "images": limits.images, "steps": limits.steps, "body_bytes": limits.body,
             "connections": limits.connections, "jobs": limits.jobs,
             "request_seconds": limits.request_time.as_secs_f64(), "read_seconds": limits.read_time.as_secs_f64(),
-            "write_seconds": limits.write_time.as_secs_f64(),
+            "write_seconds": limits.write_time.as_secs_f64(), "keep_alive_seconds": limits.keep_alive.as_secs_f64(),
         },
     }))
 }

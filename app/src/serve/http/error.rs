@@ -1,4 +1,4 @@
-//! Errors as clients get them: OpenAI's body, a status that tells whose fault it is.
+//! Errors as clients get them: a status that tells whose fault it is, in the shape that clients of the path expect.
 
 use std::time::Duration;
 
@@ -7,7 +7,11 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::request::random;
 use crate::serve::batching::order::{Failure, Refusal};
+
+/// A wait is made longer by a random share up to this.
+const JITTER: f64 = 0.2;
 
 /// An answer that is no success.
 #[derive(Clone, Debug)]
@@ -19,13 +23,15 @@ pub(crate) struct ApiError {
     /// A word for programs.
     pub(crate) code: &'static str,
     pub(crate) retry_after: Option<Duration>,
+    /// Encodings of bodies that would be taken.
+    pub(crate) accept_encoding: Option<&'static str>,
 }
 
 pub(crate) type ApiResult<T> = Result<T, ApiError>;
 
 impl ApiError {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code, retry_after: None }
+        Self { status, message: message.into(), param: None, code, retry_after: None, accept_encoding: None }
     }
 
     /// A field that is wrong.
@@ -50,8 +56,8 @@ impl ApiError {
         json!({"error": {"message": message, "type": self.kind(), "param": param, "code": code}})
     }
 
-    /// The answer with a body of another shape.
-    pub(crate) fn respond(&self, body: Value) -> Response {
+    /// The answer, with a body of this shape.
+    fn respond(&self, body: Value) -> Response {
         let mut response = (self.status, Json(body)).into_response();
         let headers = response.headers_mut();
         if let Some(after) = self.retry_after {
@@ -59,6 +65,9 @@ impl ApiError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
             // OpenAI's clients take the finer one.
             headers.insert("retry-after-ms", HeaderValue::from(after.as_millis() as u64));
+        }
+        if let Some(encodings) = self.accept_encoding {
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(encodings));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -68,9 +77,45 @@ impl ApiError {
 }
 
 impl IntoResponse for ApiError {
+    /// OpenAI's shape; [`shaped`] finds the error in the extensions where it has to be another.
     fn into_response(self) -> Response {
-        self.respond(self.body())
+        let mut response = self.respond(self.body());
+        response.extensions_mut().insert(self);
+        response
     }
+}
+
+/// Whether a path is the Open Inference Protocol's.
+pub(crate) fn is_protocol(path: &str) -> bool {
+    path.strip_prefix("/v2").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// An answer whose body, if it is an error, has the shape that clients of `path` expect: the Open Inference Protocol's
+/// below /v2, OpenAI's elsewhere. Whoever refused the request does not matter: a handler, the router or its readers.
+pub(crate) fn shaped(path: &str, mut response: Response) -> Response {
+    let status = response.status();
+    let error = match response.extensions_mut().remove::<ApiError>() {
+        Some(_) if !is_protocol(path) => return response,
+        Some(error) => error,
+        None => {
+            let json = |kind: &HeaderValue| kind.as_bytes().starts_with(b"application/json");
+            let told = response.headers().get(header::CONTENT_TYPE).is_some_and(json);
+            if told || !(status.is_client_error() || status.is_server_error()) {
+                return response;
+            }
+            let reason = status.canonical_reason().unwrap_or("refused");
+            ApiError::new(status, "bad_request", format!("the request cannot be read: {reason}"))
+        }
+    };
+    let body = if is_protocol(path) { json!({"error": error.message}) } else { error.body() };
+    let mut new = error.respond(body);
+    // What was said beside the body, e.g. which methods a path takes.
+    for (name, value) in response.headers() {
+        if name != header::CONTENT_LENGTH && name != header::CONTENT_TYPE {
+            new.headers_mut().insert(name, value.clone());
+        }
+    }
+    new
 }
 
 impl From<Refusal> for ApiError {
@@ -78,7 +123,8 @@ impl From<Refusal> for ApiError {
         let text = refusal.to_string();
         match refusal {
             Refusal::Full { retry_after, .. } => Self {
-                retry_after: Some(retry_after),
+                // Those whose wait is the same, here and at other replicas, do not come back together.
+                retry_after: Some(retry_after.mul_f64(1.0 + JITTER * random() as f64 / u64::MAX as f64)),
                 ..Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", text)
             },
             _ => Self {

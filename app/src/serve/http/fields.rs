@@ -83,7 +83,7 @@ impl Fields {
         let Some((name, value)) = self.present(names)? else { return Ok(None) };
         let (least, most) = (range.start(), range.end());
         let expected = format!("expected a whole number from {least} to {most}, got {}", shown(&value));
-        match value.as_u64() {
+        match whole(&value).and_then(|n| u64::try_from(n).ok()) {
             Some(n) if range.contains(&n) => Ok(Some(n)),
             _ => Err(ApiError::field(name, expected)),
         }
@@ -144,6 +144,15 @@ impl Fields {
     }
 }
 
+/// A whole number, also where it is written as 2.0 or 2e0: JSON has one kind of number, and some clients one type for it.
+/// From 2⁵³ on such a writing may stand for a neighbour, too.
+pub(crate) fn whole(value: &Value) -> Option<i128> {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    let digits = value.as_u64().map(i128::from).or_else(|| value.as_i64().map(i128::from));
+    let point = || value.as_f64().filter(|x| x.fract() == 0.0 && x.abs() < EXACT).map(|x| x as i128);
+    digits.or_else(point)
+}
+
 /// A value in a message.
 pub(crate) fn shown(value: &Value) -> String {
     cut(&value.to_string())
@@ -167,6 +176,31 @@ mod tests {
     }
 
     #[test]
+    fn whole_numbers_are_whole_however_they_are_written() {
+        let of = |text: &str| whole(&serde_json::from_str(text).unwrap());
+        for (text, n) in [
+            ("0", Some(0)),
+            ("-0.0", Some(0)),
+            ("-7.0", Some(-7)),
+            ("42.0", Some(42)),
+            ("1e3", Some(1000)),
+            ("18446744073709551615", Some(i128::from(u64::MAX))),
+            ("9007199254740991.0", Some((1 << 53) - 1)),
+            ("9007199254740993.0", None),
+            ("18446744073709551616", None),
+            ("1.5", None),
+            ("1e-3", None),
+            ("1e300", None),
+            ("\"2\"", None),
+            ("true", None),
+            ("null", None),
+            ("[2]", None),
+        ] {
+            assert_eq!(of(text), n, "{text}");
+        }
+    }
+
+    #[test]
     fn fields_are_named_when_they_are_wrong() {
         let parse = |text: &str| Fields::parse(text.as_bytes());
         assert!(message(parse("")).contains("empty"));
@@ -182,6 +216,9 @@ mod tests {
         for bad in ["0", "11", "1.5", "-1", "\"1\"", "true", "[1]", "1e99"] {
             let text = message(whole(&format!("{{\"n\": {bad}}}")));
             assert!(text.starts_with("`n`: expected a whole number from 1 to 10, got"), "{text}");
+        }
+        for (good, n) in [("2.0", 2), ("1e1", 10), ("100e-2", 1), ("3.000", 3)] {
+            assert_eq!(whole(&format!("{{\"n\": {good}}}")).unwrap(), Some(n), "{good}");
         }
         let unknown = parse(r#"{"step": 3}"#).unwrap().finish(&["steps", "seed"]).unwrap_err();
         assert_eq!((unknown.param.as_deref(), unknown.code), (Some("step"), "unknown_field"));

@@ -21,80 +21,94 @@ use crate::serve::picture::pixels;
 /// Where the JSON ends and the tensors begin.
 pub(super) const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 /// The one version of every model.
-const VERSION: &str = "1";
-
-/// The protocol's error body.
-pub(crate) struct Refused(ApiError);
-
-impl From<ApiError> for Refused {
-    fn from(error: ApiError) -> Self {
-        Self(error)
-    }
-}
-
-impl IntoResponse for Refused {
-    fn into_response(self) -> Response {
-        self.0.respond(json!({"error": self.0.message}))
-    }
-}
-
-type Answer<T> = Result<T, Refused>;
+pub(super) const VERSION: &str = "1";
+const NOT_READY: &str = "the server is loading or shutting down";
 
 /// `GET /v2`.
 pub(crate) async fn server() -> Json<Value> {
-    Json(json!({"name": "mudit", "version": env!("CARGO_PKG_VERSION"), "extensions": ["binary_tensor_data"]}))
+    Json(json!({
+        "name": "mudit", "version": env!("CARGO_PKG_VERSION"),
+        "extensions": ["binary_tensor_data", "model_configuration", "model_repository", "statistics"],
+    }))
 }
 
 /// `GET /v2/health/live`.
 pub(crate) async fn live(State(app): State<Arc<App>>) -> Response {
-    if app.live() { Json(json!({"live": true})).into_response() } else { unavailable("live") }
+    if app.live() {
+        Json(json!({"live": true})).into_response()
+    } else {
+        unavailable("live", "a step does not end")
+    }
 }
 
 /// `GET /v2/health/ready`.
 pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response {
-    if app.ready() { Json(json!({"ready": true})).into_response() } else { unavailable("ready") }
+    if app.ready() { Json(json!({"ready": true})).into_response() } else { unavailable("ready", NOT_READY) }
 }
 
-fn unavailable(what: &str) -> Response {
-    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({what: false}))).into_response()
+fn unavailable(what: &str, why: &str) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({what: false, "error": why}))).into_response()
 }
 
 /// `GET /v2/models/{model}` and the same of a version.
 pub(crate) async fn metadata(
     State(app): State<Arc<App>>,
     Path(path): Path<Vec<String>>,
-) -> Answer<Json<Value>> {
+) -> ApiResult<Json<Value>> {
     let (_, source) = find(&app, &path)?;
-    let [c, h, w] = source.shape();
-    let shown = if matches!(c, 1 | 2) { 1 } else { 3 };
-    let tensor = |name: &str, datatype: &str, shape: &[i64]| json!({"name": name, "datatype": datatype, "shape": shape});
-    let [c, h, w] = [c as i64, h as i64, w as i64];
+    let described = |ports: &[Port]| -> Vec<Value> {
+        ports.iter().map(|p| json!({"name": p.name, "datatype": p.datatype, "shape": p.shape})).collect()
+    };
+    let [inputs, outputs] = ports(source);
     Ok(Json(json!({
         "name": source.name, "versions": [VERSION], "platform": "mudit",
-        "inputs": [
-            tensor("class_label", "INT64", &[-1]), tensor("seed", "UINT64", &[-1]),
-            tensor("noise", "FP32", &[-1, c, h, w]),
-        ],
-        "outputs": [
-            tensor("image", "UINT8", &[-1, h, w, shown]), tensor("latent", "FP32", &[-1, c, h, w]),
-            tensor("seed", "UINT64", &[-1]),
-        ],
+        "inputs": described(&inputs), "outputs": described(&outputs),
     })))
+}
+
+/// A tensor that goes in or comes out.
+pub(super) struct Port {
+    pub(super) name: &'static str,
+    pub(super) datatype: &'static str,
+    /// -1 is the number of images.
+    pub(super) shape: Vec<i64>,
+    pub(super) optional: bool,
+}
+
+/// The input and output tensors of a model.
+pub(super) fn ports(source: &Source) -> [Vec<Port>; 2] {
+    let port =
+        |name, datatype, shape: &[i64], optional| Port { name, datatype, shape: shape.to_vec(), optional };
+    let [c, h, w] = source.shape().map(|n| n as i64);
+    let shown = if matches!(c, 1 | 2) { 1 } else { 3 };
+    let inputs = vec![
+        port("class_label", "INT64", &[-1], false),
+        port("seed", "UINT64", &[-1], true),
+        port("noise", "FP32", &[-1, c, h, w], true),
+    ];
+    let outputs = vec![
+        port("image", "UINT8", &[-1, h, w, shown], false),
+        port("latent", "FP32", &[-1, c, h, w], false),
+        port("seed", "UINT64", &[-1], false),
+    ];
+    [inputs, outputs]
 }
 
 /// `GET /v2/models/{model}/ready` and the same of a version.
 pub(crate) async fn model_ready(
     State(app): State<Arc<App>>,
     Path(path): Path<Vec<String>>,
-) -> Answer<Response> {
+) -> ApiResult<Response> {
     let (_, source) = find(&app, &path)?;
     if app.ready() {
         return Ok(Json(json!({"name": source.name, "ready": true})).into_response());
     }
-    Ok((StatusCode::SERVICE_UNAVAILABLE, Json(json!({"name": source.name, "ready": false}))).into_response())
+    let body = json!({"name": source.name, "ready": false, "error": NOT_READY});
+    Ok((StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response())
 }
 
-fn find<'a>(app: &'a App, path: &[String]) -> ApiResult<(usize, &'a Source)> {
+/// The model of a path, and perhaps its version.
+pub(super) fn find<'a>(app: &'a App, path: &[String]) -> ApiResult<(usize, &'a Source)> {
     let found = request::model(app, path.first().cloned())?;
     if let Some(version) = path.get(1).filter(|v| *v != VERSION) {
         let text = format!(
@@ -123,10 +137,10 @@ pub(crate) async fn infer(
     State(app): State<Arc<App>>,
     Path(path): Path<Vec<String>>,
     headers: HeaderMap,
-    body: ApiResult<Body>,
-) -> Answer<Response> {
+    body: Body,
+) -> ApiResult<Response> {
     let (index, source) = find(&app, &path)?;
-    let inference = read(&app, &source.name, &headers, &body?)?;
+    let inference = read(&app, &source.name, &headers, &body)?;
     let mut waiting = Waiting::submit(&app.batcher, inference.request.order.clone())?;
     let samples = &inference.request.order.samples;
     let mut values: Vec<Vec<f32>> = vec![Vec::new(); samples.len()];
@@ -134,12 +148,12 @@ pub(crate) async fn infer(
         match waiting.events.recv().await {
             Some(Event::Image { sample, values: made }) => values[sample] = made,
             Some(Event::Finished(_)) => break,
-            Some(Event::Failed(failure)) => return Err(ApiError::from(failure).into()),
+            Some(Event::Failed(failure)) => return Err(failure.into()),
             Some(_) => {}
-            None => return Err(internal("the engine left an order without an end").into()),
+            None => return Err(internal("the engine left an order without an end")),
         }
     }
-    respond(&app.sources[index], &inference, &values).map_err(Refused)
+    respond(&app.sources[index], &inference, &values)
 }
 
 fn read(app: &App, model: &str, headers: &HeaderMap, body: &Body) -> ApiResult<Inference> {

@@ -1,68 +1,181 @@
-//! Connections: how many, how slow, and how they end.
+//! Connections: where they come in, how slow they may be, and how they end.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use futures_util::future::select_all;
+use http_body_util::BodyExt as _;
+use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
-use tokio::sync::watch;
-use tokio_io_timeout::TimeoutStream;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tower::ServiceExt as _;
 
 use super::Limits;
+use super::door::{Door, Phase, Seat};
+use super::layers::{LARGEST_HEAD, MOST_HEADERS};
+use super::line::Line;
 
-/// After a failed accept, e.g. for want of file handles.
+/// After a failed accept.
 const PAUSE: Duration = Duration::from_millis(50);
-/// A client's head holds no more bytes.
-const LARGEST_HEAD: usize = 32 * 1024;
+/// Between two looks at a request whose first line is not whole.
+const GLANCE: Duration = Duration::from_millis(5);
+/// An idle connection is closed so much later than clients are told, so that they close it first.
+const LENIENCE: Duration = Duration::from_secs(1);
+
+/// What every connection needs.
+#[derive(Clone)]
+struct Hall {
+    door: Arc<Door>,
+    router: Router,
+    limits: Arc<Limits>,
+    builder: http1::Builder,
+}
 
 /// Serves connections until `ended` says true; then waits for answers on their way, for `grace` at most.
 pub(in crate::serve) async fn listen(
-    listener: TcpListener,
+    listeners: Vec<TcpListener>,
     router: Router,
     limits: Limits,
     mut ended: watch::Receiver<bool>,
     grace: Duration,
 ) {
     let graceful = GracefulShutdown::new();
-    let places = Arc::new(Semaphore::new(limits.connections));
-    let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(limits.read_time).max_buf_size(LARGEST_HEAD);
+    let mut builder = http1::Builder::new();
+    // Larger heads than are taken are read, so that the refusal says what is wrong in the shape of the path.
+    builder.timer(TokioTimer::new()).max_buf_size(4 * LARGEST_HEAD).max_headers(4 * MOST_HEADERS);
+    let keep = !limits.keep_alive.is_zero();
+    let idle = if keep { limits.keep_alive } else { limits.read_time };
+    builder.keep_alive(keep).header_read_timeout(idle + LENIENCE);
+    let hall = Hall { door: Door::new(limits.connections), router, limits: Arc::new(limits), builder };
+    let mut told = false;
     loop {
-        let place_and_stream = async {
-            let place = places.clone().acquire_owned().await.ok()?;
-            Some((place, listener.accept().await))
-        };
-        let next = tokio::select! {
-            next = place_and_stream => next,
+        let accept = select_all(listeners.iter().map(|listener| Box::pin(listener.accept())));
+        let (accepted, ..) = tokio::select! {
+            accepted = accept => accepted,
             _ = ended.wait_for(|e| *e) => break,
         };
-        let Some((place, accepted)) = next else { break };
-        let Ok((stream, _)) = accepted else {
-            tokio::time::sleep(PAUSE).await;
-            continue;
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                if !std::mem::replace(&mut told, true) {
+                    crate::console::note(&format!(
+                        "serve: a connection cannot be accepted: {error}; idle ones are closed to make room (told once)"
+                    ));
+                }
+                hall.door.make_room();
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
         };
         // Small answers must not wait for each other.
         let _ = stream.set_nodelay(true);
-        let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(limits.write_time));
-        let io = TokioIo::new(Box::pin(stream) as Pin<Box<TimeoutStream<_>>>);
-        let router = router.clone();
-        let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-            router.clone().oneshot(request.map(axum::body::Body::new))
-        });
-        let connection = graceful.watch(builder.serve_connection(io, service));
-        tokio::spawn(async move {
-            // A client that breaks the protocol or goes away is no news.
-            let _ = connection.await;
-            drop(place);
-        });
+        let (hall, watcher) = (hall.clone(), graceful.watcher());
+        if let Some(place) = hall.door.place() {
+            let seat = Seat::new(&hall.door);
+            tokio::spawn(hall.serve(stream, seat, place, watcher));
+            continue;
+        }
+        let waiting = tokio::select! {
+            waiting = hall.door.waiting_place() => waiting,
+            _ = ended.wait_for(|e| *e) => break,
+        };
+        if let Some(waiting) = waiting {
+            tokio::spawn(hall.wait(stream, waiting, watcher));
+        }
     }
-    drop(listener);
+    drop(listeners);
     let _ = tokio::time::timeout(grace, graceful.shutdown()).await;
+}
+
+impl Hall {
+    /// Serves a connection in its place to the end.
+    async fn serve(self, stream: TcpStream, seat: Arc<Seat>, place: OwnedSemaphorePermit, watcher: Watcher) {
+        let io = TokioIo::new(Line::new(stream, seat.clone(), &self.limits));
+        let (router, of) = (self.router, seat.clone());
+        let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+            of.enter(Phase::Asked);
+            let answered = Answered(of.clone());
+            let answer = router.clone().oneshot(request.map(axum::body::Body::new));
+            async move {
+                let answer = answer.await?;
+                Ok::<_, std::convert::Infallible>(answer.map(|body| {
+                    body.map_frame(move |frame| {
+                        let _ = &answered;
+                        frame
+                    })
+                }))
+            }
+        });
+        let connection = watcher.watch(self.builder.serve_connection(io, service));
+        tokio::select! {
+            // A client that breaks the protocol or goes away is no news.
+            _ = connection => {}
+            () = seat.asked_to_leave() => {}
+        }
+        drop(place);
+    }
+
+    /// Keeps a connection until there is a place for it; a probe is answered where it stands.
+    async fn wait(self, stream: TcpStream, waiting: OwnedSemaphorePermit, watcher: Watcher) {
+        let seat = Seat::new(&self.door);
+        let mut waiting = Some(waiting);
+        let place = {
+            let next = self.door.next_place();
+            tokio::pin!(next);
+            tokio::select! {
+                place = &mut next => place,
+                probe = is_probe(&stream, self.limits.read_time) => match probe {
+                    Some(true) => waiting.take(),
+                    // Somebody who asks is not sent away.
+                    Some(false) => {
+                        seat.enter(Phase::Asked);
+                        next.await
+                    }
+                    None => None,
+                },
+                () = seat.asked_to_leave() => None,
+            }
+        };
+        drop(waiting);
+        let Some(place) = place else { return };
+        seat.enter(Phase::Idle);
+        self.serve(stream, seat, place, watcher).await;
+    }
+}
+
+/// Tells a connection that its answer is made, when the last of it is taken.
+struct Answered(Arc<Seat>);
+
+impl Drop for Answered {
+    fn drop(&mut self) {
+        self.0.enter(Phase::Answered);
+    }
+}
+
+/// Whether a connection asks for the server's health; none when it is gone or says nothing in time.
+async fn is_probe(stream: &TcpStream, time: Duration) -> Option<bool> {
+    const PROBES: [&[u8]; 4] = [b"GET /v2/health/", b"GET /health", b"HEAD /v2/health/", b"HEAD /health"];
+    let look = async {
+        loop {
+            let mut start = [0; 16];
+            match stream.peek(&mut start).await {
+                Ok(n) if n > 0 => {
+                    let start = &start[..n];
+                    if PROBES.iter().any(|probe| start.starts_with(probe)) {
+                        return Some(true);
+                    }
+                    if !PROBES.iter().any(|probe| probe.starts_with(start)) {
+                        return Some(false);
+                    }
+                }
+                _ => return None,
+            }
+            tokio::time::sleep(GLANCE).await;
+        }
+    };
+    tokio::time::timeout(time, look).await.ok().flatten()
 }

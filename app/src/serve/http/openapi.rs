@@ -8,12 +8,16 @@ use models::SolverKind;
 use serde_json::{Map, Value, json};
 
 use super::App;
-use super::request::{DEFAULT_GUIDANCE, FIELDS, MOST_GUIDANCE, MOST_PREVIEWS};
+use super::error::is_protocol;
+use super::request::{DEFAULT_GUIDANCE, FIELDS, MOST_GUIDANCE, MOST_PREVIEWS, UNUSED};
 
 /// Method, path, tag, summary, body's schema, statuses.
 type Operation = (&'static str, &'static str, &'static str, &'static str, &'static str, &'static [u16]);
 
-const OPERATIONS: [Operation; 21] = [
+/// Tag of what Triton's clients ask.
+const TRITON: &str = "Triton's extensions";
+
+const OPERATIONS: [Operation; 29] = [
     (
         "post",
         "/v1/images/generations",
@@ -85,6 +89,21 @@ const OPERATIONS: [Operation; 21] = [
         "InferRequest",
         &[200, 400, 401, 404, 408, 413, 415, 429, 500, 503, 504],
     ),
+    ("get", "/v2/models/stats", TRITON, "What all models have done", "", &[200]),
+    ("get", "/v2/models/{model}/stats", TRITON, "What a model has done", "", &[200, 404]),
+    ("get", "/v2/models/{model}/versions/{version}/stats", TRITON, "What a model has done", "", &[200, 404]),
+    ("get", "/v2/models/{model}/config", TRITON, "A model's configuration", "", &[200, 404]),
+    (
+        "get",
+        "/v2/models/{model}/versions/{version}/config",
+        TRITON,
+        "A model's configuration",
+        "",
+        &[200, 404],
+    ),
+    ("post", "/v2/repository/index", TRITON, "The models and whether they are ready", "", &[200]),
+    ("get", "/v2/systemsharedmemory/status", TRITON, "No region is ever registered", "", &[200]),
+    ("get", "/v2/cudasharedmemory/status", TRITON, "No region is ever registered", "", &[200]),
     ("get", "/health", "operation", "Whether the process is well", "", &[200, 503]),
     (
         "get",
@@ -120,18 +139,20 @@ pub(super) async fn document(State(app): State<Arc<App>>) -> Json<Value> {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             "schemas": {
                 "ImageRequest": image_request(&app), "InferRequest": infer_request(), "Error": error_schema(),
+                "ProtocolError": {"type": "object", "properties": {"error": {"type": "string"}}},
             },
         },
     }))
 }
 
 fn operation(app: &App, path: &str, tag: &str, summary: &str, schema: &str, statuses: &[u16]) -> Value {
+    let error = if is_protocol(path) { "ProtocolError" } else { "Error" };
     let mut responses: Map<String, Value> = Map::new();
     for status in statuses {
         let mut response = json!({"description": meaning(*status)});
         if *status >= 400 {
             response["content"] =
-                json!({"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}});
+                json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{error}")}}});
         }
         responses.insert(status.to_string(), response);
     }
@@ -164,7 +185,7 @@ fn meaning(status: u16) -> &'static str {
         404 => "there is none of that name",
         408 => "the body came too slowly",
         413 => "the body is too large",
-        415 => "the body is not JSON",
+        415 => "the body is not JSON, or in another encoding than gzip and deflate",
         429 => "the queue is full; `Retry-After` says when there is room",
         503 => "loading or shutting down",
         504 => "the deadline passed",
@@ -184,10 +205,10 @@ fn image_request(app: &App) -> Value {
         let schema = match field {
             "model" => json!({"type": "string", "enum": app.names(), "description": "Default: the first"}),
             "prompt" => {
-                json!({"type": "string", "description": "A class by number or name; or use class_label"})
+                json!({"type": "string", "description": "A class by name or number, or `@` and a number; or use class_label"})
             }
             "class_label" => {
-                json!({"description": "A class by number or name, null for none, or one an image",
+                json!({"description": "A class by number, or by name as in prompt; null for none; or one an image",
                 "oneOf": [{"type": "integer"}, {"type": "string"}, {"type": "null"}, {"type": "array"}]})
             }
             "n" => json!({"type": "integer", "minimum": 1, "maximum": limits.images, "default": 1}),
@@ -223,8 +244,14 @@ fn image_request(app: &App) -> Value {
                 "description": "The request fails when it takes longer"})
             }
             "user" => json!({"type": "string", "description": "For your own books"}),
-            "quality" => json!({"type": "string", "enum": ["auto", "standard"]}),
-            _ => json!({"type": "string", "enum": ["auto"]}),
+            "background" => json!({"type": "string", "enum": ["auto", "opaque"]}),
+            "output_compression" => {
+                json!({"type": "integer", "minimum": if limits.ignore_unused { 0 } else { 100 }, "maximum": 100})
+            }
+            name => match UNUSED.iter().find(|(unused, _)| *unused == name && !limits.ignore_unused) {
+                Some((_, choices)) => json!({"type": "string", "enum": choices}),
+                None => json!({"type": "string", "description": "Ignored"}),
+            },
         };
         properties.insert(field.to_owned(), schema);
     }

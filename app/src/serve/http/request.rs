@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use models::{Guidance, Solver, SolverKind};
+use models::{Guidance, ModelError, Solver, SolverKind};
 use serde_json::Value;
 
 use super::App;
 use super::error::{ApiError, ApiResult};
-use super::fields::{Fields, shown};
+use super::fields::{Fields, shown, whole};
 use crate::sampler::{default_sampler, default_steps};
 use crate::serve::batching::order::{Order, Sample};
 use crate::serve::model::Source;
@@ -22,7 +22,7 @@ pub(crate) const MOST_PREVIEWS: u64 = 50;
 const LARGEST_DRAWN: u64 = (1 << 53) - 1;
 
 /// Every field of a request for images.
-pub(crate) const FIELDS: [&str; 24] = [
+pub(crate) const FIELDS: [&str; 25] = [
     "model",
     "prompt",
     "class_label",
@@ -47,7 +47,12 @@ pub(crate) const FIELDS: [&str; 24] = [
     "style",
     "background",
     "moderation",
+    "output_compression",
 ];
+
+/// Texts without a meaning for these models, and what is taken all the same.
+pub(crate) const UNUSED: [(&str, &[&str]); 3] =
+    [("quality", &["auto", "standard"]), ("style", &["auto"]), ("moderation", &["auto"])];
 
 /// How the images are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +80,7 @@ pub(crate) fn read(app: &App, mut fields: Fields) -> ApiResult<Request> {
     let labels = labels(&mut fields, source)?;
     let n = fields.whole(&["n"], 1..=app.limits.images as u64)?.map(|n| n as usize);
     let labels = one_each(labels, n, app.limits.images)?;
-    sizes_and_neutral(&mut fields, source)?;
+    sizes_and_neutral(&mut fields, source, app.limits.ignore_unused)?;
     let (solver, steps) = solver(&mut fields, source, app.limits.steps)?;
     let guidance = guidance(&mut fields, source, &labels)?;
     let seed = match fields.whole(&["seed"], 0..=u64::MAX)? {
@@ -126,19 +131,11 @@ pub(crate) fn model(app: &App, name: Option<String>) -> ApiResult<(usize, &Sourc
 fn labels(fields: &mut Fields, source: &Source) -> ApiResult<Vec<i64>> {
     let prompt = fields.text(&["prompt"])?;
     let prompt = prompt.filter(|p| !p.trim().is_empty());
-    let from_prompt = match &prompt {
-        None => None,
-        Some(text) => Some(source.class(text).ok_or_else(|| {
-            let got = shown(&Value::from(text.as_str()));
-            ApiError::field(
-                "prompt",
-                format!("{got} is no class of this model; expected {}", source.classes()),
-            )
-        })?),
-    };
+    let from_prompt = prompt.map(|text| class("prompt", &text, source)).transpose()?;
     let labels = match fields.take(&["class_label"])? {
         None => {
-            let expected = || ApiError::field("class_label", format!("give a class: {}", source.classes()));
+            let expected =
+                || ApiError::field("class_label", format!("give a class: {}", source.model.known_classes()));
             return Ok(vec![from_prompt.ok_or_else(expected)?]);
         }
         Some((_, Value::Array(all))) if all.is_empty() => {
@@ -162,18 +159,28 @@ fn labels(fields: &mut Fields, source: &Source) -> ApiResult<Vec<i64>> {
 /// A class by number, name, or null for none.
 fn label(value: &Value, source: &Source) -> ApiResult<i64> {
     let found = match value {
-        Value::Null => source.model.conditioning().null_class().map(|n| n as i64),
-        Value::Number(n) => {
-            n.as_u64().filter(|n| *n < source.model.conditioning().class_count() as u64).map(|n| n as i64)
-        }
-        Value::String(text) => source.class(text),
-        _ => None,
+        Value::String(text) => return class("class_label", text, source),
+        Value::Null => source.model.conditioning().null_class(),
+        number => whole(number)
+            .and_then(|n| usize::try_from(n).ok())
+            .filter(|n| *n < source.model.conditioning().class_count()),
     };
-    found.ok_or_else(|| {
+    found.map(|class| class as i64).ok_or_else(|| {
         let null = if source.model.conditioning().null_class().is_some() { ", or null for none" } else { "" };
-        let (got, classes) = (shown(value), source.classes());
-        ApiError::field("class_label", format!("{got} is no class of this model; expected {classes}{null}"))
+        no_class("class_label", value, &format!("{}{null}", source.model.known_classes()))
     })
+}
+
+/// The class that a text means.
+fn class(field: &str, text: &str, source: &Source) -> ApiResult<i64> {
+    source.model.class(text).map(|class| class as i64).map_err(|error| match error {
+        ModelError::UnknownClass { known, .. } => no_class(field, &Value::from(text), &known),
+        other => ApiError::field(field, other),
+    })
+}
+
+fn no_class(field: &str, got: &Value, expected: &str) -> ApiError {
+    ApiError::field(field, format!("{} is no class of this model; expected {expected}", shown(got)))
 }
 
 /// One class an image.
@@ -192,19 +199,26 @@ fn one_each(labels: Vec<i64>, n: Option<usize>, most: usize) -> ApiResult<Vec<i6
     }
 }
 
-/// Fields that this server has one value for.
-fn sizes_and_neutral(fields: &mut Fields, source: &Source) -> ApiResult<()> {
+/// Fields that this server has one value for; where it was told to, it takes any value of those that cannot matter.
+fn sizes_and_neutral(fields: &mut Fields, source: &Source, ignore_unused: bool) -> ApiResult<()> {
     let size = source.size();
     fields.choice("size", &[size.as_str(), "auto"])?;
     fields.choice("output_format", &["png"])?;
-    for (name, neutral) in [
-        ("quality", &["auto", "standard"][..]),
-        ("background", &["auto"][..]),
-        ("moderation", &["auto"][..]),
-        ("style", &["auto"][..]),
-    ] {
-        fields.choice(name, neutral)?;
+    // A transparent background would be another picture.
+    fields.choice("background", &["auto", "opaque"])?;
+    let told = |mut error: ApiError| {
+        if !ignore_unused {
+            error.message.push_str("; a server with --ignore-unused-options takes any");
+        }
+        error
+    };
+    for (name, neutral) in UNUSED {
+        let taken = if ignore_unused { fields.text(&[name]) } else { fields.choice(name, neutral) };
+        taken.map_err(told)?;
     }
+    // PNG loses nothing, whatever is asked of it.
+    let least = if ignore_unused { 0 } else { 100 };
+    fields.whole(&["output_compression"], least..=100).map_err(told)?;
     // It is for the client's own books.
     fields.text(&["user"])?;
     Ok(())
@@ -226,10 +240,10 @@ fn solver(fields: &mut Fields, source: &Source, most: usize) -> ApiResult<(Solve
 }
 
 /// A refusal of the solver as that of a field.
-fn solver_field(error: &models::ModelError) -> ApiError {
+fn solver_field(error: &ModelError) -> ApiError {
     let field = match error {
-        models::ModelError::SolverOption { option, .. } => option,
-        models::ModelError::BadSpacing { .. } => "steps",
+        ModelError::SolverOption { option, .. } => option,
+        ModelError::BadSpacing { .. } => "steps",
         _ => "sampler",
     };
     ApiError::field(field, error)

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::error::{ApiError, ApiResult};
-use super::fields::{Fields, shown};
+use super::fields::{Fields, shown, whole};
 
 /// An input.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl Tensor {
         let datatype = fields.text(&["datatype"])?.ok_or_else(|| missing("datatype"))?;
         let wrong = |text: String| ApiError::field(&super::fields::cut(&name), text);
         let shape = match fields.take(&["shape"])? {
-            Some((_, Value::Array(dims))) => dims.iter().map(|d| d.as_u64().map(|d| d as usize)).collect(),
+            Some((_, Value::Array(dims))) => dims.iter().map(|d| usize::try_from(whole(d)?).ok()).collect(),
             _ => None,
         };
         let shape: Vec<usize> = shape.ok_or_else(|| wrong("expected a shape of whole numbers".into()))?;
@@ -157,8 +157,8 @@ fn from_json(datatype: &str, values: &Value) -> Option<Data> {
         Some(out)
     }
     match datatype {
-        "INT64" | "INT32" => all(values, Value::as_i64).map(Data::Labels),
-        "UINT64" => all(values, Value::as_u64).map(Data::Seeds),
+        "INT64" | "INT32" => all(values, |v| i64::try_from(whole(v)?).ok()).map(Data::Labels),
+        "UINT64" => all(values, |v| u64::try_from(whole(v)?).ok()).map(Data::Seeds),
         "FP32" => all(values, |v| v.as_f64().map(|x| x as f32)).map(Data::Floats),
         _ => None,
     }
@@ -196,6 +196,9 @@ mod tests {
             json!({"name": "class_label", "datatype": "INT64", "shape": [2], "parameters": parameters});
         assert_eq!(Tensor::read(head, &mut rest).unwrap().whole().unwrap(), [7, -2]);
         assert_eq!(rest, [9]);
+        let doubles =
+            json!({"name": "class_label", "datatype": "INT64", "shape": [2.0], "data": [7.0, -2.0]});
+        assert_eq!(Tensor::read(doubles, &mut none).unwrap().whole().unwrap(), [7, -2]);
     }
 
     #[test]

@@ -34,7 +34,7 @@ async function load() {
 
 function choose() {
   model = info.models.find((m) => m.id === $('model').value) ?? info.models[0];
-  const name = (i) => (model.class_names ? `${i} ${model.class_names[i]}` : `class ${i}`);
+  const name = (i) => (model.class_names ? `@${i} ${model.class_names[i]}` : `class ${i}`);
   const classes = Array.from({ length: model.classes }, (_, i) => option(i, name(i)));
   if (model.unconditional) classes.push(option('none', 'no class'));
   $('label').replaceChildren(...classes);

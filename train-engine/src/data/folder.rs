@@ -194,7 +194,7 @@ mod tests {
         assert_eq!((set.len(), set.class_names()), (3, &["a cats".to_owned(), "b dogs".to_owned()][..]));
         assert_eq!(told.borrow().len(), 1);
         assert!(told.borrow()[0].contains("1 hidden picture (`"), "{told:?}");
-        assert!(told.borrow()[0].contains("1 file that is neither PNG nor JPEG (`"), "{told:?}");
+        assert!(told.borrow()[0].contains("1 file that is no picture (`"), "{told:?}");
         let (label, image) = read(&set, 1, false).unwrap();
         assert_eq!(label, 1);
         // The short side fits already, so the middle four columns stay: x = 1 … 4 of channel 0, seed 2 in channel 2.

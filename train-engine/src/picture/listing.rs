@@ -10,9 +10,9 @@ use crate::error::{Result, TrainError};
 const MAX_DEPTH: usize = 16;
 /// Endings of the pictures that can be decoded.
 const READ: [&str; 3] = ["png", "jpg", "jpeg"];
-/// Endings of other pictures.
-const FOREIGN: [&str; 12] =
-    ["webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jxl", "jp2", "avif", "heic", "heif"];
+/// Endings of other pictures, and other endings of these, which the usual loaders do not take.
+const FOREIGN: [&str; 14] =
+    ["webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jxl", "jp2", "avif", "heic", "heif", "jfif", "jpe"];
 /// Directories that operating systems, storage boxes and archivers leave among the user's.
 const SYSTEM: [&str; 8] = [
     "lost+found",
@@ -32,7 +32,7 @@ pub enum Kind {
     Picture,
     /// Such a file that is hidden, or in a hidden or a system's directory.
     Hidden,
-    /// A picture of a format that cannot be decoded.
+    /// A picture of another format or with another ending.
     Foreign,
     /// No picture.
     Other,
@@ -64,25 +64,25 @@ pub fn is_private(name: &OsStr) -> bool {
     hidden || SYSTEM.contains(&name.to_ascii_lowercase().as_str())
 }
 
-/// How many files there are of a kind, and one of them.
+/// How many files there are of a kind, and the first in the order of names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Their number.
     pub count: usize,
-    /// The first that was met.
+    /// The first in the order of names.
     pub first: Option<String>,
 }
 
 impl Tally {
     /// Counts one more.
     pub fn add(&mut self, name: impl Into<String>) {
-        self.count += 1;
-        self.first.get_or_insert_with(|| name.into());
+        self.merge(Self { count: 1, first: Some(name.into()) });
     }
 
     fn merge(&mut self, other: Self) {
         self.count += other.count;
-        self.first = self.first.take().or(other.first);
+        let both = self.first.take().into_iter().chain(other.first);
+        self.first = both.min();
     }
 
     /// `3 files (the first: a)`.
@@ -129,8 +129,8 @@ impl LeftOut {
     pub fn line(&self, place: &Path) -> Option<String> {
         let kinds = [
             self.hidden.told("hidden picture", "pictures that are hidden or in directories of the system"),
-            self.foreign.told("picture of another format", "pictures of other formats"),
-            self.other.told("file that is neither PNG nor JPEG", "files that are neither PNG nor JPEG"),
+            self.foreign.told("picture with another ending", "pictures with other endings"),
+            self.other.told("file that is no picture", "files that are no pictures"),
         ];
         let kinds: Vec<String> = kinds.into_iter().flatten().collect();
         (!kinds.is_empty()).then(|| format!("left out of `{}`: {}", place.display(), kinds.join("; ")))

@@ -255,7 +255,7 @@ fn side_by_side<'a>(
 /// Tells what a set leaves out; pictures of formats that cannot be read are an error, for the number would be of other images.
 fn tell_left_out(left_out: &LeftOut, path: &Path, progress: &dyn Fn(&str)) -> anyhow::Result<()> {
     if let Some(told) = left_out.foreign.told("picture", "pictures") {
-        bail!("{}: only PNG and JPEG pictures can be read; convert {told}", path.display());
+        bail!("{}: only .png, .jpg and .jpeg are read; convert or rename {told}", path.display());
     }
     if let Some(line) = left_out.line(path) {
         progress(&line);

@@ -16,7 +16,7 @@ fn bytes_of(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
 }
 
 /// The same array with the other order of its axes in its header.
-fn by_columns(npy: Vec<u8>) -> Vec<u8> {
+fn by_columns(npy: &[u8]) -> Vec<u8> {
     let place = npy.windows(5).position(|w| w == b"False").unwrap();
     [&npy[..place], b"True ", &npy[place + 5..]].concat()
 }
@@ -86,11 +86,11 @@ fn statistics_in_any_order_and_with_axes_of_one_are_read() {
     let covariance = |shape: &str| npy("<f8", shape, &doubles(&rows));
     let (flat, square) = (format!("({n},)"), format!("({n}, {n})"));
     for (name, mu, sigma) in [
-        ("columns", npy("<f8", &flat, &mean), by_columns(covariance(&square))),
+        ("columns", npy("<f8", &flat, &mean), by_columns(&covariance(&square))),
         ("row", npy("<f8", &format!("(1, {n})"), &mean), covariance(&square)),
         (
             "column",
-            by_columns(npy("<f8", &format!("({n}, 1)"), &mean)),
+            by_columns(&npy("<f8", &format!("({n}, 1)"), &mean)),
             covariance(&format!("(1, {n}, {n})")),
         ),
     ] {
@@ -110,11 +110,11 @@ fn what_is_stored_otherwise_is_refused_with_what_to_do() {
     write(&scene, "first.npz", &[("arr_0.npy", zeros("(4, 3, 8, 8)", 768))]);
     write(&scene, "grey.npz", &[("arr_0.npy", zeros("(4, 8, 8)", 256))]);
     write(&scene, "alpha.npz", &[("arr_0.npy", zeros("(4, 8, 8, 4)", 1024))]);
-    write(&scene, "columns.npz", &[("arr_0.npy", by_columns(zeros("(4, 8, 8, 3)", 768)))]);
+    write(&scene, "columns.npz", &[("arr_0.npy", by_columns(&zeros("(4, 8, 8, 3)", 768)))]);
     write(&scene, "long.npz", &[("arr_0.npy", npy("<i8", "(1, 8, 8, 3)", &[0; 1536]))]);
     write(&scene, "other.npz", &[("m.npy", floats("(12,)", 12)), ("s.npy", floats("(12, 12)", 144))]);
     write(&scene, "named.npz", &[("images.npy", zeros("(4, 8, 8, 3)", 768))]);
-    scene.write("columns.npy", by_columns(zeros("(4, 8, 8, 3)", 768)));
+    scene.write("columns.npy", by_columns(&zeros("(4, 8, 8, 3)", 768)));
     scene.write("list.pkl", b"\x80\x04\x95");
     scene.write("pickle.npz", b"\x80\x04\x95\x01\x00\x00\x00");
     fs::create_dir(scene.path("folder")).unwrap();

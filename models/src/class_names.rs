@@ -235,8 +235,8 @@ mod tests {
             }
             // Each meaning comes with a spelling that has no other.
             let message = got.unwrap_err().to_string();
-            let mut parts: Vec<&str> = message.split("(write `").skip(1).collect();
-            parts.iter_mut().for_each(|part| *part = part.split('`').next().unwrap());
+            let parts = message.split("(write `").skip(1);
+            let parts: Vec<&str> = parts.map(|part| part.split('`').next().unwrap()).collect();
             assert_eq!(parts.len(), 2, "{message}");
             let classes: Vec<usize> = parts.iter().map(|part| model.class(part).unwrap()).collect();
             assert_ne!(classes[0], classes[1], "{message}");

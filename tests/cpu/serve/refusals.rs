@@ -33,7 +33,7 @@ fn every_status_has_the_shape_of_its_path() {
     let server = Running::start(small);
     let at = server.address();
     let long = format!("x-long: {}\r\n", "y".repeat(40_000));
-    let many: String = (0..150).map(|i| format!("x-{i}: 1\r\n")).collect();
+    let many = "x-many: 1\r\n".repeat(150);
     let large = "x".repeat(2000);
     for (method, path, headers, body, status, word) in [
         ("GET", "/v2/nothing", "", "", 404, "there is no GET /v2/nothing"),

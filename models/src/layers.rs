@@ -21,7 +21,7 @@ impl Inits {
     /// Weights of linear layers.
     pub(crate) fn linear(self) -> Init {
         match self.0 {
-            InitScheme::Dit => Init::XavierUniform,
+            InitScheme::Original => Init::XavierUniform,
             InitScheme::Mup => Init::KaimingNormal,
         }
     }
@@ -29,7 +29,7 @@ impl Inits {
     /// Weights of the timestep MLP.
     fn timestep(self) -> Init {
         match self.0 {
-            InitScheme::Dit => Init::Normal { std: 0.02 },
+            InitScheme::Original => Init::Normal { std: 0.02 },
             InitScheme::Mup => Init::KaimingNormal,
         }
     }
@@ -37,7 +37,7 @@ impl Inits {
     /// The label table.
     fn table(self) -> Init {
         match self.0 {
-            InitScheme::Dit => Init::Normal { std: 0.02 },
+            InitScheme::Original => Init::Normal { std: 0.02 },
             InitScheme::Mup => Init::Normal { std: 1.0 },
         }
     }
@@ -45,7 +45,7 @@ impl Inits {
     /// Weights of the adaLN modulation: zero makes every block the identity at first (adaLN-Zero).
     fn modulation(self) -> Init {
         match self.0 {
-            InitScheme::Dit => Init::Zeros,
+            InitScheme::Original => Init::Zeros,
             InitScheme::Mup => Init::KaimingNormal,
         }
     }

@@ -24,18 +24,18 @@ use crate::programs::{ProgramKind, ProgramSpec};
 pub enum InitScheme {
     /// The original: Xavier-uniform linears and adaLN-Zero.
     #[default]
-    Dit,
+    Original,
     /// That of the muP experiments: `N(0, 1/fan_in)` everywhere but in the output layer, which is 0.
     Mup,
 }
 
 impl InitScheme {
-    const NAMES: [(&'static str, Self); 2] = [("dit", Self::Dit), ("mup", Self::Mup)];
+    const NAMES: [(&'static str, Self); 2] = [("dit", Self::Original), ("mup", Self::Mup)];
 
     /// The name in `config.json`.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Dit => "dit",
+            Self::Original => "dit",
             Self::Mup => "mup",
         }
     }

@@ -207,7 +207,7 @@ fn a_step_that_runs_share_gives_the_bits_of_their_own() {
             .collect();
         let runs = [
             (model(Some(MupConfig { base_width: 3, output_multiplier: 1.7 }), InitScheme::Mup), 1, 1e-2),
-            (model(None, InitScheme::Dit), 2, 3e-3),
+            (model(None, InitScheme::Original), 2, 3e-3),
             (model(Some(MupConfig { base_width: 24, output_multiplier: 0.3 }), InitScheme::Mup), 1, 5e-2),
         ];
         let config = |seed, rate| {

@@ -31,7 +31,7 @@ pub(crate) fn config(variant: &str) -> Model {
     Model {
         network,
         objective,
-        init: if mup { InitScheme::Mup } else { InitScheme::Dit },
+        init: if mup { InitScheme::Mup } else { InitScheme::Original },
         mup: mup.then_some(MupConfig { base_width: 4, output_multiplier: 1.5 }),
         class_names: None,
     }

@@ -60,7 +60,7 @@ pub(crate) fn cache_shape(model: &Model) -> Model {
     Model {
         network: model.network.canonical(),
         mup: None,
-        init: InitScheme::Dit,
+        init: InitScheme::Original,
         class_names: None,
         ..model.clone()
     }

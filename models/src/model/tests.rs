@@ -36,7 +36,7 @@ fn the_official_keys_make_a_config() {
     assert_eq!((d.input_size, d.patch_size, d.in_channels, d.hidden_size), (8, 2, 4, 96));
     assert_eq!((d.depth, d.num_heads, d.num_classes, d.learn_sigma), (2, 4, 10, true));
     assert_eq!((d.mlp_ratio, d.class_dropout_prob), (4.0, 0.1));
-    assert_eq!((c.objective, c.init, c.mup), (Objective::Ddpm, InitScheme::Dit, None));
+    assert_eq!((c.objective, c.init, c.mup), (Objective::Ddpm, InitScheme::Original, None));
     assert_eq!(c.latent(), Latent { channels: 4, height: 8, width: 8 });
     let n = &c.network;
     assert_eq!((n.out_channels(), n.width(), n.head_size(), n.depth(), n.dropout()), (8, 96, 24, 2, 0.1));

@@ -105,7 +105,7 @@ impl MupTable {
                 shown(now),
             ));
         }
-        if config.mup.init == InitScheme::Dit {
+        if config.mup.init == InitScheme::Original {
             warnings.push(
                 "two inits under muP: `mup.init = \"dit\"` is the original's (standard and muP agree at the base width, \
                  but the embeddings' spread falls with the width); `\"mup\"` is that of the published muP models"
@@ -154,7 +154,7 @@ mod tests {
         let found = warnings(384, |c| {
             c.train.weight_decay = 0.1;
             c.train.learning_rate = 1e-2;
-            c.mup.init = InitScheme::Dit;
+            c.mup.init = InitScheme::Original;
         });
         assert_eq!(found.len(), 3, "{found:?}");
         assert!(found[0].contains("`mup.weight_decay = \"scaled\"`"), "{}", found[0]);

@@ -149,12 +149,12 @@ mod tests {
 
     #[test]
     fn obedient_clients_are_served_within_a_few_repeats() {
-        // Thirty orders of a tenth of a second each, a quarter of a second fits. The engine keeps the promised rate, or
-        // half of it; clients come when they are told, or at the next whole second.
+        // Thirty orders of a tenth of a second each, every hundredth of a second; a quarter of a second fits. The engine
+        // keeps the promised rate, or half of it; clients come when they are told, or at the next whole second.
         for (slower, whole_seconds) in [(1.0, false), (1.0, true), (2.0, false), (2.0, true)] {
             let start = Instant::now();
             let mut backlog = Backlog::new(250, 1000.0, 1);
-            let mut coming: Vec<(f64, u32)> = (0..30).map(|_| (0.0, 0)).collect();
+            let mut coming: Vec<(f64, u32)> = (0..30).map(|i| (f64::from(i) / 100.0, 0)).collect();
             let (mut clock, mut left, mut served) = (0.0, 0.0, 0);
             while let Some(next) = (0..coming.len()).min_by(|a, b| coming[*a].0.total_cmp(&coming[*b].0)) {
                 let (at, tries) = coming.swap_remove(next);
@@ -171,7 +171,7 @@ mod tests {
                     Err(_) => {}
                 }
             }
-            assert!(served >= 29, "{served} of 30 at 1/{slower} of the rate, whole seconds: {whole_seconds}");
+            assert!(served >= 28, "{served} of 30 at 1/{slower} of the rate, whole seconds: {whole_seconds}");
         }
     }
 

@@ -134,7 +134,8 @@ fn other_files_are_told_what_they_are() {
     ] {
         scene.spoiled(name, |_| ());
         scene.write(&format!("{name}/model.safetensors"), content);
-        let parts = [parts, &[&format!("{name}/model.safetensors")]].concat();
+        let file = format!("{name}/model.safetensors");
+        let parts = [parts, &[file.as_str()]].concat();
         scene.refuses(&format!("{SAMPLE} x.npz --checkpoint {name}"), 1, &parts);
         let weights = format!("--model checkpoint --weights {name}/model.safetensors");
         scene.refuses(

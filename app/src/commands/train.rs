@@ -26,7 +26,8 @@ pub struct TrainArgs {
     /// The run's TOML file; left out, that of the run directory.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Overrides such as `train.steps=1000`; may be repeated.
+    /// Overrides such as `train.steps=1000`; may be repeated. `train.from=RUN` starts from the weights of a run, a checkpoint or
+    /// a .safetensors file.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// The run's directory.

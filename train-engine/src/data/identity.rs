@@ -28,7 +28,7 @@ pub struct DataIdentity {
     /// SHA-256 of the names and sizes of all files, of sets whose images are files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub files: Option<String>,
-    /// SHA-256 of the images as stored: all of a set in memory, else [samples](spread) over the whole set.
+    /// SHA-256 of the images as stored: all of a set in memory, else samples spread over the whole set.
     pub content: String,
 }
 

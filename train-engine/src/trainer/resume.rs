@@ -21,8 +21,8 @@ pub(super) fn refuse_other_run(
 ) -> Result<()> {
     let refuse = |what: &str| {
         let reason = format!(
-            "it belongs to another configuration ({what}); restore it, or begin a new run in another directory, from \
-             these weights if wanted: --set train.from={}",
+            "it belongs to another configuration ({what}); restore it, or start from these weights in another \
+             directory: --set train.from={}",
             run_dir.display()
         );
         Err(TrainError::BadCheckpoint { path: path.to_path_buf(), reason })
@@ -65,7 +65,7 @@ fn refuse_other_decay(config: &TrainConfig, run_dir: &Path, (path, state): (&Pat
         reason: format!(
             "its learning rate decays ({schedule}) to step {before}, and here it would to step {now}: what was trained \
              so far would be of neither run. `train.decay_steps = {before}` keeps the decay and lets the rate stay at \
-             {} after it; or begin a new run from these weights: --set train.from={}",
+             {} after it; or start from these weights in another directory: --set train.from={}",
             train.learning_rate * train.final_fraction,
             run_dir.display()
         ),

@@ -4,7 +4,7 @@ mod numpy;
 mod rows;
 mod tensors;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rows::Rows;
 
@@ -57,7 +57,6 @@ enum Classes {
 /// each image: in one sub-directory a class, or in two whose names end in `features` (or `latents`) and `labels`.
 #[derive(Debug)]
 pub struct Latents {
-    path: PathBuf,
     parts: Parts,
     class_names: Vec<String>,
 }
@@ -94,7 +93,7 @@ impl Latents {
                 return Err(TrainError::bad_file(path, "metadata `num_classes`", expected, classes));
             }
         };
-        Ok(Self { path: path.to_path_buf(), parts, class_names })
+        Ok(Self { parts, class_names })
     }
 
     fn posterior(&self, flip: bool) -> Result<&Posterior> {

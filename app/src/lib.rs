@@ -112,10 +112,14 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// Whether what was asked is wrong, rather than what was found.
 fn is_usage(error: &anyhow::Error) -> bool {
+    let wrong_model = |e: &ModelError| !matches!(e, ModelError::Graph(_));
     error.chain().any(|cause| {
-        let wrong_model = |e: &ModelError| !matches!(e, ModelError::Graph(_));
         let model = cause.downcast_ref::<ModelError>().is_some_and(wrong_model);
-        let train = cause.downcast_ref::<TrainError>().is_some_and(|e| {
+        let mut train = cause.downcast_ref::<TrainError>();
+        while let Some(TrainError::BadTrial { source, .. }) = train {
+            train = Some(source.as_ref());
+        }
+        let train = train.is_some_and(|e| {
             match e {
                 // It is transparent, so the model's error is not in the chain.
                 TrainError::Model(e) => wrong_model(e),

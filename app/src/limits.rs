@@ -19,9 +19,11 @@ fn most(option: &str) -> Option<u64> {
     match option {
         // Names of streams and places, not amounts; and limits that somebody wants to lift.
         "seed" | "first" | "max_body" | "max_queue" | "at_step" => None,
+        // Those that have a parser with a range of their own.
+        "images_of_set" | "batch_of_sampler" | "batch_of_network" => None,
         "threads" => Some(MAX_THREADS as u64),
         "count" | "fid_images" | "keep" | "requests" => Some(MOST_IMAGES),
-        "batch" | "buckets" | "sample_batch" | "concurrency" => Some(MOST_BATCH),
+        "batch" | "buckets" | "concurrency" => Some(MOST_BATCH),
         _ => Some(MOST),
     }
 }
@@ -37,7 +39,7 @@ fn judged_option(option: Arg) -> Arg {
     let (Some(most), kind) = (most(option.get_id().as_str()), option.get_value_parser().type_id()) else {
         return option;
     };
-    // Options of these types have no parser of their own anywhere.
+    // Other options of these types have no parser of their own.
     if kind == TypeId::of::<usize>() {
         option.value_parser(RangedU64ValueParser::<usize>::new().range(..=most))
     } else if kind == TypeId::of::<u64>() {

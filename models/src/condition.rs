@@ -2,6 +2,8 @@
 
 use graph_builder::{Builder, DType, Type, Value};
 
+use crate::error::ModelError;
+
 /// What a network takes beside the image and the time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Conditioning {
@@ -80,6 +82,15 @@ impl Conditioning {
         }
     }
 
+    /// Why a model without a null condition cannot be guided.
+    pub(crate) fn no_null(&self) -> ModelError {
+        let (key, expected, got) = match self {
+            Self::None => ("guidance", "off: the model has no condition", "on"),
+            Self::Class(_) => ("class_dropout_prob", "above 0 for guidance, which needs the null class", "0"),
+        };
+        ModelError::BadValue { key, expected: expected.into(), got: got.into() }
+    }
+
     /// Declares the inputs for `n` samples.
     pub(crate) fn declare<'g>(&self, b: &'g Builder, n: usize) -> Condition<'g> {
         match self {
@@ -88,14 +99,16 @@ impl Conditioning {
         }
     }
 
-    /// The null condition of `n` samples; `None` where the model has none.
-    pub(crate) fn null<'g>(&self, b: &'g Builder, n: usize) -> Option<Condition<'g>> {
-        match self {
-            Self::None => None,
-            Self::Class(classes) => {
-                let null = classes.null_class()? as f64;
-                Some(Condition::Class(b.constant(DType::I64, [n], vec![null; n]))) // (N)
+    /// The null condition of as many samples as `like` has; `None` where the model has none.
+    pub(crate) fn null<'g>(&self, like: &Condition<'g>) -> Option<Condition<'g>> {
+        match (self, like) {
+            (Self::Class(classes), Condition::Class(y)) => {
+                // No class has a larger number, so this is the null class in each row: a constant of N values would tie the
+                // program to its batch size.
+                let null = y.builder().constant(DType::I64, [0; 0], vec![classes.null_class()? as f64]);
+                Some(Condition::Class(y.maximum(null))) // (N)
             }
+            _ => None,
         }
     }
 }

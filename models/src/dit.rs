@@ -209,11 +209,11 @@ impl Denoiser for Dit {
         parameterised: Parameterised<'g>,
     ) -> Value<'g> {
         let (d, inits) = (self.hidden_size, Inits(parameterised.init));
-        let x = s.within("x_embedder", |s| patch_embed(s, x, self.patch_size, d, inits)); // (N, T, D)
+        let positions = self.positions(s); // (1, T, D)
+        let mut h = s.within("x_embedder", |s| patch_embed(s, x, self.patch_size, d, inits)) + positions; // (N, T, D)
         let t = s.within("t_embedder", |s| timestep_embed(s, t, d, inits)); // (N, D)
         let y =
             s.within("y_embedder", |s| label_embed(s, condition.class(), self.classes().rows(), d, inits)); // (N, D)
-        let mut h = x + self.positions(s); // (N, T, D)
         let c = (t + y).silu(); // (N, D), before the linear layer of every modulation
         for i in 0..self.depth {
             h = s.within(format!("blocks.{i}"), |s| self.block(s, h, c, inits)); // (N, T, D)

@@ -282,12 +282,8 @@ impl<'g, 'm> Sampling<'g, 'm> {
     fn guided(&self, guidance: Guidance) -> Result<Value<'g>, ModelError> {
         let Some(channels) = self.channels(guidance) else { return Ok(self.denoise()) };
         let n = self.x.dim(0);
-        let null = self.model.conditioning().null(self.b, n).ok_or_else(|| ModelError::BadValue {
-            key: "guidance",
-            expected: "off: the model was not trained with a null condition (class_dropout_prob above 0)"
-                .into(),
-            got: "on".into(),
-        })?;
+        let conditioning = self.model.conditioning();
+        let null = conditioning.null(&self.condition).ok_or_else(|| conditioning.no_null())?;
         let guidance = self.b.input("guidance", Type::f32([n])).reshape([n, 1, 1, 1]);
         let twice = |v: Value<'g>| v.concat(&[v], 0);
         let out = self.denoised(twice(self.x), twice(self.t), &self.condition.concat(null)); // (2N, Cout, H, W)

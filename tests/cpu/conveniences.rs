@@ -136,7 +136,8 @@ fn a_value_that_is_not_finite_is_found_in_the_data_and_the_steps_before_are_save
         latents(&scene, value);
         let (out, mut total) = (format!("r{k}"), 0);
         let again = |scene: &Scene| -> Finished {
-            scene.mudit(&format!("train --offline --config latents.toml --out {out}")).run()
+            let line = format!("train --offline --config latents.toml --out {out} --accept-data-change");
+            scene.mudit(&line).run()
         };
         let done = again(&scene);
         done.refuses(1, &["the data set holds", word, "row 17 of `latents.safetensors`", "value 5"]);

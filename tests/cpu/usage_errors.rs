@@ -172,7 +172,7 @@ fn descriptions_of_models_are_checked() {
         ("DiT-XXL/2", &["\"DiT-XXL/2\" is neither a preset", "DiT-XL/2"][..]),
         ("absent.json", &["absent.json", "No such file"]),
         ("data", &["data/config.json", "No such file"]),
-        ("DiT-S/2@8x9x4", &["height 8 and width 9 differ"]),
+        ("DiT-S/2@8x9x4", &["height 8 and width 9"]),
         ("DiT-S/2@8by8", &["8by8", "PRESET[@HEIGHTxWIDTHxCHANNELS][:CLASSES]"]),
         ("DiT-S/2:ten", &["ten", "no whole number"]),
         ("DiT-S/8@12x12x4", &["input_size must be a multiple of patch_size 8", "12"]),

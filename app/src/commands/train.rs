@@ -144,9 +144,8 @@ pub(super) fn further(config: &TrainConfig, run_dir: &Path) -> String {
     let mut next = run_dir.as_os_str().to_owned();
     next.push("-2");
     format!(
-        "mudit train --config {} --set {} --out {}",
+        "mudit train --config {} --set train.from={run} --out {}",
         console::quoted(run_dir.join(RUN_CONFIG_FILE)),
-        console::quoted(format!("train.from={}", run_dir.display())),
         console::quoted(next)
     )
 }

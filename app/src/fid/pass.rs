@@ -117,6 +117,9 @@ fn with_others(
     images: u64,
     stop: &dyn Fn() -> bool,
 ) -> anyhow::Result<Picture> {
+    if fault.is::<crate::Usage>() {
+        return Err(fault); // what was asked for is wrong, not a picture
+    }
     let others = pictures.take_while(|_| !stop()).filter_map(Result::err);
     one_error(std::iter::once(fault).chain(others).collect(), images)?;
     bail!("internal: no fault is left")

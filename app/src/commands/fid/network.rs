@@ -36,7 +36,7 @@ pub(super) struct NetworkArgs {
     #[arg(long, value_name = "R,G,B", value_parser = by_channel, default_value = "0.5,0.5,0.5")]
     onnx_std: [f32; 3],
     /// Images that the network is given at once.
-    #[arg(long, default_value_t = NetworkChoice::BATCH, value_parser = batch)]
+    #[arg(id = "batch_of_network", long = "batch", default_value_t = NetworkChoice::BATCH, value_parser = batch)]
     batch: usize,
 }
 

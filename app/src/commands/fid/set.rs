@@ -42,10 +42,10 @@ pub(super) struct SetArgs {
     #[arg(long)]
     column: Option<String>,
     /// Number of images, from the first on; default all.
-    #[arg(short = 'n', long, value_parser = clap::value_parser!(u64).range(1..=MOST_IMAGES))]
+    #[arg(id = "images_of_set", short = 'n', long = "count", value_parser = clap::value_parser!(u64).range(1..=MOST_IMAGES))]
     pub(super) count: Option<u64>,
     /// Take the images of -n evenly from all that are there, as the first ones of sorted folders are of few classes.
-    #[arg(long, requires = "count", requires = "inputs")]
+    #[arg(long, requires = "images_of_set", requires = "inputs")]
     spread: bool,
     /// Allow images of different sizes; each is resized on its own.
     #[arg(long)]
@@ -109,7 +109,7 @@ pub(super) struct CheckpointArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Samples made at once.
-    #[arg(long, default_value_t = 50, value_parser = network::batch)]
+    #[arg(id = "batch_of_sampler", long = "sample-batch", default_value_t = 50, value_parser = network::batch)]
     sample_batch: usize,
 }
 

@@ -54,7 +54,15 @@ pub(crate) fn header(reader: &mut impl Read) -> anyhow::Result<Header> {
         (Kind::Float, 4) => Element::F32,
         (Kind::Float, 8) => Element::F64,
         (kind, width) => {
-            bail!("its elements are {kind:?} of {width} bytes, expected bytes (|u1) or floats (<f4, <f8)")
+            let letter = match kind {
+                Kind::Unsigned => 'u',
+                Kind::Signed => 'i',
+                Kind::Float => 'f',
+            };
+            bail!(
+                "its elements are `<{letter}{width}`, expected bytes (|u1) or little-endian floats (<f4, <f8): save it again by \
+                 NumPy's `x.astype(numpy.uint8)` or `x.astype(numpy.float32)`"
+            )
         }
     };
     Ok(Header { element, shape: found.shape, by_columns: found.by_columns, bytes: found.before })

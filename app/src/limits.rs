@@ -17,10 +17,10 @@ const MOST_BATCH: u64 = 1 << 16;
 /// The largest number an option takes; none where any will do.
 fn most(option: &str) -> Option<u64> {
     match option {
-        // Names of streams and places, not amounts; and limits that somebody wants to lift.
-        "seed" | "first" | "max_body" | "max_queue" | "at_step" => None,
-        // Those that have a parser with a range of their own.
-        "images_of_set" | "batch_of_sampler" | "batch_of_network" => None,
+        // Names of streams and places, not amounts; limits that somebody wants to lift; and those that
+        // have a parser with a range of their own.
+        "seed" | "first" | "max_body" | "max_queue" | "at_step" | "images_of_set" | "batch_of_sampler"
+        | "batch_of_network" => None,
         "threads" => Some(MAX_THREADS as u64),
         "count" | "fid_images" | "keep" | "requests" => Some(MOST_IMAGES),
         "batch" | "buckets" | "concurrency" => Some(MOST_BATCH),

@@ -248,11 +248,13 @@ impl Network {
     }
 
     /// The same network at another width, with heads of a size.
+    #[must_use]
     pub fn resized(&self, width: usize, head_size: usize) -> Self {
         self.family().resized(width, head_size)
     }
 
     /// The same network without what no program depends on: equal ones have the same programs.
+    #[must_use]
     pub fn canonical(&self) -> Self {
         self.family().canonical()
     }

@@ -151,7 +151,9 @@ fn directories_within_classes_are_searched_and_parts_are_no_classes() {
         (["train/images/1.jpg", "plane/images/1.jpg"], false),
         (["night/cat/1.jpg", "day/dog/1.jpg"], true),
     ] {
-        files.iter().for_each(|file| scene.write(&format!("above/{file}"), jpeg("444.jpg")));
+        for file in files {
+            scene.write(&format!("above/{file}"), jpeg("444.jpg"));
+        }
         let done = scene.mudit(&format!("{CHECK} above")).run();
         assert_eq!((done.code, done.stderr.contains("did you mean")), (Some(0), hint), "{done}");
         fs::remove_dir_all(scene.path("above")).unwrap();

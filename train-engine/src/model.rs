@@ -22,13 +22,12 @@ impl TrainConfig {
             (None, None) => None,
         };
         let latent = Latent { channels: data.channels(), height: data.height(), width: data.width() };
-        let mut keys = match base {
-            Some(model) => model.keys(),
-            None => {
-                let mut keys = Model::fixed_by_data(section.model.as_deref(), latent, data.num_classes())?;
-                keys.insert("objective".to_owned(), self.objective.kind.name().into());
-                keys
-            }
+        let mut keys = if let Some(model) = base {
+            model.keys()
+        } else {
+            let mut keys = Model::fixed_by_data(section.model.as_deref(), latent, data.num_classes())?;
+            keys.insert("objective".to_owned(), self.objective.kind.name().into());
+            keys
         };
         keys.extend(section.constructor_keys());
         let mut model = Model::try_from(keys)?;

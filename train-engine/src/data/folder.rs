@@ -225,7 +225,7 @@ mod tests {
             }
             let told = RefCell::new(Vec::new());
             let set = ImageFolder::open(dir.path(), 4, Orient::Off, &|line| {
-                told.borrow_mut().push(line.to_owned())
+                told.borrow_mut().push(line.to_owned());
             });
             (set.map(|set| set.class_names().to_vec()).map_err(|error| error.to_string()), told.into_inner())
         };

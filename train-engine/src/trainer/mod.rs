@@ -409,7 +409,9 @@ pub(crate) fn refuse_precision(config: &TrainConfig) -> Result<()> {
     Err(TrainError::BadValue {
         key: "train.precision",
         value: precision.to_string(),
-        allowed: "`f32` on the CPU, which has no faster type (--precision f32); bf16 and f16 need --provider cuda".into(),
+        allowed:
+            "`f32` on the CPU, which has no faster type (--precision f32); bf16 and f16 need --provider cuda"
+                .into(),
     })
 }
 

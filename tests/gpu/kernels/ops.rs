@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use graph_builder::{Activation, Builder, DType, Graph, Weights as Parameters};
+use graph_builder::{Activation, Builder, DType, Graph, NativeName, Weights as Parameters};
 use mudit_tests::difference::relative_l2;
 use mudit_tests::op_rows::{row, rows, unit};
 use mudit_tests::op_table::{Build, Row};
@@ -50,7 +50,8 @@ fn launched(gpu: &Arc<Gpu>, row: &Row, dtype: DType) -> Option<(Graph, Vec<Vec<f
         return None;
     }
     let model = ModelProto::parse_from_bytes(&program.bytes).unwrap();
-    let node = model.graph.node.iter().find(|n| n.op_type == row.op).unwrap().clone();
+    let called = |op_type: &str| NativeName::parse(op_type).is_some_and(|name| name.op == row.op);
+    let node = model.graph.node.iter().find(|n| called(&n.op_type)).unwrap().clone();
     let feeds: Feeds =
         row.feeds().into_iter().map(|(k, v)| (k, v.mapv_into(|v| rounded(dtype, v)))).collect();
     let buffers: Vec<(Vec<i64>, Buffer)> = node

@@ -79,7 +79,7 @@ fn a_samplers_noise_is_drawn_on_the_device() {
         let crossed = Counts::during(|| drop(sampler.run(&[1; 6], source, None, &mut |_| {}).unwrap()));
         // The second batch's last step.
         let rows = |purpose, step| {
-            (0..4_u64).map(move |row| (row < 2).then(|| Stream::new(SEED, purpose, step, 7 + 4 + row)))
+            (0..4_u64).map(move |row| (row < 2).then(|| Stream::new(SEED + 7 + 4 + row, purpose, step, 0)))
         };
         let (input, want) = match kind {
             SolverKind::Ddpm => ("noise", rows(Purpose::SampleNoise, steps as u64 - 1)),

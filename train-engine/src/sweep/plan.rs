@@ -281,7 +281,8 @@ mod tests {
             ("model.num_classes", "[4, 3]", &["model.num_classes=3", "4 in the data"]),
             ("train.from", "[\"run\"]", &["train.from=\"run\"", "left out"]),
         ] {
-            let text = SPEC.split("[parameters]").next().unwrap().replace("head_size = 12", "");
+            let text = SPEC.split("[parameters]").next().unwrap();
+            let text = text.replace("head_size = 12", "").replace("depth = 1", "depth = 1\nnum_heads = 2");
             let spec = format!("{text}[parameters]\n\"{key}\" = {{ values = {values} }}\n");
             let spec = SweepSpec::parse(&spec, "a").unwrap();
             let base = TrainConfig::parse(&spec.run.clone().unwrap().to_string(), "a", &[]).unwrap();

@@ -219,18 +219,24 @@ impl SweepSpec {
     }
 }
 
+/// No number of a run spans more powers of two.
+const MOST_OCTAVES: f64 = 64.0;
+
 impl ParameterSpec {
     fn check(&self, method: Method) -> Result<(), String> {
         let given = [!self.values.is_empty(), self.octaves.is_some(), self.distribution.is_some()];
         if given.iter().filter(|g| **g).count() != 1 {
             return Err("give one of `values`, `octaves` and `distribution`".into());
         }
-        if let Some([from, to]) = self.octaves
-            && !(from <= to && to - from <= 64.0 && self.per_octave != Some(0))
-        {
-            return Err(
-                "`octaves` are two exponents, the smaller first, and `per_octave` is 1 or more".into()
-            );
+        if let Some([from, to]) = self.octaves {
+            if !(from <= to && self.per_octave != Some(0)) {
+                return Err(
+                    "`octaves` are two exponents, the smaller first, and `per_octave` is 1 or more".into()
+                );
+            }
+            if to - from > MOST_OCTAVES {
+                return Err(format!("`octaves` span {} octaves, at most {MOST_OCTAVES}", to - from));
+            }
         }
         if let Some(distribution) = self.distribution {
             if method == Method::Grid || self.each {
@@ -332,7 +338,7 @@ mod tests {
             ("tail = 0.0", "tail"),
             (
                 "[parameters]\n\"train.seed\" = { octaves = [0, 1e12] }",
-                "1000000000001 trials, at most 1000000",
+                "span 1000000000000 octaves, at most 64",
             ),
             ("[parameters]\n\"train.seed\" = { octaves = [0, 9], per_octave = 4000000000 }", "trials"),
             (

@@ -86,7 +86,7 @@ impl Plan {
                 let mut all = own.clone();
                 all.extend(point.clone());
                 let config = resolve(base, &all, spec.head_size)?;
-                let model = fitting(&config, data).map_err(|error| refused(&all, error))?;
+                let model = fitting(&config, base, data).map_err(|error| refused(&all, error))?;
                 let shape = StepShape::of(&config, &model);
                 let id = id(&config, &model)?;
                 trials.push(Trial {
@@ -155,7 +155,7 @@ impl Plan {
 }
 
 /// The model of a trial that can run: everything is asked that a run asks before its first step.
-fn fitting(config: &TrainConfig, data: &dyn Dataset) -> Result<Model> {
+fn fitting(config: &TrainConfig, base: &TrainConfig, data: &dyn Dataset) -> Result<Model> {
     if config.train.from.is_some() {
         return Err(TrainError::BadValue {
             key: "train.from",
@@ -164,7 +164,9 @@ fn fitting(config: &TrainConfig, data: &dyn Dataset) -> Result<Model> {
         });
     }
     let model = config.model_config(data)?;
-    refuse_precision(config)?;
+    if config.train.precision != base.train.precision {
+        refuse_precision(config)?; // the run's own is refused where it is run: plans are made elsewhere, too
+    }
     BatchPlan::new(config.train.seed, data.len(), config.train.batch_size)?;
     if config.data.flip && !data.can_flip() {
         return Err(TrainError::BadValue {

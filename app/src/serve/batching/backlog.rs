@@ -9,7 +9,7 @@ use super::order::Refusal;
 const WINDOW: Duration = Duration::from_millis(500);
 /// Weight of a new window in the rate.
 const NEWER: f64 = 0.4;
-/// No client is told to come back sooner: `Retry-After` has whole seconds, and clients of either header shall wait alike.
+/// No client is told to come back sooner: `Retry-After` has whole seconds, and a finer wait stays within a few times of it.
 const SOONEST: Duration = Duration::from_millis(250);
 /// No client is told to stay away longer.
 const LATEST: Duration = Duration::from_hours(1);

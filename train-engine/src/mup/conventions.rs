@@ -98,9 +98,10 @@ impl MupTable {
                 EpsRule::Scaled => (train.eps / m, EpsRule::Constant),
             };
             warnings.push(format!(
-                "two conventions for Adam's epsilon under muP, whose gradients fall as 1/m (here m = {m}): `mup.eps = \
+                "two conventions for Adam's epsilon under muP, whose gradients fall as 1/m (here m = {}): `mup.eps = \
                  \"{}\"` is in force, which is {}; `\"{other}\"` is the other; the theory wants it 0, so a smaller \
                  `train.eps` makes them agree",
+                (m * 1e4).round() / 1e4,
                 self.conventions.eps,
                 shown(now),
             ));

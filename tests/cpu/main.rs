@@ -3,7 +3,6 @@
 
 mod app;
 mod class_names;
-mod conveniences;
 mod engine_runs;
 mod engines;
 mod fid_arrays;
@@ -50,6 +49,7 @@ mod stops;
 mod sweep;
 mod tiny;
 mod tiny_run;
+mod tolerated_errors;
 mod training;
 mod usage_errors;
 mod weights_files;

@@ -1,6 +1,6 @@
 //! Feature extractors: images in, feature vectors out, with everything that is needed to get the same ones again.
 
-mod beside;
+mod external_data;
 mod foreign;
 mod inception;
 mod resize;

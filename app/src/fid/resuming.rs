@@ -10,7 +10,7 @@ use runtime::file::hexadecimal;
 use sha2::{Digest, Sha256};
 
 use super::part::Part;
-use super::source::trace::Trace;
+use super::source::fingerprint::Fingerprint;
 use super::source::{Picture, Source, Values};
 
 /// Makes a part that was found the one that is asked for: as it is if its images are still the same, from its beginning
@@ -24,8 +24,8 @@ pub fn settle(part: &mut Part, source: &mut dyn Source, note: &dyn Fn(&str)) -> 
     let identity = if asked == (0..source.count()) {
         None
     } else {
-        let mut whole = Trace::with_contents();
-        source.trace(0..source.count(), &mut whole)?;
+        let mut whole = Fingerprint::with_contents();
+        source.fingerprint(0..source.count(), &mut whole)?;
         Some(whole.identity())
     };
     let place = part.directory().display().to_string();
@@ -82,9 +82,9 @@ pub(super) fn stamps(source: &mut dyn Source, range: Range<u64>, block: u64) -> 
     let blocks = range.clone().step_by(block as usize);
     blocks
         .map(|first| {
-            let mut trace = Trace::default();
-            source.trace(first..(first + block).min(range.end), &mut trace)?;
-            Ok(trace.stamp().unwrap_or_default())
+            let mut fingerprint = Fingerprint::default();
+            source.fingerprint(first..(first + block).min(range.end), &mut fingerprint)?;
+            Ok(fingerprint.stamp().unwrap_or_default())
         })
         .collect()
 }

@@ -5,9 +5,9 @@
 
 mod draws;
 mod given;
-mod going;
 mod memory;
 mod resume;
+mod run_loop;
 mod start;
 mod state;
 mod whole_run;

@@ -1,4 +1,4 @@
-//! A run that is going: step, log, save, draw; and what of these may fail.
+//! The loop of a run: step, log, save, draw; and which of these may fail without ending it.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -27,11 +27,11 @@ const NO_EVENTS: &str = "TensorBoard's file lacks steps";
 
 /// What fails beside a run and makes no next step wrong: warnings, the first of each kind.
 #[derive(Debug, Default)]
-pub(super) struct Troubles {
+pub(super) struct ToleratedErrors {
     told: BTreeSet<&'static str>,
 }
 
-impl Troubles {
+impl ToleratedErrors {
     fn tell(&mut self, observer: &mut dyn Observer, what: &'static str, error: &dyn Display) {
         if self.told.insert(what) {
             observer.warn(&format!("{what}: {error}; the run goes on, and this is told once"));
@@ -59,21 +59,21 @@ impl Troubles {
 
 /// What a run's results stem from, as every checkpoint tells it.
 #[derive(Debug)]
-pub(super) struct Roots {
+pub(super) struct Provenance {
     pub(super) data: DataIdentity,
     pub(super) origin: Option<Origin>,
 }
 
 /// A run between its first step and its last.
-pub(super) struct Going<'a> {
+pub(super) struct RunLoop<'a> {
     config: &'a TrainConfig,
     run_dir: &'a Path,
     plan: BatchPlan,
     lock: &'a RunLock,
     trainer: Trainer,
     observer: &'a mut dyn Observer,
-    troubles: Troubles,
-    roots: Roots,
+    tolerated: ToleratedErrors,
+    provenance: Provenance,
     metrics: Option<MetricsLog>,
     events: Option<EventWriter>,
     /// Steps that are whole.
@@ -88,7 +88,7 @@ pub(super) struct Going<'a> {
     last_save: Instant,
 }
 
-impl<'a> Going<'a> {
+impl<'a> RunLoop<'a> {
     /// A run that has done some steps in some seconds; opens its logs.
     #[expect(clippy::too_many_arguments, reason = "the parts of a run, put together in one place")]
     pub(super) fn new(
@@ -98,12 +98,12 @@ impl<'a> Going<'a> {
         lock: &'a RunLock,
         trainer: Trainer,
         observer: &'a mut dyn Observer,
-        mut troubles: Troubles,
+        mut tolerated: ToleratedErrors,
         (done, before): (u64, f64),
-        roots: Roots,
+        provenance: Provenance,
     ) -> Self {
         let opened = MetricsLog::open_beside(run_dir, (done > 0).then_some(done));
-        let metrics = troubles.pass(observer, NO_METRICS, opened).map(|(metrics, aside)| {
+        let metrics = tolerated.pass(observer, NO_METRICS, opened).map(|(metrics, aside)| {
             if let Some(aside) = aside {
                 let aside = aside.display();
                 observer.warn(&format!(
@@ -114,7 +114,7 @@ impl<'a> Going<'a> {
         });
         // The next step is the first of the new file: readers drop what older files hold from there on.
         let events = config.log.tensorboard.then(|| EventWriter::create(run_dir, done + 1)).transpose();
-        let events = troubles.pass(observer, NO_EVENTS, events).flatten();
+        let events = tolerated.pass(observer, NO_EVENTS, events).flatten();
         let (start, last_save) = (Instant::now(), Instant::now());
         Self {
             config,
@@ -123,8 +123,8 @@ impl<'a> Going<'a> {
             lock,
             trainer,
             observer,
-            troubles,
-            roots,
+            tolerated,
+            provenance,
             metrics,
             events,
             done,
@@ -178,7 +178,7 @@ impl<'a> Going<'a> {
             if sample.every_steps > 0 && step % sample.every_steps == 0 {
                 let average = self.trainer.average();
                 let drawn = average.and_then(|average| self.observer.sample(step, model, &average));
-                self.troubles.pass(self.observer, "there are no sample pictures", drawn);
+                self.tolerated.pass(self.observer, "there are no sample pictures", drawn);
             }
             if stopped {
                 break;
@@ -201,7 +201,7 @@ impl<'a> Going<'a> {
         }
         let evidence = self.trainer.save_evidence(self.run_dir, batch, loss, update.grad_norm);
         let evidence =
-            self.troubles.pass(self.observer, "what the step was made of is not written", evidence);
+            self.tolerated.pass(self.observer, "what the step was made of is not written", evidence);
         Err(TrainError::NotFinite { step, loss: loss.loss, evidence })
     }
 
@@ -219,11 +219,11 @@ impl<'a> Going<'a> {
         values.extend(peak_resident_bytes().map(|bytes| ("peak_memory_mb", bytes as f64 / 1e6)));
         if let Some(metrics) = &mut self.metrics {
             let written = metrics.append(report.step, &values);
-            self.troubles.pass(self.observer, NO_METRICS, written);
+            self.tolerated.pass(self.observer, NO_METRICS, written);
         }
         if let Some(events) = &mut self.events {
             let written = events.scalars(report.step, &values);
-            self.troubles.pass(self.observer, NO_EVENTS, written);
+            self.tolerated.pass(self.observer, NO_EVENTS, written);
         }
     }
 
@@ -242,16 +242,16 @@ impl<'a> Going<'a> {
             elapsed_seconds: self.before + self.start.elapsed().as_secs_f64(),
             config_hash: self.config.hash()?,
             loss_scale: self.trainer.loss_scale().copied(),
-            data: Some(self.roots.data.clone()),
-            origin: self.roots.origin.clone(),
+            data: Some(self.provenance.data.clone()),
+            origin: self.provenance.origin.clone(),
             mup: serde_json::to_value(self.trainer.mup())
                 .map_err(|e| TrainError::Internal(format!("the muP table does not serialise: {e}")))?,
         };
         if let Some(metrics) = &self.metrics {
-            self.troubles.pass(self.observer, NO_METRICS, metrics.sync());
+            self.tolerated.pass(self.observer, NO_METRICS, metrics.sync());
         }
         let keep = self.config.checkpoint.keep;
-        let mut trouble = self.troubles.of(self.observer);
+        let mut trouble = self.tolerated.of(self.observer);
         let path = self
             .lock
             .save(self.done, keep, &mut trouble, |directory| self.trainer.write(directory, &state))?;

@@ -8,8 +8,8 @@ use graph_builder::Graph;
 use models::Model;
 use runtime::{Recording, Runtime, SharedArena};
 
-use super::going::{Going, Roots, Troubles};
 use super::resume::{DataNews, compare_data, refuse_other_run};
+use super::run_loop::{Provenance, RunLoop, ToleratedErrors};
 use super::start::Start;
 use super::{MemoryPlan, Trainer};
 use crate::checkpoint::{self, RunLock};
@@ -119,8 +119,8 @@ pub fn run(
     let model = config.model_config(dataset.as_ref())?;
     super::refuse_precision(config)?;
     let plan = BatchPlan::new(train.seed, dataset.len(), train.batch_size)?;
-    let mut troubles = Troubles::default();
-    let lock = RunLock::acquire(run_dir, &mut troubles.of(observer))?;
+    let mut tolerated = ToleratedErrors::default();
+    let lock = RunLock::acquire(run_dir, &mut tolerated.of(observer))?;
     if let Some(stand_in) = lock.stand_in() {
         observer.warn(&stand_in);
     }
@@ -166,7 +166,7 @@ pub fn run(
     let text = config.anchored()?.to_toml()?;
     let copied =
         runtime::file::write_atomically(run_dir.join(RUN_CONFIG_FILE), |out| out.write_all(text.as_bytes()));
-    troubles.pass(observer, "the settings are not in the run's directory", copied.map_err(Into::into));
+    tolerated.pass(observer, "the settings are not in the run's directory", copied.map_err(Into::into));
 
     let pictures = if config.sample.every_steps > 0 { observer.pictures(&model)? } else { None };
     let mut planned = |plan: &MemoryPlan| observer.planned(plan);
@@ -205,12 +205,12 @@ pub fn run(
         config.data.workers,
     )?;
     let before = found.map_or(0.0, |(_, state)| state.elapsed_seconds);
-    let roots = Roots { data, origin };
-    let mut going =
-        Going::new(config, run_dir, plan, &lock, trainer, observer, troubles, (first, before), roots);
-    let ended = going.steps(&model, loader, stop);
+    let provenance = Provenance { data, origin };
+    let mut run =
+        RunLoop::new(config, run_dir, plan, &lock, trainer, observer, tolerated, (first, before), provenance);
+    let ended = run.steps(&model, loader, stop);
     if ended.is_err() {
-        going.rescue();
+        run.rescue();
     }
     ended
 }

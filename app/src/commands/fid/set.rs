@@ -21,9 +21,9 @@ use crate::fid::pass::{self, Outcome};
 use crate::fid::plan::{BLOCK, Images, MOST_IMAGES, Plan, Recipe, Shard, Side};
 use crate::fid::report::check_count;
 use crate::fid::resuming;
-use crate::fid::source::part_of::{PartOf, groups_of_first};
 use crate::fid::source::sampled::{Classes, Sampled};
 use crate::fid::source::scale::Scale;
+use crate::fid::source::subset::{Subset, groups_of_first};
 use crate::fid::source::{self, OpenOptions, Source};
 use crate::render::progress::{Job, Progress};
 use crate::sampler::{Sampler, Settings, channels, channels_text};
@@ -204,7 +204,7 @@ pub(super) fn open(
             let options = OpenOptions { column: column.clone(), scale: *scale, offline };
             let source = source::open(inputs, &options, &console::note)?;
             Ok(match first {
-                Some(count) => Box::new(PartOf::new(source, *count, *spread)?),
+                Some(count) => Box::new(Subset::new(source, *count, *spread)?),
                 None => source,
             })
         }

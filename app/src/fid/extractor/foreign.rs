@@ -9,7 +9,7 @@ use ndarray::Array2;
 use rayon::prelude::*;
 use runtime::{ForeignModel, Port, Runtime};
 
-use super::beside::sha256_of_model;
+use super::external_data::sha256_of_model;
 use super::resize::{Filter, Plan};
 use super::{Description, Features, ImageBatch, Options};
 use crate::fid::metrics::moments::WIDEST;

@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use train_engine::picture::{self, LeftOut, MAX_ENCODED};
 use zip::ZipArchive;
 
-use super::trace::Trace;
+use super::fingerprint::Fingerprint;
 use super::{Picture, Pictures, Source, inside, open_file};
 
 /// A zip file; its directory is read, its pictures one at a time.
@@ -59,13 +59,13 @@ impl Source for Zip {
         })
     }
 
-    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         let failed = || format!("cannot read {}", self.path.display());
-        trace.times(&std::fs::metadata(&self.path).with_context(failed)?);
+        fingerprint.times(&std::fs::metadata(&self.path).with_context(failed)?);
         for index in range {
             let entry = self.archive.by_index_data(self.entries[index as usize].1).with_context(failed)?;
-            trace.content(&entry.crc32().to_le_bytes());
-            trace.content(&entry.size().to_le_bytes());
+            fingerprint.content(&entry.crc32().to_le_bytes());
+            fingerprint.content(&entry.size().to_le_bytes());
         }
         Ok(())
     }
@@ -130,14 +130,14 @@ impl Source for Tar {
         })
     }
 
-    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         let failed = || format!("cannot read {}", self.path.display());
-        trace.times(&self.file.metadata().with_context(failed)?);
+        fingerprint.times(&self.file.metadata().with_context(failed)?);
         for index in range {
             let (_, start, size) = &self.entries[index as usize];
-            trace.content(&size.to_le_bytes());
-            if trace.wants_contents() {
-                trace.tail(&mut self.file, start + size, *size).with_context(failed)?;
+            fingerprint.content(&size.to_le_bytes());
+            if fingerprint.wants_contents() {
+                fingerprint.tail(&mut self.file, start + size, *size).with_context(failed)?;
             }
         }
         Ok(())

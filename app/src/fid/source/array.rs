@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use zip::ZipArchive;
 
+use super::fingerprint::Fingerprint;
 use super::npy::{self, Element, Header};
 use super::scale::{self, Scale};
-use super::trace::Trace;
 use super::{Numbers, Picture, Pictures, Source, Values, inside};
 
 /// Name of the array of images.
@@ -242,22 +242,24 @@ impl Source for Array {
         }))
     }
 
-    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         let failed = || format!("cannot read {}", self.place);
         let mut file = super::open_file(&self.path)?;
         let metadata = file.metadata().with_context(failed)?;
-        trace.times(&metadata);
+        fingerprint.times(&metadata);
         if let Some((crc, size)) = self.checksum {
-            trace.content(&crc.to_le_bytes());
-            trace.content(&size.to_le_bytes());
+            fingerprint.content(&crc.to_le_bytes());
+            fingerprint.content(&size.to_le_bytes());
             return Ok(());
         }
-        trace.content(&metadata.len().to_le_bytes());
+        fingerprint.content(&metadata.len().to_le_bytes());
         let bytes = (self.image_len() * self.header.element.size()) as u64;
-        for index in if trace.wants_contents() { range } else { 0..0 } {
+        for index in if fingerprint.wants_contents() { range } else { 0..0 } {
             // The middle of a picture is no border.
             let half = bytes.div_ceil(2);
-            trace.tail(&mut file, self.header.bytes + index * bytes + half, half).with_context(failed)?;
+            fingerprint
+                .tail(&mut file, self.header.bytes + index * bytes + half, half)
+                .with_context(failed)?;
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 /// touched: equal stamps are equal images, different ones may be copies. The identity is of what stays with a copy: sizes,
 /// checksums, some of the contents; different identities are different images.
 #[derive(Debug, Default)]
-pub struct Trace {
+pub struct Fingerprint {
     stamp: Sha256,
     identity: Sha256,
     unknown: bool,
@@ -22,7 +22,7 @@ pub struct Trace {
 /// Bytes of each image that identities have, if there is no checksum of it.
 pub(super) const TAIL: usize = 64;
 
-impl Trace {
+impl Fingerprint {
     /// For an identity, too, which needs a look into each file.
     pub fn with_contents() -> Self {
         Self { contents: true, ..Self::default() }

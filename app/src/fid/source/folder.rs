@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use train_engine::picture::{self, Listing};
 
-use super::trace::Trace;
+use super::fingerprint::Fingerprint;
 use super::{Picture, Pictures, Source};
 
 /// Picture files below a directory.
@@ -38,15 +38,15 @@ impl Source for Folder {
         super::side_by_side(range, |index| Picture::read(&self.files[index as usize]))
     }
 
-    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         for index in range {
             let path = &self.files[index as usize];
             let failed = || format!("cannot read `{}`", path.display());
             let metadata = fs::metadata(path).with_context(failed)?;
-            trace.picture(&metadata);
-            if trace.wants_contents() {
+            fingerprint.picture(&metadata);
+            if fingerprint.wants_contents() {
                 let mut file = fs::File::open(path).with_context(failed)?;
-                trace.tail(&mut file, metadata.len(), metadata.len()).with_context(failed)?;
+                fingerprint.tail(&mut file, metadata.len(), metadata.len()).with_context(failed)?;
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ use anyhow::ensure;
 use train_engine::data::{Dataset, IdxImages, fashion_mnist};
 use train_engine::random::{Purpose, Stream};
 
-use super::trace::Trace;
+use super::fingerprint::Fingerprint;
 use super::{Picture, Pictures, Source, Values};
 use crate::Usage;
 
@@ -73,12 +73,12 @@ impl Source for Labelled {
         })
     }
 
-    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         // The set does not tell its files, and its pixels are quickly read.
-        trace.unknown();
-        for picture in self.pictures(if trace.wants_contents() { range } else { 0..0 }) {
+        fingerprint.unknown();
+        for picture in self.pictures(if fingerprint.wants_contents() { range } else { 0..0 }) {
             if let Values::U8(bytes) = picture?.values {
-                trace.content(&bytes);
+                fingerprint.content(&bytes);
             }
         }
         Ok(())

@@ -10,25 +10,25 @@
 //! | [`labelled`] | a training data set |
 //! | [`noise`] | noise |
 //! | [`sampled`] | a model's samples, made when they are asked for |
-//! | [`part_of`] | some of another source's images |
+//! | [`subset`] | some of another source's images |
 //!
-//! [`trace`] is what images are known by without decoding them.
+//! [`fingerprint`] is what images are known by without decoding them.
 //!
 //! Every source knows its length before the first image is read, keeps one image (of files of their own one a thread, of
 //! samples one batch) in memory, and names the file and the image in each error.
 
 pub mod archive;
 pub mod array;
+pub mod fingerprint;
 pub mod folder;
 pub mod labelled;
 pub mod noise;
 pub(crate) mod npy;
-pub mod part_of;
 pub mod picture;
 pub mod sampled;
 pub mod scale;
+pub mod subset;
 pub mod table;
-pub mod trace;
 
 use std::fmt::Display;
 use std::ops::Range;
@@ -40,8 +40,8 @@ use train_engine::picture::LeftOut;
 
 pub use picture::{Picture, Values};
 
+use self::fingerprint::Fingerprint;
 use self::scale::Scale;
-use self::trace::Trace;
 use crate::Usage;
 
 /// Images of a known number, in a fixed order.
@@ -64,8 +64,8 @@ pub trait Source {
     ///
     /// # Errors
     /// Files that cannot be read.
-    fn trace(&mut self, _range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
-        trace.unknown();
+    fn fingerprint(&mut self, _range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
+        fingerprint.unknown();
         Ok(())
     }
 
@@ -210,11 +210,11 @@ impl Source for Chain {
         }))
     }
 
-    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         for (own, part) in self.placed() {
             let (start, end) = (range.start.max(own.start), range.end.min(own.end));
             if start < end {
-                part.trace(start - own.start..end - own.start, trace)?;
+                part.fingerprint(start - own.start..end - own.start, fingerprint)?;
             }
         }
         Ok(())

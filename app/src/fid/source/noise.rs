@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use train_engine::random::{Purpose, Stream};
 
-use super::trace::Trace;
+use super::fingerprint::Fingerprint;
 use super::{Picture, Pictures, Source, Values};
 use crate::Usage;
 use crate::render::pixels;
@@ -53,7 +53,7 @@ impl Source for Noise {
         })
     }
 
-    fn trace(&mut self, _range: Range<u64>, _trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, _range: Range<u64>, _fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         // The input's words say all of it.
         Ok(())
     }

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use models::{Latent, Model};
 use train_engine::random::{Purpose, Stream};
 
-use super::trace::Trace;
+use super::fingerprint::Fingerprint;
 use super::{Picture, Pictures, Source, Values};
 use crate::fid::plan::BLOCK;
 use crate::render::pixels;
@@ -116,7 +116,7 @@ impl Source for Sampled {
         }))
     }
 
-    fn trace(&mut self, _range: Range<u64>, _trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, _range: Range<u64>, _fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         // The recipe says all of it, with the hash of the weights.
         Ok(())
     }

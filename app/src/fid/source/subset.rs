@@ -5,18 +5,18 @@ use std::ops::Range;
 
 use anyhow::ensure;
 
-use super::trace::Trace;
+use super::fingerprint::Fingerprint;
 use super::{Numbers, Pictures, Source};
 use crate::Usage;
 
 /// The first images of another source, or as many spread evenly over it.
-pub struct PartOf {
+pub struct Subset {
     source: Box<dyn Source>,
     count: u64,
     spread: bool,
 }
 
-impl PartOf {
+impl Subset {
     /// Takes `count` images.
     ///
     /// # Errors
@@ -39,7 +39,7 @@ impl PartOf {
     }
 }
 
-impl Source for PartOf {
+impl Source for Subset {
     fn count(&self) -> u64 {
         self.count
     }
@@ -56,11 +56,11 @@ impl Source for PartOf {
         self.source.picked(Box::new(numbers.map(move |own| (u128::from(own) * total / count) as u64)))
     }
 
-    fn trace(&mut self, range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
-        // Those between are no harm: pixels decide where a trace differs.
+    fn fingerprint(&mut self, range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
+        // Those between are no harm: pixels decide where a fingerprint differs.
         let end = if range.end == self.count { self.source.count() } else { self.number(range.end) };
         let end = if self.spread { end } else { range.end };
-        self.source.trace(self.number(range.start)..end, trace)
+        self.source.fingerprint(self.number(range.start)..end, fingerprint)
     }
 
     fn group(&self, number: u64) -> Option<String> {
@@ -118,7 +118,7 @@ mod tests {
     #[test]
     fn the_first_or_evenly_spread_images_are_taken() {
         let found = |count, spread, range: Range<u64>| -> Vec<u8> {
-            let mut part = PartOf::new(Box::new(Sorted), count, spread).unwrap();
+            let mut part = Subset::new(Box::new(Sorted), count, spread).unwrap();
             assert_eq!(part.count(), count);
             let byte = |p: anyhow::Result<Picture>| match p.unwrap().values {
                 Values::U8(v) => v[0],
@@ -131,15 +131,15 @@ mod tests {
         assert_eq!(found(5, true, 2..4), [4, 7]);
         assert_eq!(found(12, true, 0..12), (0..12).collect::<Vec<u8>>());
         assert!(
-            PartOf::new(Box::new(Sorted), 13, true).is_err()
-                && PartOf::new(Box::new(Sorted), 0, false).is_err()
+            Subset::new(Box::new(Sorted), 13, true).is_err()
+                && Subset::new(Box::new(Sorted), 0, false).is_err()
         );
     }
 
     #[test]
     fn the_first_images_of_a_sorted_set_are_remarked_on() {
         let remarks =
-            |count, spread| PartOf::new(Box::new(Sorted), count, spread).unwrap().remarks().join("");
+            |count, spread| Subset::new(Box::new(Sorted), count, spread).unwrap().remarks().join("");
         assert!(remarks(8, false).contains("2 of 3 folders") && remarks(8, false).contains("--spread"));
         assert_eq!((remarks(9, false), remarks(12, false), remarks(8, true)), Default::default());
     }

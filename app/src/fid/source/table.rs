@@ -11,7 +11,7 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use train_engine::picture::MAX_ENCODED;
 
-use super::trace::Trace;
+use super::fingerprint::Fingerprint;
 use super::{Numbers, Picture, Pictures, Source, inside, open_file};
 
 /// Names of image columns, the likelier first.
@@ -127,14 +127,14 @@ impl Source for Table {
         }))
     }
 
-    fn trace(&mut self, _range: Range<u64>, trace: &mut Trace) -> anyhow::Result<()> {
+    fn fingerprint(&mut self, _range: Range<u64>, fingerprint: &mut Fingerprint) -> anyhow::Result<()> {
         let failed = || format!("cannot read {}", self.path.display());
-        trace.times(&std::fs::metadata(&self.path).with_context(failed)?);
+        fingerprint.times(&std::fs::metadata(&self.path).with_context(failed)?);
         // Pages are packed, so the sizes differ where any picture does.
         for group in self.file.metadata().row_groups() {
             let column = group.column(self.column);
             for number in [group.num_rows(), column.compressed_size(), column.uncompressed_size()] {
-                trace.content(&number.to_le_bytes());
+                fingerprint.content(&number.to_le_bytes());
             }
         }
         Ok(())

@@ -15,9 +15,9 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tower::ServiceExt as _;
 
 use super::Limits;
-use super::door::{Door, Phase, Seat};
 use super::layers::{LARGEST_HEAD, MOST_HEADERS};
-use super::line::Line;
+use super::places::{Occupant, Phase, Places};
+use super::timed_stream::TimedStream;
 
 /// After a failed accept.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -28,8 +28,8 @@ const LENIENCE: Duration = Duration::from_secs(1);
 
 /// What every connection needs.
 #[derive(Clone)]
-struct Hall {
-    door: Arc<Door>,
+struct Shared {
+    places: Arc<Places>,
     router: Router,
     limits: Arc<Limits>,
     builder: http1::Builder,
@@ -50,7 +50,8 @@ pub(in crate::serve) async fn listen(
     let keep = !limits.keep_alive.is_zero();
     let idle = if keep { limits.keep_alive } else { limits.read_time };
     builder.keep_alive(keep).header_read_timeout(idle + LENIENCE);
-    let hall = Hall { door: Door::new(limits.connections), router, limits: Arc::new(limits), builder };
+    let shared =
+        Shared { places: Places::new(limits.connections), router, limits: Arc::new(limits), builder };
     let mut told = false;
     loop {
         let accept = select_all(listeners.iter().map(|listener| Box::pin(listener.accept())));
@@ -66,36 +67,42 @@ pub(in crate::serve) async fn listen(
                         "serve: a connection cannot be accepted: {error}; idle ones are closed to make room (told once)"
                     ));
                 }
-                hall.door.make_room();
+                shared.places.make_room();
                 tokio::time::sleep(PAUSE).await;
                 continue;
             }
         };
         // Small answers must not wait for each other.
         let _ = stream.set_nodelay(true);
-        let (hall, watcher) = (hall.clone(), graceful.watcher());
-        if let Some(place) = hall.door.place() {
-            let seat = Seat::new(&hall.door);
-            tokio::spawn(hall.serve(stream, seat, place, watcher));
+        let (shared, watcher) = (shared.clone(), graceful.watcher());
+        if let Some(place) = shared.places.place() {
+            let occupant = Occupant::new(&shared.places);
+            tokio::spawn(shared.serve(stream, occupant, place, watcher));
             continue;
         }
         let waiting = tokio::select! {
-            waiting = hall.door.waiting_place() => waiting,
+            waiting = shared.places.waiting_place() => waiting,
             _ = ended.wait_for(|e| *e) => break,
         };
         if let Some(waiting) = waiting {
-            tokio::spawn(hall.wait(stream, waiting, watcher));
+            tokio::spawn(shared.wait(stream, waiting, watcher));
         }
     }
     drop(listeners);
     let _ = tokio::time::timeout(grace, graceful.shutdown()).await;
 }
 
-impl Hall {
+impl Shared {
     /// Serves a connection in its place to the end.
-    async fn serve(self, stream: TcpStream, seat: Arc<Seat>, place: OwnedSemaphorePermit, watcher: Watcher) {
-        let io = TokioIo::new(Line::new(stream, seat.clone(), &self.limits));
-        let (router, of) = (self.router, seat.clone());
+    async fn serve(
+        self,
+        stream: TcpStream,
+        occupant: Arc<Occupant>,
+        place: OwnedSemaphorePermit,
+        watcher: Watcher,
+    ) {
+        let io = TokioIo::new(TimedStream::new(stream, occupant.clone(), &self.limits));
+        let (router, of) = (self.router, occupant.clone());
         let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             of.enter(Phase::Asked);
             let answered = Answered(of.clone());
@@ -114,17 +121,17 @@ impl Hall {
         tokio::select! {
             // A client that breaks the protocol or goes away is no news.
             _ = connection => {}
-            () = seat.asked_to_leave() => {}
+            () = occupant.asked_to_leave() => {}
         }
         drop(place);
     }
 
     /// Keeps a connection until there is a place for it; a probe is answered where it stands.
     async fn wait(self, stream: TcpStream, waiting: OwnedSemaphorePermit, watcher: Watcher) {
-        let seat = Seat::new(&self.door);
+        let occupant = Occupant::new(&self.places);
         let mut waiting = Some(waiting);
         let place = {
-            let next = self.door.next_place();
+            let next = self.places.next_place();
             tokio::pin!(next);
             tokio::select! {
                 place = &mut next => place,
@@ -132,23 +139,23 @@ impl Hall {
                     Some(true) => waiting.take(),
                     // Somebody who asks is not sent away.
                     Some(false) => {
-                        seat.enter(Phase::Asked);
+                        occupant.enter(Phase::Asked);
                         next.await
                     }
                     None => None,
                 },
-                () = seat.asked_to_leave() => None,
+                () = occupant.asked_to_leave() => None,
             }
         };
         drop(waiting);
         let Some(place) = place else { return };
-        seat.enter(Phase::Idle);
-        self.serve(stream, seat, place, watcher).await;
+        occupant.enter(Phase::Idle);
+        self.serve(stream, occupant, place, watcher).await;
     }
 }
 
 /// Tells a connection that its answer is made, when the last of it is taken.
-struct Answered(Arc<Seat>);
+struct Answered(Arc<Occupant>);
 
 impl Drop for Answered {
     fn drop(&mut self) {

@@ -3,7 +3,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | `listen`, `door`, `line` | connections: how many, how slow, and how they end |
+//! | `listen`, `places`, `timed_stream` | connections: how many, how slow, and how they end |
 //! | [`auth`] | API keys |
 //! | `layers`, `error` | what every request passes; refusals in the shape of their path |
 //! | `body`, `fields`, `request` | strict reading of bodies; from fields to an order |
@@ -15,21 +15,21 @@
 pub mod auth;
 mod body;
 mod describe;
-mod door;
 mod error;
 mod fields;
 mod images;
 mod inference;
 mod jobs;
 mod layers;
-mod line;
 mod listen;
 mod openapi;
 mod pages;
+mod places;
 mod repository;
 mod request;
 mod stream;
 mod tensors;
+mod timed_stream;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -48,9 +48,9 @@ use super::model::Source;
 use crate::execution::Execution;
 use auth::Keys;
 use body::Body;
-pub(super) use door::waiting;
 use layers::{guard, no_route, note, panicked, wrong_method};
 pub(super) use listen::listen;
+pub(super) use places::waiting;
 
 /// What a client may ask for, and how long it may take.
 #[derive(Clone, Debug)]

@@ -17,19 +17,19 @@ const GRACE: Duration = Duration::from_millis(250);
 
 /// The places of a server.
 #[derive(Debug)]
-pub(super) struct Door {
-    places: Arc<Semaphore>,
+pub(super) struct Places {
+    serving: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
     /// By the order in which they became idle.
     idle: Mutex<BTreeMap<u64, (Instant, Arc<Notify>)>>,
     tickets: AtomicU64,
 }
 
-impl Door {
-    /// A door to so many places.
+impl Places {
+    /// So many places.
     pub(super) fn new(places: usize) -> Arc<Self> {
         Arc::new(Self {
-            places: Arc::new(Semaphore::new(places)),
+            serving: Arc::new(Semaphore::new(places)),
             waiting: Arc::new(Semaphore::new(waiting(places))),
             idle: Mutex::default(),
             // 0 is no ticket.
@@ -39,12 +39,12 @@ impl Door {
 
     /// A place, if one is free.
     pub(super) fn place(&self) -> Option<OwnedSemaphorePermit> {
-        self.places.clone().try_acquire_owned().ok()
+        self.serving.clone().try_acquire_owned().ok()
     }
 
     /// A place, once one is free; idle connections make room.
     pub(super) async fn next_place(&self) -> Option<OwnedSemaphorePermit> {
-        self.next(&self.places).await
+        self.next(&self.serving).await
     }
 
     /// A place to wait at, once one is free; idle connections make room.
@@ -97,26 +97,26 @@ pub(super) enum Phase {
     Answered,
 }
 
-/// One connection at the door.
+/// One connection, and the place it has or waits for.
 #[derive(Debug)]
-pub(super) struct Seat {
-    door: Arc<Door>,
+pub(super) struct Occupant {
+    places: Arc<Places>,
     phase: AtomicU8,
     /// Its key among the idle ones; 0 is none.
     ticket: AtomicU64,
     leave: Arc<Notify>,
 }
 
-impl Seat {
-    pub(super) fn new(door: &Arc<Door>) -> Arc<Self> {
-        let seat = Self {
-            door: door.clone(),
+impl Occupant {
+    pub(super) fn new(places: &Arc<Places>) -> Arc<Self> {
+        let occupant = Self {
+            places: places.clone(),
             phase: AtomicU8::new(Phase::Idle as u8),
             ticket: AtomicU64::new(0),
             leave: Arc::default(),
         };
-        seat.enter(Phase::Idle);
-        Arc::new(seat)
+        occupant.enter(Phase::Idle);
+        Arc::new(occupant)
     }
 
     pub(super) fn phase(&self) -> Phase {
@@ -129,9 +129,9 @@ impl Seat {
         match phase {
             Phase::Idle => {
                 self.keep();
-                let ticket = self.door.tickets.fetch_add(1, Ordering::Relaxed);
+                let ticket = self.places.tickets.fetch_add(1, Ordering::Relaxed);
                 self.ticket.store(ticket, Ordering::Release);
-                self.door.idle().insert(ticket, (Instant::now(), self.leave.clone()));
+                self.places.idle().insert(ticket, (Instant::now(), self.leave.clone()));
             }
             // It was idle before, and is until its head is complete.
             Phase::Head => {}
@@ -142,7 +142,7 @@ impl Seat {
     /// It is not asked to leave.
     fn keep(&self) {
         let ticket = self.ticket.swap(0, Ordering::AcqRel);
-        self.door.idle().remove(&ticket);
+        self.places.idle().remove(&ticket);
     }
 
     /// Ends when the connection is to make room, and nothing is lost with it.
@@ -150,14 +150,14 @@ impl Seat {
         loop {
             self.leave.notified().await;
             let ticket = self.ticket.load(Ordering::Acquire);
-            if ticket != 0 && !self.door.idle().contains_key(&ticket) {
+            if ticket != 0 && !self.places.idle().contains_key(&ticket) {
                 return;
             }
         }
     }
 }
 
-impl Drop for Seat {
+impl Drop for Occupant {
     fn drop(&mut self) {
         self.keep();
     }
@@ -169,30 +169,30 @@ mod tests {
 
     #[tokio::test]
     async fn the_longest_idle_one_makes_room_and_busy_ones_stay() {
-        let door = Door::new(3);
-        let seats: Vec<_> = (0..3).map(|_| (door.place().unwrap(), Seat::new(&door))).collect();
-        assert!(door.place().is_none());
+        let places = Places::new(3);
+        let occupants: Vec<_> = (0..3).map(|_| (places.place().unwrap(), Occupant::new(&places))).collect();
+        assert!(places.place().is_none());
         // What came just now is left alone.
-        door.make_room();
-        assert_eq!(door.idle().len(), 3);
-        seats[0].1.enter(Phase::Asked);
-        seats[1].1.enter(Phase::Head);
+        places.make_room();
+        assert_eq!(places.idle().len(), 3);
+        occupants[0].1.enter(Phase::Asked);
+        occupants[1].1.enter(Phase::Head);
         tokio::time::sleep(GRACE).await;
-        door.make_room();
-        tokio::time::timeout(GRACE, seats[1].1.asked_to_leave()).await.unwrap();
+        places.make_room();
+        tokio::time::timeout(GRACE, occupants[1].1.asked_to_leave()).await.unwrap();
         for kept in [0, 2] {
-            let asked = tokio::time::timeout(GRACE / 10, seats[kept].1.asked_to_leave()).await;
+            let asked = tokio::time::timeout(GRACE / 10, occupants[kept].1.asked_to_leave()).await;
             assert!(asked.is_err(), "{kept}");
         }
         // One that is asked to leave and gets a request at the same moment stays, and can be asked again later.
-        door.make_room();
-        seats[2].1.enter(Phase::Asked);
-        assert!(tokio::time::timeout(GRACE / 10, seats[2].1.asked_to_leave()).await.is_err());
-        seats[2].1.enter(Phase::Idle);
-        let (next, ()) = tokio::join!(door.next_place(), async {
-            seats[2].1.asked_to_leave().await;
-            drop(seats);
+        places.make_room();
+        occupants[2].1.enter(Phase::Asked);
+        assert!(tokio::time::timeout(GRACE / 10, occupants[2].1.asked_to_leave()).await.is_err());
+        occupants[2].1.enter(Phase::Idle);
+        let (next, ()) = tokio::join!(places.next_place(), async {
+            occupants[2].1.asked_to_leave().await;
+            drop(occupants);
         });
-        assert!(next.is_some() && door.idle().is_empty());
+        assert!(next.is_some() && places.idle().is_empty());
     }
 }
